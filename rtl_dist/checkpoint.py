@@ -1,0 +1,171 @@
+"""Checkpoints: whole or not there.
+
+A checkpoint is a folder ``checkpoints/step-00001234`` of safetensors and JSON. It is written under a
+temporary name, every file is flushed to disk, ``manifest.json`` with all checksums comes last, and
+only then is the folder renamed; so what bears a step's name is whole, and there is never a moment
+without a valid newest one. Loading verifies the checksums and falls back to the next older.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from rtl_dist.errors import RtlDistError, UserError
+from rtl_dist.files import flush_to_disk, save_tensors, sha256_of
+from rtl_dist.state import TrainState
+
+LOG = logging.getLogger("rtl_dist")
+SCHEMA = 1
+FOLDER = "checkpoints"
+_MANIFEST = "manifest.json"
+_STATE = "state.json"
+_TEMPORARY = ".incomplete-"
+
+
+@dataclass(kw_only=True)
+class Snapshot:
+    """All of a run at one step. Tensors by name; ``optimizer`` as ``<state>/<parameter>``.
+
+    ``scaler`` is the loss scaler's state (fp16 only). ``identity`` must be equal when resuming.
+    """
+
+    state: TrainState
+    model: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    ema: dict[str, torch.Tensor]
+    scaler: dict[str, Any]
+    identity: dict[str, Any]
+
+
+def save_checkpoint(run: Path, snapshot: Snapshot, *, keep: int) -> Path:
+    """Publishes a checkpoint and then deletes all but the ``keep`` newest.
+
+    Raises:
+        RtlDistError: it cannot be written (full disk, no permission); older ones are untouched.
+    """
+    final = run / FOLDER / f"step-{snapshot.state.step:08d}"
+    temporary = final.with_name(_TEMPORARY + final.name)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for name in ("model", "optimizer", "ema"):
+            save_tensors(getattr(snapshot, name), temporary / f"{name}.safetensors")
+        state = {
+            "schema": SCHEMA,
+            "state": snapshot.state.to_dict(),
+            "scaler": snapshot.scaler,
+            "identity": snapshot.identity,
+        }
+        (temporary / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+        names = sorted(path.name for path in temporary.iterdir())
+        manifest = {name: sha256_of(temporary / name) for name in names}
+        (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for path in [*temporary.iterdir(), temporary]:
+            flush_to_disk(path)
+        if final.exists():  # a damaged one of the same step, passed over when resuming
+            shutil.rmtree(final)
+        temporary.rename(final)
+        flush_to_disk(final.parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RtlDistError(
+            f"cannot write checkpoint {final}: {error.strerror or error}; free space or correct"
+            " the permissions, then start the same command again"
+        ) from error
+    for old in _checkpoints(run)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def load_newest_checkpoint(run: Path) -> Snapshot | None:
+    """The newest whole checkpoint; a damaged one is passed over with a warning."""
+    folders = _checkpoints(run)
+    for folder in folders:
+        try:
+            return load_checkpoint(folder)
+        except (OSError, ValueError, KeyError, TypeError, RtlDistError) as error:
+            LOG.warning("checkpoint %s is damaged (%s); falling back to an older one", folder, error)
+    if folders:
+        raise UserError(
+            f"no checkpoint in {run / FOLDER} is whole; delete that folder to start over"
+        )
+    return None
+
+
+def load_checkpoint(folder: Path) -> Snapshot:
+    """Reads one checkpoint, every file checked against the manifest.
+
+    Raises:
+        OSError, ValueError, KeyError: it is damaged. UserError: it is of another version.
+    """
+    manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    for name, expected in manifest.items():
+        if sha256_of(folder / name) != expected:
+            raise ValueError(f"{name} fails its checksum")
+    content = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    if content["schema"] != SCHEMA:
+        raise UserError(f"{folder} is of schema {content['schema']}, this version reads {SCHEMA}")
+    tensors = {name: load_file(folder / f"{name}.safetensors")
+               for name in ("model", "optimizer", "ema")}  # fmt: skip
+    return Snapshot(
+        state=TrainState.from_dict(content["state"]),
+        scaler=content["scaler"],
+        identity=content["identity"],
+        **tensors,
+    )
+
+
+def has_checkpoint(run: Path) -> bool:
+    return bool(_checkpoints(run))
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: dict[int, str]
+) -> dict[str, torch.Tensor]:
+    """The optimizer's state as ``<state>/<parameter name>``; ``names`` by ``id`` of parameter."""
+    tensors = {}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{key}/{names[id(parameter)]}"] = value
+    return tensors
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, names: dict[int, str], tensors: dict[str, torch.Tensor]
+) -> None:
+    """Puts back what ``optimizer_tensors`` took, through ``load_state_dict``.
+
+    Raises:
+        UserError: a tensor belongs to no parameter of this stage.
+    """
+    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    position = {name: i for i, name in enumerate(order)}
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        kind, _, name = key.partition("/")
+        if name not in position:
+            raise UserError(f"the checkpoint's optimizer knows {name!r}, this stage does not train"
+                            " it: resume with the config the run was started with")  # fmt: skip
+        state.setdefault(position[name], {})[kind] = value
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    """Published checkpoints, newest first."""
+    folder = run / FOLDER
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if path.name.startswith("step-")]
+    return sorted(found, key=lambda path: path.name, reverse=True)
+

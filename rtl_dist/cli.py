@@ -1,0 +1,127 @@
+"""``rtl-dist COMMAND``: the arguments of every command; what they do is imported when it is run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rtl_dist import __version__
+from rtl_dist.commands import add_debug, run_command, train_arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="rtl-dist", description="Distributed transfer learning with ResNets."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_pack(commands)
+    _add_evaluate(commands)
+    _add_report(commands)
+    arguments = parser.parse_args(argv)
+    return run_command(lambda: arguments.run(arguments), debug=arguments.debug)
+
+
+def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("train", help="train by a config (the same as rtl_dist/train.py)")
+    train_arguments(parser)
+
+    def run(arguments: argparse.Namespace) -> str:
+        from rtl_dist.config import load_config
+        from rtl_dist.train import train
+
+        return train(load_config(arguments.config, arguments.overrides))
+
+    parser.set_defaults(run=run)
+
+
+def _add_pack(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "pack",
+        help="images to shards",
+        description="Packs labelled images into shuffled WebDataset shards with an index.",
+    )
+    parser.add_argument(
+        "source",
+        help="a folder of class folders (with or without train/ val/ test/), a CSV or a folder of"
+        " train.csv, val.csv, ... ('file' and one label column, or 0/1 columns), 'digits', or"
+        " torchvision:NAME",
+    )
+    parser.add_argument("out", type=Path, help="folder of the data set to make")
+    parser.add_argument("--val-fraction", type=float, default=0.0, metavar="F",
+                        help="part of train that becomes val, the same share of every class")  # fmt: skip
+    parser.add_argument("--shard-size", type=int, default=1000, metavar="N", help="images a shard")
+    parser.add_argument("--resize", type=int, metavar="SHORT_SIDE",
+                        help="shrink larger images; else bytes are passed through unchanged")  # fmt: skip
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: the CPUs)")
+    parser.add_argument("--labels", metavar="A,B,...",
+                        help="CSV: the label column(s); class folders: the classes, in this order")  # fmt: skip
+    parser.add_argument("--allow-missing-classes", action="store_true",
+                        help="accept a split without any image of some class")  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace a data set in OUT")
+    add_debug(parser)
+
+    def run(arguments: argparse.Namespace) -> str:
+        from rtl_dist.data.pack import pack
+
+        report = pack(
+            arguments.source,
+            arguments.out,
+            val_fraction=arguments.val_fraction,
+            shard_size=arguments.shard_size,
+            resize=arguments.resize,
+            workers=arguments.workers,
+            labels=arguments.labels.split(",") if arguments.labels else None,
+            allow_missing_classes=arguments.allow_missing_classes,
+            overwrite=arguments.overwrite,
+        )
+        return str(report)
+
+    parser.set_defaults(run=run)
+
+
+def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="exact metrics, confusion matrix, precision-recall, calibration, mistakes",
+    )
+    parser.add_argument("model", help="a run folder (its best weights), checkpoint or model folder")
+    parser.add_argument("--data", required=True, help="folder of a packed data set")
+    parser.add_argument("--split", default="test", help="default: test")
+    parser.add_argument("--out", type=Path, help="default: MODEL/evaluation/SPLIT")
+    parser.add_argument("--workers", type=int, metavar="N", help="loader processes")
+    parser.add_argument("--precision", default="auto", choices=("auto", "no", "fp16", "bf16"))
+    add_debug(parser)
+
+    def run(arguments: argparse.Namespace) -> str:
+        from rtl_dist.evaluate import evaluate
+
+        return evaluate(
+            arguments.model,
+            arguments.data,
+            arguments.split,
+            out=arguments.out or Path(arguments.model) / "evaluation" / arguments.split,
+            workers="auto" if arguments.workers is None else arguments.workers,
+            precision=arguments.precision,
+        )
+
+    parser.set_defaults(run=run)
+
+
+def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("report", help="(re)draw a run's plots and report.html")
+    parser.add_argument("run_folder", metavar="RUN", type=Path)
+    add_debug(parser)
+
+    def run(arguments: argparse.Namespace) -> str:
+        from rtl_dist.report.run import draw_run
+
+        return f"drew {draw_run(arguments.run_folder)}"
+
+    parser.set_defaults(run=run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

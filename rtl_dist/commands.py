@@ -1,0 +1,50 @@
+"""What every command shares: its last word on the terminal and its exit code."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable
+
+from rtl_dist.errors import RtlDistError
+
+_OUR_FAULT = 1
+
+
+def train_arguments(parser: argparse.ArgumentParser | None = None) -> argparse.ArgumentParser:
+    """The arguments of the main job."""
+    parser = parser or argparse.ArgumentParser(
+        prog="train.py", description="Train a classifier: one process or many, the same recipe."
+    )
+    parser.add_argument("--config", required=True, help="a YAML file; shipped ones are in configs/")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="e.g. seed=1 stages.0.lr=3e-4"
+    )
+    add_debug(parser)
+    return parser
+
+
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--debug", action="store_true", help="show a traceback for every error")
+
+
+def run_command(command: Callable[[], str | None], *, debug: bool) -> int:
+    """Runs a command and returns its exit code; its result, or the error, is its last line."""
+    try:
+        result = command()
+    except RtlDistError as error:
+        if debug:
+            traceback.print_exc()
+        sys.stderr.write(f"rtl-dist: {error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("rtl-dist: interrupted\n")
+        return _OUR_FAULT
+    except Exception:  # noqa: BLE001 - the one place where our own faults end
+        traceback.print_exc()
+        sys.stderr.write("rtl-dist: this is a fault of rtl_dist itself; please report it\n")
+        return _OUR_FAULT
+    if result:
+        sys.stdout.write(f"{result}\n")
+    return 0

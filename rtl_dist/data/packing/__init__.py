@@ -1,0 +1,1 @@
+"""The packer's parts: ``plan`` decides, ``images`` checks, ``shard`` writes, ``work`` resumes."""

@@ -1,0 +1,229 @@
+"""Writing one shard, and the processes that write many at once."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import re
+import signal
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import islice
+from multiprocessing import connection
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from rtl_dist.data.dataset import MULTI_LABEL
+from rtl_dist.data.packing.images import MAX_FILE_BYTES, checked_image, suffix_of
+from rtl_dist.data.packing.plan import Plan, ShardPlan
+from rtl_dist.data.packing.work import ShardRecord, is_finished, publishing, record_shard
+from rtl_dist.data.sources.items import Item
+from rtl_dist.data.tar import TarWriter
+from rtl_dist.errors import DataError, RtlDistError
+
+_MAX_KEY = 80
+_POLL_SECONDS = 0.2
+# Starting processes costs about as much as packing this many bytes of images on one core.
+_ALONE_BELOW_BYTES = 128 << 20
+
+
+class Stopped(Exception):
+    """Another worker failed or the user pressed Ctrl-C: this shard is not finished."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a worker needs to know besides the shard. Everything in it can be pickled."""
+
+    out: Path
+    root: Path
+    task: str
+    classes: tuple[str, ...]
+    resize: int | None
+
+
+def num_workers(asked: int | None, plan: Plan) -> int:
+    """How many processes to pack with; 1 means in this process."""
+    if asked is not None:
+        return min(asked, len(plan.shards))
+    if plan.source_bytes < _ALONE_BELOW_BYTES:
+        return 1
+    try:
+        # the affinity mask, because the count of CPUs lies under SLURM and cgroups
+        available = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on this operating system
+        available = os.cpu_count() or 1
+    return min(available, len(plan.shards))
+
+
+def write_shards(plan: Plan, out: Path, workers: int, advance: Callable[[int], Any]) -> int:
+    """Writes every shard that is not there yet; ``advance(n)`` is told of n more items done.
+
+    Returns:
+        How many shards were kept from an earlier start.
+
+    Raises:
+        RtlDistError: a worker was killed or the disk is full. What is finished stays.
+    """
+    source = plan.source
+    job = Job(
+        out=out,
+        root=source.root.absolute(),
+        task=source.task,
+        classes=source.classes,
+        resize=plan.options.resize,
+    )
+    try:
+        if workers <= 1:
+            return sum(write_shard(job, shard, advance) for shard in plan.shards)
+        return _write_with_processes(job, plan.shards, workers, advance)
+    except BrokenProcessPool as error:
+        raise RtlDistError(
+            "a packing process was killed, perhaps for want of memory: start the same command again"
+            " with fewer --workers; finished shards are kept"
+        ) from error
+    except OSError as error:
+        raise RtlDistError(
+            f"cannot write into {out}: {error.strerror or error}; make room and start the same"
+            " command again, finished shards are kept"
+        ) from error
+
+
+def write_shard(job: Job, shard: ShardPlan, advance: Callable[[int], Any]) -> bool:
+    """Writes one shard and its sidecar, a sample in memory at a time.
+
+    Returns:
+        True if the shard was there already, whole.
+    """
+    if is_finished(job.out, shard.path):
+        advance(len(shard.items))
+        return True
+    rows: list[tuple[int, int, int, int]] = []
+    left_out: list[tuple[str, str]] = []
+    with publishing(job.out, job.out / shard.path) as file:
+        tar = TarWriter(file)
+        for position, item in enumerate(shard.items):
+            try:
+                suffix, content = checked_image(_read(item, job.root), job.resize)
+            except DataError as error:
+                left_out.append((item.name, str(error)))
+            else:
+                key = key_of(shard.first + position, item.name)
+                offset = tar.add(f"{key}.{suffix}", content)
+                tar.add(*_label_member(key, item, job))
+                rows.append((position, offset, len(content), zlib.crc32(content)))
+            advance(1)
+        tar.finish()
+        record = ShardRecord(
+            path=shard.path, bytes=tar.num_bytes, sha256=tar.sha256, rows=rows, left_out=left_out
+        )
+        # Before the shard gets its name: then a shard without a sidecar cannot be. A sidecar
+        # without its shard means nothing.
+        record_shard(job.out, record)
+    return False
+
+
+def key_of(position: int, name: str) -> str:
+    """A sample's key: its position in the split, and the file's stem so that it can be traced.
+
+    Webdataset ends a key at its first dot, so none may be in it.
+    """
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", PurePosixPath(name).stem)
+    return f"{position:07d}_{stem}"[:_MAX_KEY]
+
+
+def _read(item: Item, root: Path) -> bytes | np.ndarray:
+    """The item's content. Raises DataError: unreadable, or not worth reading whole."""
+    if item.content is not None:
+        return item.content
+    try:
+        with open(root / item.name, "rb") as file:
+            head = file.read(16)
+            suffix_of(head)
+            if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
+                raise DataError(f"is larger than the {MAX_FILE_BYTES >> 20} MiB allowed")
+            return head + file.read()
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}") from error
+
+
+def _label_member(key: str, item: Item, job: Job) -> tuple[str, bytes]:
+    if job.task != MULTI_LABEL:
+        return f"{key}.cls", str(item.labels[0]).encode()
+    labels = {"labels": [job.classes[label] for label in item.labels]}
+    return f"{key}.json", json.dumps(labels, ensure_ascii=False).encode()
+
+
+def _write_with_processes(
+    job: Job, shards: list[ShardPlan], workers: int, advance: Callable[[int], Any]
+) -> int:
+    # Not forked from this process: its threads (the caller's, OpenMP's) do not survive a fork.
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context: Any = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload([__name__])
+    done = context.Value("q", 0)
+    stop = context.Event()
+    reported = 0
+    with (
+        ProcessPoolExecutor(workers, context, _start_worker, (job, done, stop)) as pool,
+        _stopping(stop),
+    ):
+        # Submitted as workers become free: a shard's items are pickled only when it is its turn.
+        waiting = iter(shards)
+        running = {pool.submit(_work, shard) for shard in islice(waiting, 2 * workers)}
+        kept = 0
+        while running:
+            finished, running = wait(running, _POLL_SECONDS, FIRST_COMPLETED)
+            for future in finished:
+                kept += future.result()
+                running |= {pool.submit(_work, shard) for shard in islice(waiting, 1)}
+            now = done.value
+            advance(now - reported)
+            reported = now
+    return kept
+
+
+@contextlib.contextmanager
+def _stopping(stop: Any) -> Iterator[None]:
+    """Tells the workers to stop when the body fails, or the pool would wait for whole shards."""
+    try:
+        yield
+    except BaseException:
+        stop.set()
+        raise
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start_worker(job: Job, done: Any, stop: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    _worker.update(job=job, done=done, stop=stop)
+
+
+def _die_with_parent() -> None:
+    """A parent killed outright cannot tell its workers, which would wait for tasks for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def _work(shard: ShardPlan) -> bool:
+    def advance(items: int) -> None:
+        if _worker["stop"].is_set():
+            raise Stopped
+        with _worker["done"].get_lock():
+            _worker["done"].value += items
+
+    return write_shard(_worker["job"], shard, advance)

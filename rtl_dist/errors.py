@@ -1,0 +1,29 @@
+"""The ways a command can end other than well, each with its exit code.
+
+A message is one line that names the file, key or field at fault and the cure. Commands print it
+to stderr; a traceback appears only for our own faults or with ``--debug``.
+"""
+
+
+class RtlDistError(Exception):
+    """Base of every error whose message is written for the user."""
+
+    exit_code = 1
+
+
+class UserError(RtlDistError):
+    """A mistake in the config, the arguments or the choice of checkpoint."""
+
+    exit_code = 2
+
+
+class DataError(RtlDistError):
+    """The data set is missing, damaged or does not say what it should."""
+
+    exit_code = 3
+
+
+class StopRequested(RtlDistError):
+    """The run was asked to stop, saved itself, and can be resumed by the same command."""
+
+    exit_code = 75

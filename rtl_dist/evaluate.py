@@ -1,0 +1,82 @@
+"""``rtl-dist evaluate``: exact figures of a trained model on a split, with pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from rtl_dist.config import Config, parse_config
+from rtl_dist.data.dataset import MULTI_LABEL, Dataset, open_dataset
+from rtl_dist.data.loader import resolve_workers
+from rtl_dist.errors import UserError
+from rtl_dist.evaluation import predict_split
+from rtl_dist.metrics import compute_metrics
+from rtl_dist.model.folder import LoadedModel, load_model
+from rtl_dist.report.evaluation import write_evaluation
+from rtl_dist.runtime import Runtime, configure_logging
+
+
+def evaluate(
+    model_path: str,
+    data_path: str,
+    split_name: str,
+    *,
+    out: Path,
+    workers: Literal["auto"] | int = "auto",
+    precision: str = "auto",
+) -> str:
+    """Evaluates a model and writes tables and pictures into ``out``.
+
+    Works on one process or, under a launcher, on many, with the same figures.
+
+    Returns:
+        one line on rank 0, elsewhere "".
+
+    Raises:
+        UserError: no such model, or its head is for other classes than the data's.
+        DataError: no such data or split, or a damaged sample.
+    """
+    loaded = load_model(model_path)
+    dataset = open_dataset(data_path)
+    _require_same_classes(loaded, dataset)
+    split = dataset.split(split_name)
+    with Runtime(_config(precision)) as runtime:
+        configure_logging(is_main=runtime.is_main)
+        model = loaded.model.to(runtime.device, memory_format=torch.channels_last)
+        number = resolve_workers(workers, local_world_size=runtime.local_world_size)
+        predictions = predict_split(model, dataset, split, runtime=runtime, workers=number)
+
+        def write() -> str:
+            assert predictions is not None
+            metrics = compute_metrics(predictions)
+            title = f"{model_path} on {split_name}"
+            write_evaluation(predictions, out, split=split, metrics=metrics, title=title)
+            shown = ("map", "micro_f1") if dataset.task == MULTI_LABEL else ("top1", "macro_f1")
+            figures = ", ".join(f"{name} {metrics[name]:.4f}" for name in (*shown, "loss"))
+            return f"{split_name}: {figures} on {split.num_samples:,} images. See {out}/report.html"
+
+        line: str = runtime.from_main(write)
+        return line if runtime.is_main else ""
+
+
+def _require_same_classes(loaded: LoadedModel, dataset: Dataset) -> None:
+    if loaded.task != dataset.task:
+        raise UserError(f"{loaded.source} was trained on {loaded.task} data, {dataset.root} is"
+                        f" {dataset.task}")  # fmt: skip
+    if loaded.classes != dataset.classes:
+        raise UserError(
+            f"the head in {loaded.source} is for {len(loaded.classes)} classes"
+            f" ({_some(loaded.classes)}), the data in {dataset.root} has {dataset.num_classes}"
+            f" ({_some(dataset.classes)}); evaluate on data packed with the same classes"
+        )
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _config(precision: str) -> Config:
+    return parse_config({"data": {"path": ""}, "stages": [{"name": "-", "steps": 1, "lr": 1.0}],
+                         "precision": precision})  # fmt: skip

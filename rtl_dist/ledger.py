@@ -1,0 +1,48 @@
+"""The ledger: proof of which samples, and which pixels, each microbatch of each step held.
+
+``ledger/samples.jsonl`` has one line a microbatch in the order of the stream, so runs of any number
+of processes write the same file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+from rtl_dist.data.loader import Batch
+from rtl_dist.runtime import Runtime
+from rtl_dist.state import TrainState
+
+
+class Ledger:
+    """Notes this rank's microbatches; ``write`` gathers a step's and appends them on rank 0."""
+
+    def __init__(self, run: Path, runtime: Runtime, state: TrainState) -> None:
+        self._runtime = runtime
+        self._path = run / "ledger" / "samples.jsonl"
+        self._noted: list[dict[str, Any]] = []
+        if runtime.is_main:
+            self._path.parent.mkdir(exist_ok=True)
+            self._path.touch()
+            # lines after the checkpoint that is resumed from will be written again
+            os.truncate(self._path, min(self._path.stat().st_size, state.ledger_bytes))
+
+    def note(self, step: int, microbatch: int, batch: Batch) -> None:
+        is_pixels = batch.inputs.ndim == 4
+        crc = zlib.crc32(batch.inputs.numpy().tobytes()) if is_pixels else None
+        self._noted.append({"step": step, "microbatch": microbatch,
+                            "samples": batch.samples.tolist(), "pixels_crc32": crc})  # fmt: skip
+
+    def write(self) -> int:
+        """Returns the ledger's length in bytes, 0 but on rank 0."""
+        gathered = self._runtime.gather_to_main(self._noted)
+        self._noted = []
+        if gathered is None:
+            return 0
+        lines = [json.dumps(line) for of_rank in gathered for line in of_rank]
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write("".join(f"{line}\n" for line in lines))
+            return file.tell()

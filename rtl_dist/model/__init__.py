@@ -1,0 +1,1 @@
+"""The network: building, loading weights, its parts, freezing, BatchNorm statistics."""

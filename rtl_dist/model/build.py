@@ -1,0 +1,136 @@
+"""Builds the classifier a config asks for, with its weights."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import torch
+from torch import nn
+
+from rtl_dist.config import Data, Model
+from rtl_dist.data.order import derive_key
+from rtl_dist.errors import UserError
+from rtl_dist.model.basic_cnn import NUM_FEATURES, BasicCNN
+from rtl_dist.model.classifier import Classifier, Preprocessing
+from rtl_dist.model.weights import load_weights
+
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_TORCHVISION = "torchvision:"
+_HEAD_STREAM = 2  # keeps this key apart from those of the data order
+
+
+def build_model(
+    config: Model, data: Data, *, classes: tuple[str, ...], seed: int
+) -> tuple[Classifier, str]:
+    """The classifier on the CPU, the same on every rank, and a line on where its weights are from.
+
+    Raises:
+        UserError: unknown name, weights that cannot be had or do not fit.
+    """
+    model = make_classifier(
+        config, data, num_classes=len(classes), seed=seed, download=config.weights == "pretrained"
+    )
+    if config.weights == "none":
+        return model, "random weights"
+    if config.weights == "pretrained":
+        return model, f"pretrained weights of {config.name}"
+    return model, load_weights(model, config.weights, head=config.head, classes=classes)
+
+
+def make_classifier(
+    config: Model, data: Data, *, num_classes: int, seed: int, download: bool = False
+) -> Classifier:
+    """The classifier with a fresh head; the trunk is random, or the hub's with ``download``."""
+    torch.manual_seed(derive_key(seed, _HEAD_STREAM) >> 1)
+    mean, std = _IMAGENET_MEAN, _IMAGENET_STD
+    if config.name == "basic_cnn":
+        if download:
+            raise UserError("model.weights: basic_cnn has no pretrained weights; set it to none")
+        trunk: nn.Module = BasicCNN(data.channels)
+        native_head, num_features = "fc", NUM_FEATURES
+    elif config.name.startswith(_TORCHVISION):
+        trunk, native_head, num_features = _torchvision_trunk(
+            config.name.removeprefix(_TORCHVISION), data.channels, download
+        )
+    else:
+        trunk, native_head, num_features = _timm_trunk(config.name, data.channels, download)
+        mean, std = trunk.default_cfg["mean"], trunk.default_cfg["std"]
+    if data.channels == 1:
+        mean, std = (sum(mean) / 3,), (sum(std) / 3,)
+    torch.manual_seed(derive_key(seed, _HEAD_STREAM) >> 1)  # the head, whatever the trunk drew
+    return Classifier(
+        trunk,
+        nn.Linear(num_features, num_classes),
+        native_head=native_head,
+        dropout=config.dropout,
+        preprocessing=Preprocessing(
+            image_size=data.image_size, crop_pct=data.crop_pct, mean=tuple(mean), std=tuple(std)
+        ),
+    )
+
+
+def _timm_trunk(name: str, channels: int, download: bool) -> tuple[Any, str, int]:
+    import timm
+
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"model.name: timm has no model {name!r}{hint}")
+    try:
+        trunk = timm.create_model(name, pretrained=download, num_classes=0, in_chans=channels)
+    except Exception as error:
+        if not download:
+            raise
+        raise _no_download(name, error) from error
+    native_head = trunk.default_cfg["classifier"]
+    if not isinstance(native_head, str):
+        raise UserError(f"model.name: {name} has several heads; choose a model with one")
+    return trunk, native_head, trunk.num_features
+
+
+def _torchvision_trunk(name: str, channels: int, download: bool) -> tuple[nn.Module, str, int]:
+    from torchvision import models
+
+    if name not in models.list_models(module=models):
+        near = difflib.get_close_matches(name, models.list_models(module=models), n=1)
+        hint = f"; did you mean torchvision:{near[0]}?" if near else ""
+        raise UserError(f"model.name: torchvision has no classifier {name!r}{hint}")
+    try:
+        trunk = models.get_model(name, weights="DEFAULT" if download else None)
+    except Exception as error:
+        if not download:
+            raise
+        raise _no_download(_TORCHVISION + name, error) from error
+    native_head, head = next(
+        ((path, module) for path, module in reversed(list(trunk.named_modules()))
+         if isinstance(module, nn.Linear)),
+        ("", None),
+    )  # fmt: skip
+    if head is None:
+        raise UserError(f"model.name: {name} does not end in a linear head")
+    trunk.set_submodule(native_head, nn.Identity())
+    if channels == 1:
+        _sum_first_convolution(trunk)
+    return trunk, native_head, head.in_features
+
+
+def _sum_first_convolution(trunk: nn.Module) -> None:
+    """Makes a colour network take grey input: its first kernel summed over the colours."""
+    path, conv = next((p, m) for p, m in trunk.named_modules() if isinstance(m, nn.Conv2d))
+    grey = nn.Conv2d(
+        1, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=conv.bias is not None
+    )  # type: ignore[arg-type]
+    with torch.no_grad():
+        grey.weight.copy_(conv.weight.sum(1, keepdim=True))
+        if conv.bias is not None and grey.bias is not None:
+            grey.bias.copy_(conv.bias)
+    trunk.set_submodule(path, grey)
+
+
+def _no_download(name: str, error: Exception) -> UserError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(
+        f"model.weights: cannot fetch pretrained weights of {name} ({reason}); set model.weights to"
+        " a local file, or to none"
+    )

@@ -1,0 +1,88 @@
+"""The one shape every network takes here: a trunk that yields features, and a linear head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How pixels become the network's input; travels with the weights.
+
+    mean and std are of values in 0 to 1, one a channel.
+    """
+
+    image_size: int
+    crop_pct: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def channels(self) -> int:
+        return len(self.mean)
+
+
+class Classifier(nn.Module):
+    """Images to class scores: normalise, ``trunk``, dropout, ``head``.
+
+    Splitting the head off lets a frozen trunk run without autograd and its features be cached.
+    ``native_state_dict`` has the names of the timm or torchvision model the trunk was made from.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        head: nn.Linear,
+        *,
+        native_head: str,
+        dropout: float,
+        preprocessing: Preprocessing,
+    ) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.dropout = nn.Dropout(dropout)
+        self.head = head
+        self.native_head = native_head
+        self.preprocessing = preprocessing
+        shape = (1, preprocessing.channels, 1, 1)
+        self.register_buffer("mean", torch.tensor(preprocessing.mean).view(shape), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocessing.std).view(shape), persistent=False)
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 (n, C, S, S) on the model's device to (n, F)."""
+        pixels = images.to(self.mean.dtype).div_(255).sub_(self.mean).div_(self.std)
+        out: torch.Tensor = self.trunk(pixels.contiguous(memory_format=torch.channels_last))
+        return out
+
+    def classify(self, features: torch.Tensor) -> torch.Tensor:
+        """(n, F) to scores (logits) (n, num_classes)."""
+        scores: torch.Tensor = self.head(self.dropout(features))
+        return scores
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.classify(self.features(images))
+
+    def native_state_dict(self) -> dict[str, torch.Tensor]:
+        """The weights under the names of the original timm or torchvision model."""
+        state = {key: value.detach() for key, value in self.trunk.state_dict().items()}
+        for key, value in self.head.state_dict().items():
+            state[f"{self.native_head}.{key}"] = value.detach()
+        return state
+
+
+class HeadOnly(nn.Module):
+    """The classifier from cached features on; shares the head with it."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.dropout, self.head = classifier.dropout, classifier.head
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        scores: torch.Tensor = self.head(self.dropout(features))
+        return scores

@@ -1,0 +1,115 @@
+"""The parts of a classifier (stem, layer1, ..., head), freezing by part, and proofs about both."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from rtl_dist.config import Stage
+from rtl_dist.errors import UserError
+from rtl_dist.model.classifier import Classifier
+
+NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm2d)
+
+
+def parts_of(model: Classifier) -> dict[str, list[nn.Module]]:
+    """The classifier's parts from the input to the head, each a list of modules.
+
+    A part is a child of the trunk that holds parameters; the children before the first one named
+    ``layer...`` are together the ``stem``.
+    """
+    children = [(n, m) for n, m in model.trunk.named_children() if any(True for _ in m.parameters())]
+    first_layer = next((i for i, (n, _) in enumerate(children) if n.startswith("layer")), 0)
+    parts: dict[str, list[nn.Module]] = {}
+    for i, (name, module) in enumerate(children):
+        parts.setdefault("stem" if i < first_layer else name, []).append(module)
+    parts["head"] = [model.head]
+    return parts
+
+
+def trainable_parts(model: Classifier, stage: Stage) -> set[str]:
+    """The names of the parts a stage trains.
+
+    Raises:
+        UserError: a part the model does not have.
+    """
+    known = list(parts_of(model))
+    if stage.trainable == "all":
+        return set(known)
+    wanted = [stage.trainable] if isinstance(stage.trainable, str) else stage.trainable
+    for name in wanted:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(
+                f"stages.{stage.name}.trainable: the model has no part {name!r}{hint}"
+                f" (its parts: {', '.join(known)}, or all)"
+            )
+    return set(wanted)
+
+
+def freeze_for(model: Classifier, stage: Stage) -> None:
+    """Sets ``requires_grad`` for a stage, and with ``set_modes`` which layers are in training mode."""
+    chosen = trainable_parts(model, stage)
+    for name, modules in parts_of(model).items():
+        for module in modules:
+            for parameter in module.parameters():
+                parameter.requires_grad_(name in chosen)
+            if name in chosen and stage.batchnorm != "train":
+                for layer in module.modules():
+                    if isinstance(layer, _BatchNorm):
+                        for parameter in layer.parameters():
+                            parameter.requires_grad_(False)
+    set_modes(model, stage)
+
+
+def set_modes(model: Classifier, stage: Stage) -> None:
+    """Training mode for the trained parts only.
+
+    A frozen BatchNorm must be in eval mode, or its running statistics drift whatever
+    ``requires_grad`` says (Lightning #13902, accelerate #1347). Call it after anything that may
+    have changed modes, such as an evaluation.
+    """
+    chosen = trainable_parts(model, stage)
+    model.train()
+    for name, modules in parts_of(model).items():
+        for module in modules:
+            module.train(name in chosen)
+            if stage.batchnorm == "frozen":
+                for layer in module.modules():
+                    if isinstance(layer, _BatchNorm):
+                        layer.eval()
+
+
+def frozen_tensors(model: Classifier) -> dict[str, torch.Tensor]:
+    """All that must not move in this stage: parameters without gradient, and the buffers of layers
+    that are not in training mode."""
+    frozen = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}
+    for prefix, module in model.named_modules():
+        if not module.training:
+            for name, buffer in module.named_buffers(prefix, recurse=False):
+                frozen[name] = buffer
+    return frozen
+
+
+def trainable_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    """sha256 of names, dtypes, shapes and bytes, in order of name."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        sha.update(f"{name}:{value.dtype}:{tuple(value.shape)}".encode())
+        sha.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def parameters_without_gradient(parameters: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
+    return [name for name, p in parameters if p.requires_grad and p.grad is None]

@@ -1,0 +1,1 @@
+"""Plots and pages drawn from a run's files and from an evaluation's predictions."""

@@ -1,0 +1,283 @@
+"""Everything that is written of one evaluation: tables, pictures and the page that shows them.
+
+``write_evaluation`` is used by ``rtl-dist evaluate`` and, for the final test, by the training job.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rtl_dist.data.dataset import MULTI_LABEL, SampleReader, Split
+from rtl_dist.errors import DataError
+from rtl_dist.files import write_json, write_text
+from rtl_dist.metrics import (
+    ClassScores,
+    Predictions,
+    calibration,
+    confusion_matrix,
+    multi_label_confusion,
+    per_class_table,
+    wilson_interval,
+)
+from rtl_dist.report import evaluation_plots as plots
+from rtl_dist.report.figure import png
+from rtl_dist.report.files import write_bytes, write_csv
+from rtl_dist.report.html import Cell, Page, percent
+
+# The pictures of an evaluation in the order in which pages show them, with their captions.
+PICTURES = {
+    "confusion_matrix.png": "Which classes are taken for which.",
+    "precision_recall.png": "Precision against recall of each class against all others.",
+    "calibration.png": "How far a stated confidence can be believed.",
+    "mistakes.png": "The most confident mistakes: what the picture is, and what the model said.",
+}
+
+# Named in the page, one line each.
+METRIC_NAMES = {
+    "top1": "top-1 accuracy",
+    "top5": "top-5 accuracy",
+    "map": "mean average precision",
+    "exact_match": "all labels right",
+    "macro_f1": "macro F1",
+    "micro_f1": "micro F1",
+    "loss": "loss (nats)",
+    "ece": "calibration error",
+}
+
+_ROWS_SHOWN = 40
+_PICTURE_SIDE = 224
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Verdicts:
+    """Of each sample: its truth and prediction as text, how sure, and whether it is right.
+
+    ``confidence`` float64 (N,): the predicted class's probability. For multi-label data, where a
+    sample is right when all its labels are, it is the surest wrong decision's probability, or
+    where all are right the least sure decision's.
+    """
+
+    truth: list[str]
+    predicted: list[str]
+    confidence: np.ndarray
+    right: np.ndarray
+
+
+def write_evaluation(
+    predictions: Predictions,
+    out: Path,
+    *,
+    split: Split,
+    metrics: dict[str, float],
+    title: str,
+) -> None:
+    """Writes an evaluation's files into ``out``, the page ``report.html`` last.
+
+    ``metrics.json`` (the given metrics, ``num_samples``, and the 95 % interval of ``top1`` or
+    ``exact_match``), ``per_class.csv``, ``confusion_matrix.csv`` (multi-label: 2x2 counts a class),
+    ``predictions.csv``, ``mistakes.csv`` (most confident first), one picture for each of
+    ``PICTURES``, ``report.html``. Several labels of a sample are joined by ``|``.
+
+    Raises:
+        DataError: a shard of the split cannot be opened.
+        ValueError: the predictions are not of this split.
+    """
+    if predictions.num_samples != split.num_samples:
+        raise ValueError(
+            f"{predictions.num_samples} predictions for {split.num_samples} samples of {split.name}"
+        )
+    verdicts, keys = _judge(predictions), list(split.keys())
+    wrong = np.flatnonzero(~verdicts.right)
+    wrong = wrong[np.argsort(-verdicts.confidence[wrong], kind="stable")]
+    table = per_class_table(predictions)
+    summary = _summary(predictions, metrics, int(verdicts.right.sum()))
+
+    write_json(out / "metrics.json", summary)
+    write_csv(
+        out / "per_class.csv",
+        list(asdict(table[0])),
+        [tuple(asdict(row).values()) for row in table],
+    )
+    header = ("sample", "key", "truth", "predicted", "confidence")
+    for name, samples in (("predictions", range(len(keys))), ("mistakes", wrong.tolist())):
+        write_csv(
+            out / f"{name}.csv",
+            header,
+            (
+                (
+                    i,
+                    keys[i],
+                    verdicts.truth[i],
+                    verdicts.predicted[i],
+                    f"{verdicts.confidence[i]:.6f}",
+                )
+                for i in samples
+            ),
+        )
+
+    pairs = _write_confusion(predictions, out)
+    pictures = {
+        "precision_recall.png": plots.precision_recall_figure(predictions, table),
+        "calibration.png": plots.calibration_figure(calibration(predictions), predictions.task),
+        "mistakes.png": plots.mistakes_figure(
+            _load_pictures(split, wrong[: plots.MISTAKES_SHOWN], verdicts)
+        ),
+    }
+    for name, figure in pictures.items():
+        write_bytes(out / name, png(figure))
+
+    page = Page(title, f"Split {split.name}, {split.num_samples:,} samples, each counted once.")
+    page.cards(headline(summary))
+    for name, caption in PICTURES.items():
+        page.picture((out / name).read_bytes(), caption)
+        if name == "confusion_matrix.png" and pairs:
+            page.heading("Most frequent confusions", 3)
+            page.table(("truth", "predicted", "samples", "share of the true class"), pairs)
+        if name == "precision_recall.png":
+            _add_class_table(page, table)
+    page.heading("Files beside this page")
+    page.paragraph(
+        "metrics.json, per_class.csv, confusion_matrix.csv, predictions.csv (every sample) and"
+        f" mistakes.csv ({len(wrong):,} samples, the most confident first)."
+    )
+    write_text(out / "report.html", page.render())
+
+
+def headline(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The cards (value, name, remark) of a ``metrics.json``'s content, the known metrics first."""
+    cards = []
+    names = [n for n in METRIC_NAMES if n in summary]
+    names += [n for n in summary if n not in METRIC_NAMES and n != "num_samples"]
+    for name in names:
+        value = summary[name]
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        remark = ""
+        if f"{name}_interval" in summary:
+            low, high = summary[f"{name}_interval"]
+            remark = f"95 % interval {100 * low:.2f} to {100 * high:.2f} %"
+        shown = percent(value) if name in ("top1", "top5", "exact_match") else f"{value:.4f}"
+        cards.append((shown, METRIC_NAMES.get(name, name.replace("_", " ")), remark))
+    return cards
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """The ``metrics.json`` of an evaluation folder; None when it is missing or damaged."""
+    try:
+        content = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _summary(predictions: Predictions, metrics: dict[str, float], hits: int) -> dict[str, Any]:
+    counted = "exact_match" if predictions.task == MULTI_LABEL else "top1"
+    interval = wilson_interval(hits, predictions.num_samples)
+    return {
+        **{name: float(value) for name, value in metrics.items()},
+        f"{counted}_interval": [float(bound) for bound in interval],
+        "num_samples": predictions.num_samples,
+    }
+
+
+def _judge(predictions: Predictions) -> _Verdicts:
+    classes, said, labels = predictions.classes, predictions.predicted, predictions.labels
+    if predictions.task != MULTI_LABEL:
+        return _Verdicts(
+            truth=[classes[i] for i in labels],
+            predicted=[classes[i] for i in said],
+            confidence=predictions.scores.max(axis=1).astype(np.float64),
+            right=said == labels,
+        )
+    sure = np.where(said, predictions.scores, 1 - predictions.scores).astype(np.float64)
+    wrong = said != (labels == 1)
+    right = ~wrong.any(axis=1)
+    surest_wrong = np.where(wrong, sure, 0.0).max(axis=1)
+    return _Verdicts(
+        truth=["|".join(classes[i] for i in np.flatnonzero(row)) for row in labels],
+        predicted=["|".join(classes[i] for i in np.flatnonzero(row)) for row in said],
+        confidence=np.where(right, sure.min(axis=1), surest_wrong),
+        right=right,
+    )
+
+
+def _write_confusion(predictions: Predictions, out: Path) -> list[tuple[Cell, ...]]:
+    """The confusion table and picture; returns the most frequent confusions (single-label)."""
+    classes = predictions.classes
+    if predictions.task == MULTI_LABEL:
+        counts = multi_label_confusion(predictions)
+        header = ("class", "true_negative", "false_positive", "false_negative", "true_positive")
+        rows = ((name, *cell.ravel().tolist()) for name, cell in zip(classes, counts, strict=True))
+        write_csv(out / "confusion_matrix.csv", header, rows)
+        write_bytes(out / "confusion_matrix.png", png(plots.outcome_figure(counts, classes)))
+        return []
+    confusion = confusion_matrix(predictions)
+    write_csv(
+        out / "confusion_matrix.csv",
+        (r"truth\predicted", *classes),
+        ((name, *row) for name, row in zip(classes, confusion.tolist(), strict=True)),
+    )
+    write_bytes(out / "confusion_matrix.png", png(plots.confusion_figure(confusion, classes)))
+    off = confusion.copy()
+    np.fill_diagonal(off, 0)
+    totals = confusion.sum(axis=1)
+    pairs: list[tuple[Cell, ...]] = []
+    for cell in np.argsort(-off, axis=None, kind="stable")[:10]:
+        truth, said = np.unravel_index(cell, off.shape)
+        if count := int(off[truth, said]):
+            pairs.append((classes[truth], classes[said], count, percent(count / totals[truth])))
+    return pairs
+
+
+def _load_pictures(
+    split: Split, samples: np.ndarray, verdicts: _Verdicts
+) -> list[plots.MistakePicture]:
+    reader = SampleReader(split)
+    try:
+        return [
+            plots.MistakePicture(
+                image=_load_picture(reader, i),
+                truth=verdicts.truth[i] or "none",
+                predicted=verdicts.predicted[i] or "none",
+                confidence=float(verdicts.confidence[i]),
+            )
+            for i in samples.tolist()
+        ]
+    finally:
+        reader.close()
+
+
+def _load_picture(reader: SampleReader, sample: int) -> np.ndarray | None:
+    """The sample's picture, uint8 (h, w, 3), no side above 224; None when it cannot be read."""
+    from PIL import Image
+
+    from rtl_dist.data.decode import decode
+
+    try:
+        pixels = decode(reader.read(sample), 3).permute(1, 2, 0).numpy()
+    except DataError:
+        return None
+    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    picture.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
+    return np.asarray(picture)
+
+
+def _add_class_table(page: Page, table: Sequence[ClassScores]) -> None:
+    page.heading("Classes", 3)
+    rows = table
+    if len(table) > _ROWS_SHOWN:
+        rows = sorted((r for r in table if r.num_samples), key=lambda r: r.f1)[:_ROWS_SHOWN]
+        page.paragraph(
+            f"The {len(rows)} of {len(table):,} classes with the lowest F1; per_class.csv has all.",
+            soft=True,
+        )
+    page.table(
+        ("class", "samples", "precision", "recall", "F1", "average precision"),
+        [(r.name, r.num_samples, r.precision, r.recall, r.f1, r.average_precision) for r in rows],
+    )

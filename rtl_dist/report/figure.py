@@ -1,0 +1,98 @@
+"""The look of every figure: colours, fonts, axes, and figures to PNG bytes.
+
+Figures are made through matplotlib's object API and drawn by Agg, so no display, no pyplot and no
+global state is involved. Colours are Okabe and Ito's, which stay apart for colour-blind readers;
+series differ by line style or marker as well.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE = "#0072B2"
+VERMILLION = "#D55E00"
+GREEN = "#009E73"
+ORANGE = "#E69F00"
+SKY = "#56B4E9"
+PURPLE = "#CC79A7"
+YELLOW = "#F0E442"
+INK = "#222222"
+GREY = "#6E6E6E"
+PALE = "#DDDDDD"
+# The same two hues, dark enough for small text on white.
+GREEN_TEXT = "#00694C"
+VERMILLION_TEXT = "#B04A00"
+
+CYCLE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, INK, GREY)
+LINE_STYLES = ("-", "--", "-.", ":")
+
+_DPI = 120
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A white figure of that size in inches whose layout keeps labels from overlapping."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=_DPI, layout="constrained", facecolor="white")
+
+
+def dress(axes: Axes, *, title: str = "", x: str = "", y: str = "") -> None:
+    """Title, axis labels, a light grid and no box."""
+    axes.set_title(title, fontsize=12, loc="left", color=INK, fontweight="bold")
+    axes.set_xlabel(x, fontsize=10, color=INK)
+    axes.set_ylabel(y, fontsize=10, color=INK)
+    axes.tick_params(labelsize=9, colors=INK)
+    axes.grid(True, color=PALE, linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def outside_legend(axes: Axes, **options: Any) -> None:
+    """A legend to the right of the axes, where it can cover nothing."""
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(
+            loc="upper left",
+            bbox_to_anchor=(1.01, 1.0),
+            borderaxespad=0.0,
+            fontsize=9,
+            frameon=False,
+            **options,
+        )
+
+
+def say(axes: Axes, message: str) -> None:
+    """A message in the middle of axes that have nothing to show."""
+    axes.text(0.5, 0.5, message, ha="center", va="center", transform=axes.transAxes, color=GREY)
+
+
+def plain(text: str, length: int = 28) -> str:
+    """Someone's text made safe to draw: one line, at most ``length`` characters, no formulas.
+
+    ``$`` starts a formula in matplotlib and a leading underscore hides a legend's entry.
+    """
+    text = "".join(c if c.isprintable() else " " for c in text)
+    if len(text) > length:
+        text = text[: length - 1] + "…"
+    if text.startswith("_"):
+        text = " " + text
+    return text.replace("$", r"\$")
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file; equal figures give equal bytes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        # Characters that the font lacks are drawn as boxes: no reason to fail or to warn.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+    return buffer.getvalue()

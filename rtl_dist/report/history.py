@@ -1,0 +1,208 @@
+"""What a run's ``metrics.jsonl`` says: its rows as series over epochs, and its stages.
+
+The file may still be written to, and an interrupted run may have done some steps twice; both are
+handled here, so that plots and tables need not know.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rtl_dist.errors import UserError
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSpan:
+    """One stage as it went: ``start`` and ``end`` in epochs, ``seconds`` of wall time; ``best`` and
+    ``final`` of the headline metric on the validation split, ``train`` and ``gap`` (train minus
+    validation) of the compared one at the last evaluation; None where not logged."""
+
+    name: str
+    start: float
+    end: float
+    steps: int
+    seconds: float
+    best: float | None
+    best_epoch: float | None
+    final: float | None
+    final_loss: float | None
+    train: float | None
+    gap: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """A run's rows in the order of steps; ``unreadable`` are the numbers of damaged lines."""
+
+    rows: tuple[dict[str, Any], ...]
+    unreadable: tuple[int, ...]
+
+    @property
+    def headline(self) -> str:
+        """The validation metric by which the run is judged: ``top1``, or ``map`` (multi-label)."""
+        return self._first(("top1", "map"), "val/")
+
+    @property
+    def compared(self) -> str:
+        """The metric that training and validation share: ``top1``, or ``micro_f1`` where
+        training does not keep the scores that a mean average precision needs."""
+        return self._first((self.headline, "micro_f1"), "train/")
+
+    def _first(self, names: tuple[str, ...], prefix: str) -> str:
+        logged = set().union(*self.rows)
+        return next((name for name in names if prefix + name in logged), names[0])
+
+    def names(self, prefix: str) -> list[str]:
+        """Keys with that prefix, in order of appearance."""
+        found = {key: None for row in self.rows for key in row if key.startswith(prefix)}
+        return list(found)
+
+    def series(self, name: str, *, evaluations: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """Epochs and values, float64 (n,), of the rows in which ``name`` is a finite number;
+        without ``evaluations`` only of rows that hold no validation."""
+        points = [
+            (row["epoch"], row[name])
+            for row in self.rows
+            if _is_finite(row.get(name)) and (evaluations or "val/loss" not in row)
+        ]
+        array = np.array(points, dtype=np.float64).reshape(-1, 2)
+        return array[:, 0], array[:, 1]
+
+    def at_evaluations(self, metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Epochs, training and validation values, float64 (n,), of the rows with ``val/<metric>``.
+
+        The training value is the row's own, which covers all samples since the evaluation before;
+        without it, validation plus ``gap/``, else the mean of the rows in between; NaN if none.
+        """
+        points: list[tuple[float, float, float]] = []
+        since: list[float] = []
+        for row in self.rows:
+            if _is_finite(row.get(f"train/{metric}")):
+                since.append(row[f"train/{metric}"])
+            if not _is_finite(row.get(f"val/{metric}")):
+                continue
+            value = row[f"val/{metric}"]
+            if _is_finite(row.get(f"train/{metric}")):
+                train = row[f"train/{metric}"]
+            elif _is_finite(row.get(f"gap/{metric}")):
+                train = value + row[f"gap/{metric}"]
+            else:
+                train = float(np.mean(since)) if since else math.nan
+            points.append((row["epoch"], train, value))
+            since = []
+        array = np.array(points, dtype=np.float64).reshape(-1, 3)
+        return array[:, 0], array[:, 1], array[:, 2]
+
+    @property
+    def stages(self) -> list[StageSpan]:
+        """The stages in the order in which they ran."""
+        groups: list[list[dict[str, Any]]] = []
+        for row in self.rows:
+            if not groups or groups[-1][0].get("stage") != row.get("stage"):
+                groups.append([])
+            groups[-1].append(row)
+        spans, end, step, elapsed = [], 0.0, 0, 0.0
+        for rows in groups:
+            start, first_step, seconds = end, step, 0.0
+            end, step = rows[-1]["epoch"], int(rows[-1]["step"])
+            for row in rows:
+                # A clock that starts again at a resume counts from there.
+                now = row["elapsed_s"] if _is_finite(row.get("elapsed_s")) else elapsed
+                seconds += now - elapsed if now >= elapsed else now
+                elapsed = now
+            part = History(rows=tuple(rows), unreadable=())
+            _, train, value = part.at_evaluations(self.compared)
+            values = part.series(f"val/{self.headline}")
+            best = _highest(*values)
+            spans.append(
+                StageSpan(
+                    name=str(rows[0].get("stage", "training")),
+                    start=start,
+                    end=end,
+                    steps=step - first_step,
+                    seconds=seconds,
+                    best=None if best is None else best[1],
+                    best_epoch=None if best is None else best[0],
+                    final=_last(values[1]),
+                    final_loss=_last(part.series("val/loss")[1]),
+                    train=_last(train),
+                    gap=_last(train - value),
+                )
+            )
+        return spans
+
+    def best(self) -> tuple[float, float] | None:
+        """Epoch and value of the highest headline metric on the validation split."""
+        return _highest(*self.series(f"val/{self.headline}"))
+
+
+def read_history(run: Path) -> History:
+    """Reads ``metrics.jsonl`` of a run folder.
+
+    A half-written last line is ignored. Where a resumed run did steps again, the later rows count;
+    rows of one step are one row.
+
+    Raises:
+        UserError: the file is missing, cannot be read, or has no whole row yet.
+    """
+    path = run / METRICS
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} is missing: {run} is not a run folder, or its training has not logged a step"
+            " yet; give the folder that run.dir named"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give a run folder") from error
+    rows: list[dict[str, Any]] = []
+    unreadable = []
+    for number, line in enumerate(lines, start=1):
+        row = _parse(line)
+        if row is None:
+            if line.strip() and number < len(lines):
+                unreadable.append(number)
+            continue
+        while rows and rows[-1]["step"] > row["step"]:
+            rows.pop()
+        if rows and (rows[-1]["step"], rows[-1].get("stage")) == (row["step"], row.get("stage")):
+            row = rows.pop() | row
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path} has no whole row yet; wait until training has logged a step")
+    return History(rows=tuple(rows), unreadable=tuple(unreadable))
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    if isinstance(row, dict) and _is_finite(row.get("step")) and _is_finite(row.get("epoch")):
+        return row
+    return None
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value)
+
+
+def _highest(epochs: np.ndarray, values: np.ndarray) -> tuple[float, float] | None:
+    if not len(values):
+        return None
+    place = int(values.argmax())
+    return float(epochs[place]), float(values[place])
+
+
+def _last(values: np.ndarray) -> float | None:
+    return float(values[-1]) if len(values) and math.isfinite(values[-1]) else None

@@ -1,0 +1,274 @@
+"""The curves of a run over its epochs: loss, accuracy, learning rates, throughput.
+
+Training is a solid blue line, validation a dashed vermillion one with markers; stages are parted
+by labelled vertical lines. Each function takes a ``History`` and returns a figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rtl_dist.report.figure import (
+    BLUE,
+    CYCLE,
+    GREEN,
+    GREY,
+    INK,
+    LINE_STYLES,
+    ORANGE,
+    PURPLE,
+    VERMILLION,
+    dress,
+    new_figure,
+    outside_legend,
+    plain,
+    say,
+)
+from rtl_dist.report.history import History
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# No curve needs more points than a screen has columns.
+_MAX_POINTS = 1500
+_NAMES = {"top1": "top-1 accuracy", "map": "mean average precision", "micro_f1": "micro F1"}
+
+
+def loss_figure(history: History) -> Figure:
+    """Training and validation loss."""
+    figure = new_figure(9.0, 4.6)
+    axes = figure.add_subplot()
+    dress(axes, title="Loss", x="epoch", y="loss (nats)")
+    _pair(axes, history, "loss", scale=1.0)
+    _mark_stages(axes, history)
+    outside_legend(axes)
+    return figure
+
+
+def accuracy_figure(history: History, best: tuple[float, float] | None) -> Figure:
+    """The compared metric in percent, the gap shaded, ``best`` (epoch, share) marked by a star;
+    multi-label runs show the headline's validation curve as well."""
+    figure = new_figure(9.0, 4.6)
+    axes = figure.add_subplot()
+    name, extra = _NAMES[history.compared], ""
+    if history.compared != history.headline:
+        extra = f" and {_NAMES[history.headline]}"
+    dress(axes, title=name[0].upper() + name[1:] + extra, x="epoch", y=f"{name} (%)")
+    epochs, train, value = history.at_evaluations(history.compared)
+    both = np.isfinite(train)
+    if both.sum() > 1:
+        axes.fill_between(
+            epochs[both],
+            100 * train[both],
+            100 * value[both],
+            color=ORANGE,
+            alpha=0.18,
+            linewidth=0,
+            label="gap",
+        )
+    _pair(axes, history, history.compared, scale=100.0)
+    if extra:
+        x, y = history.series(f"val/{history.headline}")
+        label = f"validation, {_NAMES[history.headline]}"
+        axes.plot(x, 100 * y, color=PURPLE, linestyle="-.", linewidth=2.0, marker="s", label=label)
+        axes.set_ylabel("%", fontsize=10)
+    if best is not None:
+        axes.plot(
+            best[0],
+            100 * best[1],
+            linestyle="none",
+            marker="*",
+            markersize=15,
+            color=GREEN,
+            markeredgecolor="white",
+            zorder=5,
+            label=f"best {100 * best[1]:.2f} %\n(epoch {best[0]:.4g})",
+        )
+    _mark_stages(axes, history)
+    outside_legend(axes)
+    return figure
+
+
+def learning_rate_figure(history: History) -> Figure:
+    """Each parameter group's learning rate, logarithmic: zeros (a warm-up's start) are left out."""
+    import matplotlib
+
+    figure = new_figure(9.0, 4.6)
+    axes = figure.add_subplot()
+    dress(axes, title="Learning rate", x="epoch", y="learning rate")
+    names = history.names("lr/")
+    shades = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.9, max(len(names), 2)))
+    drawn = False
+    for place, name in enumerate(names):
+        epochs, rates = history.series(name)
+        epochs, rates = epochs[rates > 0], rates[rates > 0]
+        if not len(rates):
+            continue
+        epochs, rates = _with_breaks(history, epochs, rates)
+        few = len(names) <= len(CYCLE)
+        axes.plot(
+            epochs,
+            rates,
+            color=CYCLE[place] if few else shades[place],
+            linewidth=1.6,
+            linestyle=LINE_STYLES[place % len(LINE_STYLES)],
+            marker=_dot(rates),
+            label=plain(name.removeprefix("lr/"), 24),
+        )
+        drawn = True
+    if drawn:
+        axes.set_yscale("log")
+        axes.grid(True, which="minor", color="#EFEFEF", linewidth=0.4)
+    else:
+        say(axes, "no learning rates were logged")
+    _mark_stages(axes, history)
+    outside_legend(axes, ncols=1 + len(names) // 20)
+    return figure
+
+
+def throughput_figure(history: History) -> Figure:
+    """Images a second, and below it the share of time spent waiting for data."""
+    figure = new_figure(9.0, 5.2)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    dress(top, title="Throughput", y="images per second")
+    dress(bottom, x="epoch", y="wait for data (%)")
+    panels = (
+        (top, "speed/images_per_second", BLUE, 1),
+        (bottom, "speed/data_wait", VERMILLION, 100),
+    )
+    for axes, name, color, scale in panels:
+        epochs, values = history.series(name)
+        values = scale * values
+        if not len(values):
+            say(axes, f"{name} was not logged")
+            continue
+        axes.plot(*_thin(epochs, values), color=color, linewidth=1.4, marker=_dot(values))
+        axes.set_ylim(0, 1.12 * float(values.max()) or 1.0)
+    values = history.series("speed/images_per_second")[1]
+    if len(values):
+        median = float(np.median(values))
+        top.axhline(
+            median, color=GREY, linestyle="--", linewidth=1.0, label=f"median {median:,.0f}"
+        )
+        top.legend(fontsize=9, loc="lower right", framealpha=0.9)
+    _mark_stages(top, history)
+    _mark_stages(bottom, history, named=False)
+    return figure
+
+
+def _pair(axes: Axes, history: History, metric: str, *, scale: float) -> None:
+    """Train against validation: steps faint, evaluations strong."""
+    steps, each = history.series(f"train/{metric}", evaluations=False)
+    epochs, train, value = history.at_evaluations(metric)
+    some = np.isfinite(train)
+    if not len(each) and not len(value):
+        say(axes, f"neither train/{metric} nor val/{metric} was logged")
+        return
+    if len(each):
+        alone = not some.any()
+        axes.plot(
+            *_thin(steps, scale * each),
+            color=BLUE,
+            marker=_dot(each),
+            markersize=4,
+            linewidth=1.6 if alone else 0.9,
+            alpha=1.0 if alone else 0.35,
+            label="training" if alone else "training, in between",
+        )
+    if some.any():
+        axes.plot(
+            epochs[some],
+            scale * train[some],
+            color=BLUE,
+            linestyle="-",
+            linewidth=2.0,
+            marker=_dot(train[some]),
+            label="training",
+        )
+    if len(value):
+        axes.plot(
+            epochs,
+            scale * value,
+            color=VERMILLION,
+            linestyle="--",
+            linewidth=2.0,
+            marker="o" if len(value) <= 60 else None,
+            markersize=4.5,
+            label="validation",
+        )
+
+
+def _mark_stages(axes: Axes, history: History, *, named: bool = True) -> None:
+    """A line where each later stage starts, and each stage's name above the axes at its start."""
+    stages = history.stages
+    low, high = min(0.0, stages[0].start), max(stages[-1].end, 1e-6)
+    axes.set_xlim(low - 0.01 * (high - low), high + 0.02 * (high - low))
+    for stage in stages[1:]:
+        axes.axvline(stage.start, color=INK, linewidth=1.0, linestyle=(0, (1, 2)), zorder=1)
+    if not named:
+        return
+    levels = _label_levels(
+        [(s.start - low) / (high - low) for s in stages], [len(plain(s.name, 18)) for s in stages]
+    )
+    for stage, level in zip(stages, levels, strict=True):
+        axes.annotate(
+            plain(stage.name, 18),
+            (stage.start, 1.0),
+            xytext=(2, 4 + 12 * level),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            fontsize=9,
+            color=GREY,
+            ha="left",
+            va="bottom",
+        )
+    axes.set_title(
+        axes.get_title(loc="left"),
+        fontsize=12,
+        loc="left",
+        color=INK,
+        fontweight="bold",
+        pad=20 + 12 * max(levels),
+    )
+
+
+def _label_levels(starts: Sequence[float], lengths: Sequence[int]) -> list[int]:
+    """For labels that start at these shares of the axis, the lowest rows where none overlap."""
+    ends: list[float] = []
+    levels = []
+    for start, length in zip(starts, lengths, strict=True):
+        level = next((i for i, end in enumerate(ends) if end <= start), len(ends))
+        if level == len(ends):
+            ends.append(0.0)
+        ends[level] = start + 0.014 * (length + 1)
+        levels.append(level)
+    return levels
+
+
+def _with_breaks(
+    history: History, epochs: np.ndarray, values: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same curve with a NaN between stages, so that no line joins two stages' rates."""
+    starts = [stage.start for stage in history.stages[1:]]
+    # A row at a stage's very start still belongs to the stage before it.
+    places = np.searchsorted(epochs, starts, side="right")
+    places = places[(places > 0) & (places < len(epochs))]
+    return np.insert(epochs, places, epochs[places]), np.insert(values, places, np.nan)
+
+
+def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most ``_MAX_POINTS`` points: the means of equal runs of neighbours."""
+    if len(x) <= _MAX_POINTS:
+        return x, y
+    cuts = np.linspace(0, len(x), _MAX_POINTS + 1).astype(int)[:-1]
+    sizes = np.diff(np.append(cuts, len(x)))
+    return np.add.reduceat(x, cuts) / sizes, np.add.reduceat(y, cuts) / sizes
+
+
+def _dot(values: np.ndarray) -> str | None:
+    """A marker where a line alone would be invisible or would hide how few points there are."""
+    return "." if len(values) <= 3 else None

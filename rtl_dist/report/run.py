@@ -1,0 +1,231 @@
+"""``rtl-dist report RUN``: a run's plots and its page, drawn from the run's files alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rtl_dist.files import write_text
+from rtl_dist.report import plots
+from rtl_dist.report.evaluation import METRIC_NAMES, PICTURES, headline, read_summary
+from rtl_dist.report.figure import png
+from rtl_dist.report.files import write_bytes
+from rtl_dist.report.history import History, read_history
+from rtl_dist.report.html import Cell, Page, percent
+
+REPORT = "report.html"
+
+_PLOTS = {
+    "loss.png": "Loss on the training images as augmented, and on the validation split.",
+    "accuracy.png": "Training against validation; the shaded gap shows how far the model fits what"
+    " it saw better than what it did not. Training is scored on augmented images while the model"
+    " still learns, so the gap can be negative.",
+    "learning_rate.png": "The learning rate of each parameter group.",
+    "throughput.png": "Images a second over all processes, and the share of time spent waiting.",
+}
+
+
+def draw_run(run: Path) -> Path:
+    """Writes ``plots/*.png`` and ``report.html`` into a run folder; returns the page's path.
+
+    Works on a finished run, on one that is still going and on one that was killed: whatever of
+    ``results.json``, ``config.yaml``, ``environment.json`` and ``evaluation/<split>/`` is there is
+    shown.
+
+    Raises:
+        UserError: ``metrics.jsonl`` is missing or has no whole row yet.
+        OSError: the folder cannot be written.
+    """
+    history = read_history(run)
+    results = _read_json(run / "results.json")
+    best = _best(history, results)
+    figures = {
+        "loss.png": plots.loss_figure(history),
+        "accuracy.png": plots.accuracy_figure(history, best),
+        "learning_rate.png": plots.learning_rate_figure(history),
+        "throughput.png": plots.throughput_figure(history),
+    }
+    for name, figure in figures.items():
+        write_bytes(run / "plots" / name, png(figure))
+
+    page = Page(f"Run {run.resolve().name}", _state(history, results))
+    page.cards(_cards(history, results, best))
+    _add_notes(page, history, results)
+    page.heading("Curves")
+    for name, caption in _PLOTS.items():
+        page.picture((run / "plots" / name).read_bytes(), caption)
+    page.heading("Stages")
+    _add_stage_table(page, history)
+    _add_evaluations(page, run, results)
+    _add_details(page, run, results)
+    write_text(run / REPORT, page.render())
+    return run / REPORT
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty when the file is missing or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _best(history: History, results: dict[str, Any]) -> tuple[float, float] | None:
+    """Epoch and value of the best weights by the headline metric.
+
+    ``results.json`` says which evaluation was chosen; before it is written, or when the choice was
+    by another metric whose epoch was not evaluated, the highest value so far.
+    """
+    epoch = _dict(results, "best").get("epoch")
+    epochs, values = history.series(f"val/{history.headline}")
+    if isinstance(epoch, int | float) and len(epochs):
+        place = int(abs(epochs - epoch).argmin())
+        if abs(epochs[place] - epoch) < 1e-3:
+            return float(epochs[place]), float(values[place])
+    return history.best()
+
+
+def _state(history: History, results: dict[str, Any]) -> str:
+    last = history.rows[-1]
+    where = f"step {int(last['step']):,}, epoch {last['epoch']:.4g}"
+    status = results.get("status", "running, or stopped before it could say how it ended")
+    return f"Status: {status}. Last row: {where}, stage {last.get('stage', 'training')}."
+
+
+def _cards(
+    history: History, results: dict[str, Any], best: tuple[float, float] | None
+) -> list[tuple[str, str, str]]:
+    name = METRIC_NAMES[history.headline]
+    cards = []
+    test = _test_figures(results)
+    if history.headline in test:
+        cards.append((percent(test[history.headline]), f"test {name}", "the best weights"))
+    if best is not None:
+        cards.append((percent(best[1]), f"best validation {name}", f"epoch {best[0]:.4g}"))
+    stages = history.stages
+    if stages[-1].gap is not None:
+        cards.append((f"{100 * stages[-1].gap:+.2f}", "gap", "train minus validation, points"))
+    cards.append((duration(sum(s.seconds for s in stages)), "time", f"{len(stages)} stages"))
+    if isinstance(seen := results.get("samples_seen"), int):
+        cards.append((f"{seen:,}", "samples seen", "by the optimizer"))
+    speed = history.series("speed/images_per_second")[1]
+    if len(speed):
+        cards.append((f"{sorted(speed)[len(speed) // 2]:,.0f}", "images a second", "median"))
+    if isinstance(frozen := results.get("frozen_ok"), bool):
+        cards.append(("yes" if frozen else "NO", "frozen stayed frozen", "proved by hashes"))
+    return cards
+
+
+def _test_figures(results: dict[str, Any]) -> dict[str, float]:
+    """The numbers of ``results.json``'s test, by their bare names."""
+    return {
+        name.rpartition("/")[2]: value
+        for name, value in _dict(results, "test").items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def _add_notes(page: Page, history: History, results: dict[str, Any]) -> None:
+    lost = [r["step"] for r in history.rows if r.get("train/loss") != r.get("train/loss")]
+    if lost:
+        page.paragraph(
+            f"The training loss was not a number in {len(lost)} rows, first at step"
+            f" {lost[0]}; such rows are left out of the curves."
+        )
+    if history.unreadable:
+        lines = ", ".join(map(str, history.unreadable[:10]))
+        page.paragraph(f"Lines of metrics.jsonl that could not be read: {lines}.")
+    if results.get("frozen_ok") is False:
+        page.paragraph("A frozen part of the model moved: do not trust this run.")
+
+
+def _add_stage_table(page: Page, history: History) -> None:
+    rows: list[Sequence[Cell]] = [
+        (
+            stage.name,
+            f"{stage.end - stage.start:.4g}",
+            stage.steps,
+            _share(stage.best),
+            None if stage.best_epoch is None else f"{stage.best_epoch:.4g}",
+            _share(stage.final),
+            stage.final_loss,
+            _share(stage.train),
+            None if stage.gap is None else f"{100 * stage.gap:+.2f}",
+            duration(stage.seconds),
+        )
+        for stage in history.stages
+    ]
+    header = (
+        "stage",
+        "epochs",
+        "steps",
+        "best validation",
+        "at epoch",
+        "final validation",
+        "final loss",
+        "final train",
+        "gap (points)",
+        "time",
+    )
+    page.table(header, rows)
+    judged, compared = METRIC_NAMES[history.headline], METRIC_NAMES[history.compared]
+    what = f"{judged}; train and gap are of {compared}" if judged != compared else judged
+    page.paragraph(f"Validation is {what}. The gap is train minus validation.", soft=True)
+
+
+def _add_evaluations(page: Page, run: Path, results: dict[str, Any]) -> None:
+    """The pictures of each ``evaluation/<split>/``, or at least the test figures of the results."""
+    folders = sorted(p for p in (run / "evaluation").glob("*") if p.is_dir())
+    summaries = [(p, s) for p in folders if (s := read_summary(p)) is not None]
+    for folder, summary in summaries:
+        page.heading(f"Evaluation on {folder.name}")
+        page.paragraph(f"{summary.get('num_samples', 0):,} samples, each counted once.", soft=True)
+        page.cards(headline(summary))
+        for name, caption in PICTURES.items():
+            if (folder / name).is_file():
+                page.picture((folder / name).read_bytes(), caption)
+        page.paragraph(f"All of it: evaluation/{folder.name}/{REPORT}", soft=True)
+    if not summaries and (test := _test_figures(results)):
+        page.heading("Test")
+        page.cards(headline(test))
+
+
+def _add_details(page: Page, run: Path, results: dict[str, Any]) -> None:
+    page.heading("How it was made")
+    facts = {
+        "data set": results.get("dataset_fingerprint"),
+        "final weights": results.get("weights_sha256"),
+        "best weights' file": results.get("best_weights_sha256"),
+    }
+    shown = [(name, value) for name, value in facts.items() if isinstance(value, str)]
+    if shown:
+        page.table(("what", "sha256"), shown)
+    for name in ("config.yaml", "environment.json", "results.json"):
+        try:
+            text = (run / name).read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            page.paragraph(f"{name} is not there.", soft=True)
+        else:
+            page.preformatted(text.strip(), folded=name)
+
+
+def duration(seconds: float) -> str:
+    """A time for reading: ``42 s``, ``3 min 07 s``, ``2 h 05 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _share(value: float | None) -> str | None:
+    return None if value is None else percent(value)
+
+
+def _dict(results: dict[str, Any], key: str) -> dict[str, Any]:
+    value = results.get(key)
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,232 @@
+"""The run folder: who owns it, what was resolved when it began, and where a run goes on from."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rtl_dist import __version__
+from rtl_dist.checkpoint import Snapshot, has_checkpoint, load_newest_checkpoint
+from rtl_dist.config import Config, read_run_config, to_dict, to_yaml
+from rtl_dist.data.dataset import Dataset
+from rtl_dist.errors import UserError
+from rtl_dist.files import write_json, write_text
+from rtl_dist.runtime import Runtime
+
+# What may differ between a run and its continuation: where things are and what is reported.
+_FREE = ("run", "track", "checkpoint", "eval", "early_stop", "compile")
+_FREE_KEYS = {
+    "data": ("path", "source", "val_fraction", "test", "workers", "cache_dir", "bad_samples"),
+    "model": ("weights", "head"),
+}
+
+
+def keep_resolved(config: Config) -> Config:
+    """The config with what an earlier start of this run resolved: the canonical microbatch and the
+    precision are part of the run, whatever hardware it goes on with."""
+    run = Path(config.run.dir)
+    if not has_checkpoint(run):
+        return config
+    earlier = read_run_config(run)
+    if config.batch.micro == "auto":
+        config = replace(config, batch=replace(config.batch, micro=earlier.batch.micro))
+    if config.precision == "auto":
+        config = replace(config, precision=earlier.precision)
+    return config
+
+
+@contextmanager
+def owned_run_folder(config: Config, runtime: Runtime) -> Iterator[Path]:
+    """The run folder, made and locked by rank 0 for as long as the block lasts.
+
+    Raises:
+        UserError: on every rank; the folder belongs to another job, or ``run.resume`` forbids.
+    """
+    run = Path(config.run.dir)
+    lock = _Lock(run / ".lock")
+    runtime.from_main(lambda: _claim(run, lock, config.run.resume))
+    try:
+        yield run
+    finally:
+        lock.release()
+
+
+def restore(run: Path, config: Config, dataset: Dataset, runtime: Runtime) -> Snapshot | None:
+    """The newest whole checkpoint, the same on every rank, if it is of this data and config.
+
+    Raises:
+        UserError: on every rank, naming what differs.
+    """
+    identity = run_identity(config, dataset)
+
+    def find() -> int | None:
+        snapshot = load_newest_checkpoint(run)
+        if snapshot is None:
+            return None
+        _refuse_other_identity(run, snapshot.identity, identity)
+        return snapshot.state.step
+
+    step = runtime.from_main(find)
+    if step is None:
+        return None
+    snapshot = load_newest_checkpoint(run)
+    runtime.require_equal("the checkpoint to resume from",
+                          str(snapshot.state.step if snapshot else None))  # fmt: skip
+    return snapshot
+
+
+def describe_run(run: Path, config: Config, runtime: Runtime) -> None:
+    """Writes ``config.yaml`` and ``environment.json``."""
+    write_text(run / "config.yaml", to_yaml(config))
+    write_json(run / "environment.json", _environment(runtime))
+
+
+def run_identity(config: Config, dataset: Dataset) -> dict[str, Any]:
+    """What must be equal for a checkpoint to be continued."""
+    content = to_dict(config)
+    for section in _FREE:
+        content.pop(section)
+    for section, keys in _FREE_KEYS.items():
+        for key in keys:
+            content[section].pop(key)
+    return {
+        "config": content,
+        "classes": list(dataset.classes),
+        "task": dataset.task,
+        "dataset_fingerprint": dataset.fingerprint,
+    }
+
+
+def _claim(run: Path, lock: _Lock, resume: str) -> None:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise UserError(
+            f"cannot write the run folder {run}: {error.strerror}; choose another run.dir"
+        ) from error
+    if resume == "never" and (has_checkpoint(run) or (run / "results.json").exists()):
+        raise UserError(
+            f"run.resume: never, but {run} already holds a run; choose another run.dir, or"
+            " run.resume=auto to go on with it"
+        )
+    if resume == "must" and not has_checkpoint(run):
+        raise UserError(f"run.resume: must, but {run} holds no checkpoint to go on from")
+
+
+def _refuse_other_identity(run: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    if then["dataset_fingerprint"] != now["dataset_fingerprint"]:
+        if then["classes"] != now["classes"]:
+            raise UserError(
+                f"the head in {run} is for {len(then['classes'])} classes and the data now has"
+                f" {len(now['classes'])}; choose another run.dir, with model.weights={run} to start"
+                " from its weights"
+            )
+        raise UserError(
+            f"the data set changed since the run in {run} began (fingerprint"
+            f" {then['dataset_fingerprint'][:12]} then, {now['dataset_fingerprint'][:12]} now);"
+            " restore it, or choose another run.dir"
+        )
+    different = list(_differences(then["config"], now["config"], ""))
+    if different:
+        raise UserError(
+            f"the config differs from that of the run in {run}: {'; '.join(different)}; undo that,"
+            " or choose another run.dir"
+        )
+
+
+def _differences(then: Any, now: Any, path: str) -> Iterator[str]:
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in sorted(then.keys() | now.keys()):
+            dotted = f"{path}.{key}" if path else key
+            yield from _differences(then.get(key), now.get(key), dotted)
+    elif isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        for i, (one, other) in enumerate(zip(then, now, strict=True)):
+            yield from _differences(one, other, f"{path}.{i}")
+    elif then != now:
+        yield f"{path} was {then!r} and is {now!r}"
+
+
+class _Lock:
+    """An advisory lock that ends with its process, and names its owner to whoever finds it held."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: Any = None
+
+    def acquire(self) -> None:
+        file = open(self._path, "a+", encoding="utf-8")  # noqa: SIM115 - held until release
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another job"
+            file.close()
+            raise UserError(
+                f"the run folder {self._path.parent} is in use by {owner}; wait for it, or choose"
+                " another run.dir"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        self._file = file
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _environment(runtime: Runtime) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    packages = ("torch", "torchvision", "accelerate", "timm", "webdataset", "wandb", "numpy")
+    cuda = torch.cuda.is_available()
+    return {
+        "rtl_dist": __version__,
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+        "platform": platform.platform(),
+        "hostname": socket.gethostname(),
+        "device": torch.cuda.get_device_name(runtime.device) if cuda else _cpu_name(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "precision": runtime.precision,
+        "world_size": runtime.world_size,
+        "git": _git_state(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((ln.split(":", 1)[1].strip() for ln in lines if ln.startswith("model name")), "CPU")
+
+
+def _git_state() -> dict[str, Any] | None:
+    """The commit of the code in use, and whether it was changed since; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True,
+                              check=True, timeout=10).stdout.strip()  # fmt: skip
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+

@@ -1,0 +1,255 @@
+"""The processes and the hardware of a job: Accelerator, precision, stop requests, agreement.
+
+Collectives that carry decisions or exact counts run on a gloo group beside the device's own, so
+they never wait for the GPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from tqdm import tqdm
+
+from rtl_dist.config import Config
+from rtl_dist.data.loader import available_cpus
+from rtl_dist.errors import RtlDistError, UserError
+
+LOG = logging.getLogger("rtl_dist")
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
+_AUTO_MICRO_LIMIT = {"cpu": 32, "cuda": 128}
+
+
+class Runtime:
+    """Use as a context manager; one at a time in a process.
+
+    rank, world_size: of all processes. local_world_size: of this machine. device: this rank's.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.precision = resolve_precision(config.precision)
+        use_cpu = not torch.cuda.is_available()
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.accelerator = Accelerator(
+            # Without this two CPU processes each believe they are alone (accelerate 1.15).
+            cpu=use_cpu,
+            mixed_precision=self.precision if self.precision in ("fp16", "bf16") else "no",
+            kwargs_handlers=[
+                # BatchNorm buffers are kept equal by StepStatistics, not by broadcasting rank 0's
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+            ],
+        )
+        self.world_size = self.accelerator.num_processes
+        self.rank = self.accelerator.process_index
+        self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        self.device: torch.device = self.accelerator.device
+        self.dtype = torch.float64 if self.precision == "fp64" else torch.float32
+        self._old_handlers: dict[int, Any] = {}
+        self._stop_signal: str | None = None
+        self._control: dist.ProcessGroup | None = None
+        if world != self.world_size:
+            self.close()
+            raise UserError(
+                f"WORLD_SIZE is {world} but this process found {self.world_size} process(es) in its"
+                " group, so each would train alone: launch with torchrun, srun or accelerate and a"
+                " file from launch/"
+            )
+        if self.world_size > 1:
+            self._control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+        if use_cpu and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, available_cpus() // self.local_world_size))
+        torch.backends.cudnn.benchmark = False  # its choice differs between runs
+        torch.backends.cudnn.deterministic = True
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def __enter__(self) -> Runtime:
+        for name in STOP_SIGNALS:
+            if hasattr(signal, name):
+                number = getattr(signal, name)
+                self._old_handlers[number] = signal.signal(number, self._on_stop_signal)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        self._old_handlers.clear()
+        self.close()
+
+    def close(self) -> None:
+        self.accelerator.free_memory()
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+        # a later job in this process may want another precision
+        AcceleratorState._reset_state(reset_partial_state=True)
+        gc.collect()
+
+    def progress(self, *, total: int, what: str, unit: str, done: int = 0) -> tqdm[Any]:
+        """A bar with an ETA on rank 0's terminal; silent on other ranks and off a terminal."""
+        return tqdm(
+            total=total,
+            initial=done,
+            desc=what,
+            unit=unit,
+            disable=None if self.is_main else True,
+            leave=False,
+            dynamic_ncols=True,
+        )
+
+    # --- agreement -----------------------------------------------------------------------------
+
+    def stop_requested(self) -> bool:
+        """Whether any rank has been asked to stop; the same answer on every rank."""
+        return self.sum_over_ranks(torch.tensor([int(self._stop_signal is not None)]))[0] > 0
+
+    def agree(self, *, bad_samples: int) -> tuple[bool, int]:
+        """One exchange a step: (whether any rank was asked to stop, bad samples of all ranks)."""
+        mine = torch.tensor([int(self._stop_signal is not None), bad_samples])
+        stop, bad = self.sum_over_ranks(mine).tolist()
+        return stop > 0, bad
+
+    def sum_over_ranks(self, counts: torch.Tensor) -> torch.Tensor:
+        """Exact sum of int64 counts on the host."""
+        if self._control is not None:
+            dist.all_reduce(counts, group=self._control)
+        return counts
+
+    def sum_in_place(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of a tensor on the device over the ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def mean_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean of a tensor on the device."""
+        return self.sum_in_place(values) / self.world_size
+
+    def gather(self, item: Any) -> list[Any]:
+        """``item`` of every rank, in order of rank, on every rank."""
+        if self._control is None:
+            return [item]
+        items: list[Any] = [None] * self.world_size
+        dist.all_gather_object(items, item, group=self._control)
+        return items
+
+    def from_main(self, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns on rank 0, on every rank; an error of ours there is raised on all."""
+        result: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                result[0] = make()
+            except RtlDistError as error:
+                result[1] = error
+        if self._control is not None:
+            dist.broadcast_object_list(result, src=0, group=self._control)
+        if result[1] is not None:
+            raise result[1]
+        return result[0]
+
+    def gather_to_main(self, item: Any) -> list[Any] | None:
+        """``item`` of every rank, in order of rank, on rank 0; None elsewhere."""
+        if self._control is None:
+            return [item]
+        items: list[Any] | None = [None] * self.world_size if self.is_main else None
+        dist.gather_object(item, items, dst=0, group=self._control)
+        return items
+
+    def require_equal(self, what: str, value: str) -> None:
+        """Fails on every rank if ``value`` differs between ranks."""
+        values = self.gather(value)
+        if len(set(values)) > 1:
+            raise RuntimeError(f"ranks disagree on {what}: {dict(enumerate(values))}")
+
+    def _on_stop_signal(self, number: int, frame: FrameType | None) -> None:
+        # only a flag: no I/O and no collective inside a handler; acted on at a step boundary
+        self._stop_signal = signal.Signals(number).name
+
+
+def resolve_precision(wanted: str) -> str:
+    """The precision this hardware will really run.
+
+    ``torch.cuda.is_bf16_supported()`` is true on a T4 by emulation, so emulation is excluded.
+
+    Raises:
+        UserError: fp16 without a GPU.
+    """
+    if wanted == "fp16" and not torch.cuda.is_available():
+        raise UserError("precision: fp16 needs a GPU; use auto, bf16 or no")
+    if wanted != "auto":
+        return wanted
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if _cpu_has_bf16() else "no"
+
+
+def resolve_micro_batch_size(config: Config, *, world_size: int, device_type: str) -> int:
+    """The canonical microbatch: configured, or the largest divisor of this rank's share of the
+    global batch within what this kind of device takes comfortably.
+
+    Raises:
+        UserError: the number of microbatches is not a multiple of the number of processes.
+    """
+    total, micro = config.batch.global_, config.batch.micro
+    if micro == "auto":
+        if total % world_size:
+            raise UserError(
+                f"batch.global: {total} cannot be shared equally by {world_size} processes; use a"
+                f" multiple of {world_size}"
+            )
+        share, limit = total // world_size, _AUTO_MICRO_LIMIT.get(device_type, 32)
+        micro = max(size for size in range(1, min(share, limit) + 1) if share % size == 0)
+    num_microbatches = total // micro
+    if num_microbatches % world_size:
+        fitting = [w for w in range(1, num_microbatches + 1) if num_microbatches % w == 0]
+        raise UserError(
+            f"batch: {num_microbatches} microbatches (global {total} / micro {micro}) cannot be"
+            f" shared by {world_size} processes; use {_or(fitting)} processes, or another"
+            " batch.micro"
+        )
+    return micro
+
+
+def configure_logging(*, is_main: bool) -> None:
+    """Messages of rank 0 on stderr as plain lines; the other ranks' only when they warn."""
+    LOG.handlers.clear()
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    LOG.addHandler(handler)
+    LOG.setLevel(logging.INFO if is_main else logging.WARNING)
+    LOG.propagate = False
+
+
+def _or(numbers: list[int]) -> str:
+    shown = [str(n) for n in numbers]
+    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} or {shown[-1]}"
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 in hardware (AVX512-BF16 or AMX); emulated, it is slower."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    except OSError:  # not Linux: unknown, so the safe answer
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags

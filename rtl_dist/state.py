@@ -1,0 +1,59 @@
+"""How far a run has come: everything but tensors that a resumed run needs to go on exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(kw_only=True)
+class Best:
+    """The best evaluation so far and where it was."""
+
+    value: float
+    metric: str
+    step: int
+    epoch: float
+    stage: str
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """Plain numbers, the same on every rank; written to ``state.json`` of a checkpoint.
+
+    step: optimizer steps done. stage: number of the current stage. stage_first_step: ``step`` when it
+    began. last_*: ``step`` when it last happened. since_log, since_eval: training counts (integers,
+    see ``totals``) since then. metrics_bytes: length of ``metrics.jsonl`` that belongs to this state.
+    bad_samples: damaged samples replaced so far.
+    """
+
+    step: int = 0
+    stage: int = 0
+    stage_first_step: int = 0
+    samples_seen: int = 0
+    last_log: int = 0
+    last_eval: int = 0
+    last_checkpoint: int = 0
+    since_log: list[int] = field(default_factory=list)
+    since_eval: list[int] = field(default_factory=list)
+    best: Best | None = None
+    evals_without_best: int = 0
+    stopped_early: bool = False
+    skipped_steps: int = 0
+    bad_samples: int = 0
+    bad_names: list[str] = field(default_factory=list)
+    elapsed_s: float = 0.0
+    metrics_bytes: int = 0
+    ledger_bytes: int = 0
+    wandb_id: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainState:
+        values = dict(values)
+        if values.get("best") is not None:
+            values["best"] = Best(**values["best"])
+        return cls(**values)

@@ -1,0 +1,51 @@
+"""The main job: ``accelerate launch rtl_dist/train.py --config configs/X.yaml [key=value ...]``.
+
+The same through ``torchrun``, ``srun``, ``python``, and as ``rtl-dist train``. This file is only the
+story; each step of it has its own room.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if sys.path and os.path.realpath(sys.path[0] or ".") == os.path.dirname(os.path.realpath(__file__)):
+    # Run as a script, Python puts this folder first on the path, where our modules would shadow
+    # others of the same name; the project's root belongs there instead.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+
+from rtl_dist.commands import run_command, train_arguments
+from rtl_dist.config import Config, load_config
+
+
+def train(config: Config) -> str:
+    """Runs the job to its end and returns what to tell the user last.
+
+    Raises:
+        RtlDistError: with the exit code to leave with; see ``errors``.
+    """
+    from rtl_dist.engine import fit
+    from rtl_dist.job import finish, open_data, open_job
+    from rtl_dist.run_folder import keep_resolved, owned_run_folder
+    from rtl_dist.runtime import Runtime
+
+    config = keep_resolved(config)
+    with Runtime(config) as runtime, owned_run_folder(config, runtime) as run:
+        dataset = open_data(config, runtime)
+        with open_job(config, runtime, run, dataset) as (job, remaining, restored):
+            for stage, span in remaining:
+                fit(stage, span, job, restored)
+                restored = None
+            return finish(job)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses arguments, trains, and turns errors into exit codes."""
+    arguments = train_arguments().parse_args(argv)
+    return run_command(
+        lambda: train(load_config(arguments.config, arguments.overrides)), debug=arguments.debug
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

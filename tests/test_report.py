@@ -1,0 +1,234 @@
+"""A run's plots and page: drawn from whatever files are there, with the numbers they hold."""
+
+import json
+
+import numpy as np
+import pytest
+from report_helpers import (
+    assert_drawn,
+    assert_no_leftovers,
+    assert_self_contained,
+    make_predictions,
+    make_split,
+)
+
+from rtl_dist.errors import UserError
+from rtl_dist.metrics import compute_metrics
+from rtl_dist.report.evaluation import PICTURES, write_evaluation
+from rtl_dist.report.figure import plain
+from rtl_dist.report.files import write_bytes
+from rtl_dist.report.history import read_history
+from rtl_dist.report.html import Page
+from rtl_dist.report.plots import _label_levels, _thin
+from rtl_dist.report.run import draw_run, duration
+
+PLOTS = ("loss.png", "accuracy.png", "learning_rate.png", "throughput.png")
+
+# torchvision 0.29 announces that its decoder will move to another package.
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
+
+
+def make_rows(multi=False, epochs=(3, 5), steps_per_epoch=8):
+    """Rows as training logs them: one a step, with validation at the end of each epoch."""
+    rng = np.random.default_rng(1)
+    name = "micro_f1" if multi else "top1"
+    rows, step = [], 0
+    for stage, (label, length) in enumerate(zip(("head", "finetune"), epochs, strict=True)):
+        for i in range(length * steps_per_epoch):
+            step += 1
+            epoch = step / steps_per_epoch
+            loss = 1.8 * np.exp(-epoch / 3) + 0.15 + rng.normal() * 0.04
+            row = {
+                "step": step,
+                "epoch": epoch,
+                "stage": label,
+                "elapsed_s": 0.9 * step,
+                "train/loss": loss,
+                f"train/{name}": 1 - 0.4 * loss,
+                "lr/head": 1e-3 * (1 - i / (length * steps_per_epoch)),
+                "speed/images_per_second": 800 - 300 * stage + rng.normal() * 15,
+                "speed/data_wait": 0.05 + 0.01 * rng.random(),
+            }
+            if stage:
+                row |= {f"lr/layer{n}": 1e-4 * 0.75 ** (4 - n) * i / 40 for n in (1, 2, 3, 4)}
+            if step % steps_per_epoch == 0:
+                value = 0.92 - 0.7 * np.exp(-epoch / 2.2)
+                row |= {"val/loss": loss + 0.1, f"val/{name}": value, "val/macro_f1": value}
+                row[f"gap/{name}"] = row[f"train/{name}"] - value
+                if multi:
+                    row["val/map"] = value + 0.05
+            rows.append(row)
+    return rows
+
+
+def make_run(folder, rows, results=True):
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
+    (folder / "config.yaml").write_text("seed: 0\nmodel: {name: resnet50} # <i>\n")
+    (folder / "environment.json").write_text(json.dumps({"torch": "2.11", "world_size": 2}))
+    if results:
+        evaluated = [r for r in rows if "val/loss" in r][-1]
+        (folder / "results.json").write_text(
+            json.dumps(
+                {
+                    "status": "done",
+                    "best": {"step": evaluated["step"], "epoch": evaluated["epoch"],
+                             "stage": evaluated["stage"], "metric": "val/top1", "value": 0.9},
+                    "test": {"top1": 0.87654, "loss": 0.4321, "num_samples": 500},
+                    "samples_seen": 123456,
+                    "frozen_ok": True,
+                    "weights_sha256": "ab" * 32,
+                    "dataset_fingerprint": "cd" * 32,
+                }
+            )
+        )  # fmt: skip
+    return folder
+
+
+def test_a_run_is_drawn_whole(tmp_path):
+    rows = make_rows()
+    run = make_run(tmp_path / "quickstart", rows)
+    assert draw_run(run) == run / "report.html"
+    for name in PLOTS:
+        assert_drawn(run / "plots" / name)
+    text = assert_self_contained(run / "report.html")
+    for expected in (
+        "quickstart",
+        "87.65 %",
+        "123,456",
+        "finetune",
+        "done",
+        "cd" * 32,
+        "&lt;i&gt;",
+    ):
+        assert expected in text
+    best = max(r["val/top1"] for r in rows if "val/top1" in r)
+    assert f"{100 * best:.2f} %" in text
+    assert_no_leftovers(run)
+
+
+def test_the_stage_table_has_each_stages_figures(tmp_path):
+    rows = make_rows()
+    head, finetune = read_history(make_run(tmp_path, rows)).stages
+    assert (head.name, head.start, head.end, head.steps) == ("head", 0.0, 3.0, 24)
+    assert (finetune.name, finetune.start, finetune.end, finetune.steps) == (
+        "finetune",
+        3.0,
+        8.0,
+        40,
+    )
+    assert head.seconds == pytest.approx(0.9 * 24)
+    assert finetune.seconds == pytest.approx(0.9 * 40)
+    assert finetune.final == rows[-1]["val/top1"]
+    assert finetune.final_loss == rows[-1]["val/loss"]
+    assert finetune.gap == pytest.approx(rows[-1]["gap/top1"])
+    assert head.best == rows[23]["val/top1"]
+    assert head.best_epoch == 3.0
+
+
+def test_the_final_evaluation_is_part_of_the_runs_page(tmp_path):
+    run = make_run(tmp_path / "run", make_rows())
+    predictions = make_predictions(40, ("a", "b", "c"))
+    metrics = compute_metrics(predictions)
+    split = make_split(tmp_path / "data", 40)
+    write_evaluation(
+        predictions, run / "evaluation" / "test", split=split, metrics=metrics, title="test"
+    )
+    text = assert_self_contained(draw_run(run))
+    assert "Evaluation on test" in text
+    assert text.count("data:image/png;base64,") == len(PLOTS) + len(PICTURES)
+    assert f"{metrics['macro_f1']:.4f}" in text
+
+
+def test_a_running_multi_label_run_with_a_half_written_line(tmp_path):
+    rows = make_rows(multi=True)
+    run = make_run(tmp_path, rows, results=False)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 65, "epoch": 8.1, "train/lo')
+    (run / "environment.json").unlink()
+    text = assert_self_contained(draw_run(run))
+    assert "running" in text
+    assert "mean average precision" in text
+    best = max(row.get("val/map", 0) for row in rows)
+    assert f"{100 * best:.2f} %" in text
+    assert f"{100 * rows[-1]['gap/micro_f1']:+.2f}" in text
+    assert "could not be read" not in text
+    assert read_history(run).rows[-1]["step"] == 64
+
+
+def test_damaged_lines_and_losses_that_are_not_numbers_are_told(tmp_path):
+    rows = make_rows()
+    rows[10]["train/loss"] = float("nan")
+    run = make_run(tmp_path, rows)
+    lines = (run / "metrics.jsonl").read_text().split("\n")
+    lines[4] = lines[4][:20]
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+    text = draw_run(run).read_text(encoding="utf-8")
+    assert "could not be read: 5" in text
+    assert "first at step 11" in text
+
+
+def test_steps_done_again_after_a_resume_count_once(tmp_path):
+    rows = make_rows()
+    again = [row | {"elapsed_s": row["elapsed_s"] + 500} for row in rows[19:]]
+    history = read_history(make_run(tmp_path, rows[:30] + again))
+    assert [row["step"] for row in history.rows] == [row["step"] for row in rows]
+    assert history.rows[25]["elapsed_s"] > 500
+
+
+@pytest.mark.parametrize("row", [
+    {"step": 1, "epoch": 0.1, "stage": "head", "elapsed_s": 2.0, "train/loss": 2.3},
+    {"step": 9, "epoch": 1.0, "stage": "head", "elapsed_s": 2.0, "val/top1": 0.5, "val/loss": 1.0},
+    {"step": 0, "epoch": 0.0},
+])  # fmt: skip
+def test_a_single_row_still_draws(tmp_path, row):
+    run = make_run(tmp_path, [row], results=False)
+    assert_self_contained(draw_run(run))
+    for name in PLOTS:
+        assert_drawn(run / "plots" / name)
+
+
+def test_missing_and_empty_metrics_are_the_users_to_cure(tmp_path):
+    with pytest.raises(UserError, match=r"metrics\.jsonl is missing.*run\.dir"):
+        draw_run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "ep')
+    with pytest.raises(UserError, match="no whole row yet"):
+        draw_run(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_drawing_twice_gives_the_same_bytes(tmp_path):
+    run = make_run(tmp_path, make_rows())
+    first = draw_run(run).read_bytes()
+    assert draw_run(run).read_bytes() == first
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    target = tmp_path / "a.png"
+    write_bytes(target, b"old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="No space"):
+        write_bytes(target, b"new")
+    assert target.read_bytes() == b"old"
+    assert_no_leftovers(tmp_path)
+
+
+def test_small_pieces():
+    assert [duration(s) for s in (3.2, 187, 7500)] == ["3 s", "3 min 07 s", "2 h 05 min"]
+    assert plain("_a\n$b$", 9) == r" _a \$b\$"
+    assert plain("x" * 50, 5) == "xxxx…"
+    x, y = _thin(np.arange(10_001.0), np.ones(10_001))
+    assert len(x) == 1500
+    assert (y == 1).all()
+    assert (np.diff(x) > 0).all()
+    assert _label_levels([0.0, 0.01, 0.5], [8, 8, 8]) == [0, 1, 0]
+    page = Page("<&>")
+    page.table(("a", "b"), [(None, 0.123456), ("<x>", 2)])
+    assert "&lt;&amp;&gt;" in page.render()
+    assert "0.1235" in page.render()
+    assert "<x>" not in page.render()
