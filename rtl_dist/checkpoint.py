@@ -92,7 +92,9 @@ def load_newest_checkpoint(run: Path) -> Snapshot | None:
         try:
             return load_checkpoint(folder)
         except (OSError, ValueError, KeyError, TypeError, RtlDistError) as error:
-            LOG.warning("checkpoint %s is damaged (%s); falling back to an older one", folder, error)
+            LOG.warning(
+                "checkpoint %s is damaged (%s); falling back to an older one", folder, error
+            )
     if folders:
         raise UserError(
             f"no checkpoint in {run / FOLDER} is whole; delete that folder to start over"
@@ -168,4 +170,3 @@ def _checkpoints(run: Path) -> list[Path]:
         return []
     found = [path for path in folder.iterdir() if path.name.startswith("step-")]
     return sorted(found, key=lambda path: path.name, reverse=True)
-

@@ -96,7 +96,7 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     add_debug(parser)
 
     def run(arguments: argparse.Namespace) -> str:
-        from rtl_dist.evaluate import evaluate
+        from rtl_dist.evaluate_model import evaluate
 
         return evaluate(
             arguments.model,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,7 +135,10 @@ class _StageTraining:
             micro_batch_size=job.micro_batch_size, workers=job.workers,
         )  # fmt: skip
         module = HeadOnly(model) if self.batches.are_features else model
-        self.module, self.optimizer = runtime.accelerator.prepare(module, optimizer)
+        with warnings.catch_warnings():
+            # torch 2.14 renames broadcast_buffers; its old name serves every version we support
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            self.module, self.optimizer = runtime.accelerator.prepare(module, optimizer)
         if config.compile is True:
             self.module = torch.compile(self.module)
         self.scaler = runtime.accelerator.scaler
@@ -240,8 +244,8 @@ class _StageTraining:
 
     def log_if_due(self) -> None:
         job, state = self.job, self.job.state
-        if not job.is_due(job.config.run.log_every, state.last_log):
-            return
+        if self._evaluation_is_due or not job.is_due(job.config.run.log_every, state.last_log):
+            return  # an evaluation's row says all that this one would
         self._fold_totals()
         row = self._row() | train_metrics(state.since_log, task=job.dataset.task)
         job.tracker.log(row | self._rates | self._speed())
@@ -255,8 +259,7 @@ class _StageTraining:
 
     def evaluate_if_due(self) -> None:
         job, state = self.job, self.job.state
-        due = self.at_end or job.is_due(job.config.eval.every, state.last_eval)
-        if not due or state.last_eval == state.step:
+        if not self._evaluation_is_due:
             return
         self._fold_totals()
         speed = self._speed()
@@ -283,6 +286,12 @@ class _StageTraining:
         self.job.runtime.accelerator.unwrap_model(self.module, keep_fp32_wrapper=False)
         self.job.runtime.accelerator.free_memory()
         self.job.state.elapsed_s += time.perf_counter() - self._started_at
+
+    @property
+    def _evaluation_is_due(self) -> bool:
+        state = self.job.state
+        due = self.at_end or self.job.is_due(self.job.config.eval.every, state.last_eval)
+        return due and state.last_eval != state.step
 
     # --- parts of the above --------------------------------------------------------------------
 
@@ -329,7 +338,9 @@ class _StageTraining:
         now = digest(frozen_tensors(self.job.model))
         if now != self.frozen_digest:
             raise RuntimeError(f"stage {self.stage.name}: a frozen weight or statistic moved")
-        self.job.runtime.require_equal("the trained weights", digest(trainable_tensors(self.job.model)))
+        self.job.runtime.require_equal(
+            "the trained weights", digest(trainable_tensors(self.job.model))
+        )
 
     def _fold_totals(self) -> None:
         """Reads the device's counts; a deliberate wait for it, at logging and saving only."""
@@ -353,7 +364,7 @@ class _StageTraining:
             if name not in state.bad_names:
                 state.bad_samples += 1
                 LOG.warning("replaced by another sample: %s", name)
-                state.bad_names = [*state.bad_names, name][:_NAMES_KEPT + budget]
+                state.bad_names = [*state.bad_names, name][: _NAMES_KEPT + budget]
         if state.bad_samples > budget:
             raise DataError(
                 f"{state.bad_samples} damaged sample(s), data.bad_samples allows {budget}:"

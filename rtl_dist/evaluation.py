@@ -43,23 +43,27 @@ def predict_split(
     model.eval()
     scored: list[tuple[np.ndarray, np.ndarray]] = []
     bad: list[str] = []
-    with torch.inference_mode(), runtime.progress(
-        total=len(blocks), what=f"evaluating {split.name}", unit="batch"
-    ) as bar:
+    with (
+        torch.inference_mode(),
+        runtime.progress(total=len(blocks), what=f"evaluating {split.name}", unit="batch") as bar,
+    ):
         for batch in loader:
             images = batch.inputs.to(runtime.device, non_blocking=True)
             with runtime.accelerator.autocast():
                 logits = model(images)
-            scores = logits.float().sigmoid() if dataset.task == MULTI_LABEL else (
-                logits.float().softmax(1))
+            scores = (
+                logits.float().sigmoid()
+                if dataset.task == MULTI_LABEL
+                else (logits.float().softmax(1))
+            )
             scored.append((batch.samples.numpy().copy(), scores.cpu().numpy()))
             bad += batch.bad
             bar.update()
     _refuse_bad(runtime, bad)
     gathered = runtime.gather_to_main(scored)
-    return runtime.from_main(lambda: None) if gathered is None else _assemble(
-        runtime, dataset, split, [block for of_rank in gathered for block in of_rank]
-    )
+    if gathered is None:
+        return None
+    return _assemble(dataset, split, [block for of_rank in gathered for block in of_rank])
 
 
 def evaluate_split(
@@ -81,22 +85,19 @@ def _refuse_bad(runtime: Runtime, bad: list[str]) -> None:
 
 
 def _assemble(
-    runtime: Runtime, dataset: Dataset, split: Split, blocks: list[tuple[np.ndarray, np.ndarray]]
+    dataset: Dataset, split: Split, blocks: list[tuple[np.ndarray, np.ndarray]]
 ) -> Predictions:
-    def assemble() -> Predictions:
-        scores = np.zeros((split.num_samples, dataset.num_classes), dtype=np.float32)
-        times_seen = np.zeros(split.num_samples, dtype=np.int64)
-        for samples, block in blocks:
-            scores[samples] = block
-            np.add.at(times_seen, samples, 1)
-        if not (times_seen == 1).all():
-            raise RuntimeError(
-                f"split {split.name!r}: {(times_seen != 1).sum()} of {split.num_samples} samples"
-                " were not counted exactly once"
-            )
-        labels = split.labels(np.arange(split.num_samples))
-        if dataset.task == MULTI_LABEL:
-            labels = labels.astype(np.uint8)
-        return Predictions(task=dataset.task, classes=dataset.classes, labels=labels, scores=scores)
-
-    return assemble()
+    scores = np.zeros((split.num_samples, dataset.num_classes), dtype=np.float32)
+    times_seen = np.zeros(split.num_samples, dtype=np.int64)
+    for samples, block in blocks:
+        scores[samples] = block
+        np.add.at(times_seen, samples, 1)
+    if not (times_seen == 1).all():
+        raise RuntimeError(
+            f"split {split.name!r}: {(times_seen != 1).sum()} of {split.num_samples} samples were"
+            " not counted exactly once"
+        )
+    labels = split.labels(np.arange(split.num_samples))
+    if dataset.task == MULTI_LABEL:
+        labels = labels.astype(np.uint8)
+    return Predictions(task=dataset.task, classes=dataset.classes, labels=labels, scores=scores)

@@ -120,7 +120,9 @@ def compute_features(
                     bad += batch.bad
                 bar.update()
                 if runtime.stop_requested():
-                    raise StopRequested("stopped while features were computed; start again to go on")
+                    raise StopRequested(
+                        "stopped while features were computed; start again to go on"
+                    )
     runtime.sum_over_ranks(features)  # each row is zero on all ranks but one, so the sum is exact
     runtime.sum_over_ranks(used)
     bad = [name for names in runtime.gather(bad) for name in names]

@@ -166,7 +166,9 @@ def _evaluate_test(job: Job, best: Path) -> dict[str, float] | None:
 
 def _last_word(job: Job, test: dict[str, float] | None) -> str:
     best, data = job.state.best, job.config.data
-    reached = "" if best is None else f"best {best.metric} {best.value:.4f} at epoch {best.epoch:.1f}"
+    reached = (
+        "" if best is None else f"best {best.metric} {best.value:.4f} at epoch {best.epoch:.1f}"
+    )
     if test is not None:
         name = "map" if job.dataset.task == MULTI_LABEL else "top1"
         reached += f", {data.test}/{name} {test[name]:.4f} on {test['num_samples']:,} images"

@@ -26,8 +26,7 @@ TOP_K = 5
 NUM_BINS = 15
 THRESHOLD = 0.5
 
-# Two-sided 95 % of the normal distribution.
-_Z95 = 1.959963984540054
+_Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
 # A float32 probability that rounded to 0 was below the first, one that rounded to 1 was within the
 # second of 1: the bounds that keep a loss finite without flattering it.
 _TINY = float(np.finfo(np.float32).tiny)
@@ -194,10 +193,9 @@ def metrics_from_confusion(confusion: np.ndarray) -> dict[str, Any]:
 
 def confusion_matrix(predictions: Predictions) -> np.ndarray:
     """Single-label counts, int64 (C, C): row the truth, column the prediction."""
-    num_classes = len(predictions.classes)
-    cells = predictions.labels * num_classes + predictions.predicted
-    counts = np.bincount(cells, minlength=num_classes**2)
-    return counts.reshape(num_classes, num_classes).astype(np.int64)
+    size = len(predictions.classes)
+    cells = predictions.labels * size + predictions.predicted
+    return np.bincount(cells, minlength=size**2).reshape(size, size).astype(np.int64)
 
 
 def multi_label_confusion(predictions: Predictions, threshold: float = THRESHOLD) -> np.ndarray:
@@ -279,10 +277,7 @@ def calibration(predictions: Predictions, num_bins: int = NUM_BINS) -> Calibrati
 
 
 def wilson_interval(hits: int, total: int) -> tuple[float, float]:
-    """The 95 % interval of a proportion (Wilson 1927): bounds in [0, 1].
-
-    Unlike the normal approximation it stays sensible for few samples and at 0 and 100 %.
-    """
+    """The 95 % interval of a proportion (Wilson 1927), which stays in [0, 1] for few samples."""
     share, z2 = hits / total, _Z95**2
     centre = (share + z2 / (2 * total)) / (1 + z2 / total)
     spread = share * (1 - share) / total + z2 / (4 * total**2)

@@ -201,7 +201,9 @@ def _environment(runtime: Runtime) -> dict[str, Any]:
         "platform": platform.platform(),
         "hostname": socket.gethostname(),
         "device": torch.cuda.get_device_name(runtime.device) if cuda else _cpu_name(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "precision": runtime.precision,
         "world_size": runtime.world_size,
         "git": _git_state(),
@@ -228,5 +230,3 @@ def _git_state() -> dict[str, Any] | None:
         return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
         return None
-
-

@@ -40,8 +40,8 @@ class Runtime:
     rank, world_size: of all processes. local_world_size: of this machine. device: this rank's.
     """
 
-    def __init__(self, config: Config) -> None:
-        self.precision = resolve_precision(config.precision)
+    def __init__(self, precision: str) -> None:
+        self.precision = resolve_precision(precision)
         use_cpu = not torch.cuda.is_available()
         world = int(os.environ.get("WORLD_SIZE", "1"))
         self.accelerator = Accelerator(
@@ -50,7 +50,9 @@ class Runtime:
             mixed_precision=self.precision if self.precision in ("fp16", "bf16") else "no",
             kwargs_handlers=[
                 # BatchNorm buffers are kept equal by StepStatistics, not by broadcasting rank 0's
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                DistributedDataParallelKwargs(
+                    broadcast_buffers=False, gradient_as_bucket_view=True
+                ),
                 InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
             ],
         )
@@ -155,18 +157,24 @@ class Runtime:
         return items
 
     def from_main(self, make: Callable[[], Any]) -> Any:
-        """What ``make`` returns on rank 0, on every rank; an error of ours there is raised on all."""
+        """What ``make`` returns on rank 0, on every rank; if it fails there, every rank fails."""
         result: list[Any] = [None, None]
         if self.is_main:
             try:
                 result[0] = make()
             except RtlDistError as error:
                 result[1] = error
-        if self._control is not None:
-            dist.broadcast_object_list(result, src=0, group=self._control)
+            except Exception as error:
+                self._broadcast([None, RuntimeError(f"rank 0 failed: {error!r}")])
+                raise
+        self._broadcast(result)
         if result[1] is not None:
             raise result[1]
         return result[0]
+
+    def _broadcast(self, objects: list[Any]) -> None:
+        if self._control is not None:
+            dist.broadcast_object_list(objects, src=0, group=self._control)
 
     def gather_to_main(self, item: Any) -> list[Any] | None:
         """``item`` of every rank, in order of rank, on rank 0; None elsewhere."""

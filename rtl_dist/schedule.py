@@ -47,9 +47,7 @@ class Every:
         return int(Fraction(step * global_batch_size, num_samples) / self.count)
 
 
-def is_due(
-    step: int, every: Every, *, last: int, global_batch_size: int, num_samples: int
-) -> bool:
+def is_due(step: int, every: Every, *, last: int, global_batch_size: int, num_samples: int) -> bool:
     """Whether the event came due in the steps after ``last`` up to and including ``step``."""
     size = {"global_batch_size": global_batch_size, "num_samples": num_samples}
     return every.events_by(step, **size) > every.events_by(last, **size)

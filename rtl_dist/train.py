@@ -30,7 +30,7 @@ def train(config: Config) -> str:
     from rtl_dist.runtime import Runtime
 
     config = keep_resolved(config)
-    with Runtime(config) as runtime, owned_run_folder(config, runtime) as run:
+    with Runtime(config.precision) as runtime, owned_run_folder(config, runtime) as run:
         dataset = open_data(config, runtime)
         with open_job(config, runtime, run, dataset) as (job, remaining, restored):
             for stage, span in remaining:

@@ -223,7 +223,7 @@ def test_csv_folder_errors(table, tmp_path):
     with pytest.raises(DataError, match="its name already says its split"):
         open_source(str(tmp_path))
     table("file,name", "b.jpg,x", name="val.csv")
-    with pytest.raises(DataError, match="differ from those of train.csv"):
+    with pytest.raises(DataError, match=r"differ from those of train\.csv"):
         open_source(str(tmp_path))
 
 
@@ -332,7 +332,7 @@ def test_failed_download_is_one_data_error(tmp_path, monkeypatch):
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torchvision.datasets, "CIFAR100", unreachable)
-    with pytest.raises(DataError, match="cannot get torchvision:CIFAR100 .*no route to host"):
+    with pytest.raises(DataError, match=r"cannot get torchvision:CIFAR100 .*no route to host"):
         pack("torchvision:CIFAR100", tmp_path / "out")
 
 

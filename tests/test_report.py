@@ -19,7 +19,7 @@ from rtl_dist.report.figure import plain
 from rtl_dist.report.files import write_bytes
 from rtl_dist.report.history import read_history
 from rtl_dist.report.html import Page
-from rtl_dist.report.plots import _label_levels, _thin
+from rtl_dist.report.plots import _distinct_rates, _label_levels, _thin
 from rtl_dist.report.run import draw_run, duration
 
 PLOTS = ("loss.png", "accuracy.png", "learning_rate.png", "throughput.png")
@@ -232,3 +232,12 @@ def test_small_pieces():
     assert "&lt;&amp;&gt;" in page.render()
     assert "0.1235" in page.render()
     assert "<x>" not in page.render()
+
+
+def test_groups_with_equal_rates_share_a_curve_that_breaks_between_stages(tmp_path):
+    rows = [row | {"lr/stem": row["lr/head"]} for row in make_rows()]
+    curves = _distinct_rates(read_history(make_run(tmp_path, rows)))
+    assert [label for label, _, _ in curves][:2] == ["head and 1 more", "layer1"]
+    _, epochs, rates = curves[0]
+    assert np.isnan(rates).sum() == 1
+    assert epochs[np.flatnonzero(np.isnan(rates))[0]] > 3.0

@@ -35,7 +35,7 @@ def read_csv(path):
 
 
 def test_an_evaluation_is_written_whole(tmp_path):
-    predictions = make_predictions(137, ("cat", "dog", "<b>$x_1$</b>", "_hidden"))
+    predictions = make_predictions(137, ("cat", "dog", "<b>$x_1$</b>", "_犬"))
     out, metrics = evaluate(tmp_path, predictions)
     summary = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     hits = int((predictions.predicted == predictions.labels).sum())

@@ -119,14 +119,14 @@ def _build(section: type, tree: Any, path: str) -> Any:
     fields = {_key(field): field for field in dataclasses.fields(section)}
     for key in tree:
         if key not in fields:
-            raise UserError(f"unknown key {_join(path, str(key))}{_nearest(str(key), list(fields))}")
+            raise UserError(
+                f"unknown key {_join(path, str(key))}{_nearest(str(key), list(fields))}"
+            )
     values = {}
     for key, field in fields.items():
         if key in tree:
             values[field.name] = _convert(hints[field.name], tree[key], _join(path, key))
-        elif (
-            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        ):
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise UserError(f"{_join(path, key)}: is required")
     try:
         return section(**values)
@@ -188,8 +188,13 @@ def _convert_scalar(kind: Any, value: Any, path: str) -> Any:
             pass
     if kind in (int, bool, str) and type(value) is kind:
         return value
-    names = {float: "a number", int: "a whole number", bool: "true or false", str: "text",
-             Every: "something like '1 epoch'"}
+    names = {
+        float: "a number",
+        int: "a whole number",
+        bool: "true or false",
+        str: "text",
+        Every: "something like '1 epoch'",
+    }
     raise UserError(f"{path}: expected {names[kind]}, found {value!r}")
 
 

@@ -76,12 +76,18 @@ class Data:
         _check(0 <= self.val_fraction < 1, "val_fraction: must lie in 0 to 1")
         _check(self.workers == "auto" or self.workers >= 0, "workers: must be auto or at least 0")
         _check(self.bad_samples >= 0, "bad_samples: must be at least 0")
-        _check("://" not in self.path,
-               "path: remote data sets are not supported yet; copy the folder to a local disk")
-        _check(self.cache_dir is None,
-               "cache_dir: is for remote data, which is not supported yet; leave it null")
-        _check((self.backend == "stream") == (self.stream_urls is not None),
-               "stream_urls: goes with backend: stream, and that with it")
+        _check(
+            "://" not in self.path,
+            "path: remote data sets are not supported yet; copy the folder to a local disk",
+        )
+        _check(
+            self.cache_dir is None,
+            "cache_dir: is for remote data, which is not supported yet; leave it null",
+        )
+        _check(
+            (self.backend == "stream") == (self.stream_urls is not None),
+            "stream_urls: goes with backend: stream, and that with it",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +121,10 @@ class Augment:
         _check(0 < low <= high, f"crop_ratio: must be 0 < low <= high, not {[low, high]}")
         for name in ("rotation", "color_jitter", "mixup", "cutmix"):
             _check(getattr(self, name) >= 0, f"{name}: must be at least 0")
-        _check(self.randaugment is None or 0 <= self.randaugment <= 30,
-               f"randaugment: must be null or 0 to 30, not {self.randaugment}")
+        _check(
+            self.randaugment is None or 0 <= self.randaugment <= 30,
+            f"randaugment: must be null or 0 to 30, not {self.randaugment}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,8 +168,10 @@ class Stage:
     fit. Needs ``trainable: head`` and ``views``; the trained head is the same either way."""
 
     def __post_init__(self) -> None:
-        _check((self.epochs is None) != (self.steps is None),
-               "epochs: a stage has either epochs or steps")
+        _check(
+            (self.epochs is None) != (self.steps is None),
+            "epochs: a stage has either epochs or steps",
+        )
         _check(self.epochs is None or self.epochs > 0, "epochs: must be positive")
         _check(self.steps is None or self.steps > 0, "steps: must be positive")
         _check(self.lr > 0, f"lr: must be positive, not {self.lr}")
@@ -196,8 +206,10 @@ class Optim:
         _check(0 <= self.ema < 1, f"ema: must lie in 0 to 1, not {self.ema}")
         _check(self.weight_decay >= 0, "weight_decay: must be at least 0")
         _check(self.warmup >= 0, "warmup: must be at least 0")
-        _check(self.clip_grad_norm is None or self.clip_grad_norm > 0,
-               "clip_grad_norm: must be positive or null")
+        _check(
+            self.clip_grad_norm is None or self.clip_grad_norm > 0,
+            "clip_grad_norm: must be positive or null",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,8 +224,10 @@ class Batch:
         _check(self.global_ > 0, "global: must be positive")
         if self.micro != "auto":
             _check(self.micro > 0, "micro: must be auto or positive")
-            _check(self.global_ % self.micro == 0,
-                   f"micro: {self.micro} does not divide batch.global {self.global_}")
+            _check(
+                self.global_ % self.micro == 0,
+                f"micro: {self.micro} does not divide batch.global {self.global_}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,8 +250,16 @@ class EarlyStop:
     """End a stage after this many evaluations of it without a new best; null: never."""
 
     def __post_init__(self) -> None:
-        known = ("auto", "val/top1", "val/top5", "val/macro_f1", "val/loss", "val/map",
-                 "val/micro_f1", "val/exact_match")
+        known = (
+            "auto",
+            "val/top1",
+            "val/top5",
+            "val/macro_f1",
+            "val/loss",
+            "val/map",
+            "val/micro_f1",
+            "val/exact_match",
+        )
         _check(self.metric in known, f"metric: must be one of {', '.join(known)}")
         _check(self.patience is None or self.patience >= 1, "patience: must be positive or null")
 
@@ -282,5 +304,7 @@ class Config:
         _check(len(set(names)) == len(names), f"stages: names must differ, not {names}")
         _check(0 <= self.seed < 2**63, "seed: must lie in 0 to 2^63 - 1")
         mixes = self.augment.mixup > 0 or self.augment.cutmix > 0
-        _check(not (mixes and self.data.backend == "stream"),
-               "augment.mixup: needs data.backend: indexed")
+        _check(
+            not (mixes and self.data.backend == "stream"),
+            "augment.mixup: needs data.backend: indexed",
+        )

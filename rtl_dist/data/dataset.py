@@ -183,7 +183,9 @@ class Dataset:
             )
         entry = splits[name]
         shards = tuple(
-            Shard(path=s["path"], num_samples=s["num_samples"], bytes=s["bytes"], sha256=s["sha256"])
+            Shard(
+                path=s["path"], num_samples=s["num_samples"], bytes=s["bytes"], sha256=s["sha256"]
+            )
             for s in entry["shards"]
         )
         for shard in shards:
@@ -198,8 +200,10 @@ class Dataset:
             label_matrix = _load_array(self.root / INDEX_FOLDER / f"{name}.labels.npy")
             expected = (len(index), self.num_classes)
             if label_matrix.shape != expected:
-                raise DataError(f"labels of split {name!r} have shape {label_matrix.shape}, "
-                                f"expected {expected}; pack {self.root} again")
+                raise DataError(
+                    f"labels of split {name!r} have shape {label_matrix.shape}, "
+                    f"expected {expected}; pack {self.root} again"
+                )
         elif len(index):
             lowest, highest = int(index["label"].min()), int(index["label"].max())
             if lowest < 0 or highest >= self.num_classes:
@@ -208,9 +212,14 @@ class Dataset:
                     f" {lowest if lowest < 0 else highest}, but there are {self.num_classes} classes"
                     f" (0 to {self.num_classes - 1}); correct the labels and pack again"
                 )
-        return Split(name=name, root=self.root, shards=shards,
-                     class_counts=tuple(entry["class_counts"]), index=index,
-                     label_matrix=label_matrix)
+        return Split(
+            name=name,
+            root=self.root,
+            shards=shards,
+            class_counts=tuple(entry["class_counts"]),
+            index=index,
+            label_matrix=label_matrix,
+        )
 
 
 def open_dataset(path: str | Path) -> Dataset:
@@ -240,8 +249,13 @@ def open_dataset(path: str | Path) -> Dataset:
                 f"{root / DESCRIPTION} does not match its own fingerprint: it was edited or"
                 " damaged; pack again"
             )
-        return Dataset(root=root, task=description["task"], classes=tuple(description["classes"]),
-                       fingerprint=description["fingerprint"], description=description)
+        return Dataset(
+            root=root,
+            task=description["task"],
+            classes=tuple(description["classes"]),
+            fingerprint=description["fingerprint"],
+            description=description,
+        )
     except (KeyError, TypeError) as error:
         raise DataError(f"{root / DESCRIPTION} lacks {error}; pack again") from error
 
@@ -265,7 +279,9 @@ def _check_shard_size(path: Path, expected: int) -> None:
     try:
         actual = path.stat().st_size
     except OSError as error:
-        raise DataError(f"shard {path} cannot be opened: {error.strerror}; restore it or pack again") from error
+        raise DataError(
+            f"shard {path} cannot be opened: {error.strerror}; restore it or pack again"
+        ) from error
     if actual != expected:
         what = "truncated" if actual < expected else "altered"
         raise DataError(

@@ -61,9 +61,7 @@ class TrainingMicrobatches(TorchDataset[Batch]):
 
     def __getitem__(self, position: int) -> Batch:
         num_samples = self._split.num_samples
-        samples, epochs = samples_at(
-            position, self._size, num_samples=num_samples, seed=self._seed
-        )
+        samples, epochs = samples_at(position, self._size, num_samples=num_samples, seed=self._seed)
         keys = augmentation_keys(samples, epochs, seed=self._seed, views=self._views)
         return self._images.batch(samples, keys, substitute=True)
 

@@ -45,8 +45,9 @@ def permute(positions: np.ndarray, *, num_samples: int, key: int) -> np.ndarray:
         int64 (n,).
     """
     half_bits = max(1, (max(1, num_samples - 1).bit_length() + 1) // 2)
-    round_keys = mix64(np.uint64(key) + np.arange(1, _ROUNDS + 1, dtype=np.uint64)
-                       * np.uint64(0x9E3779B97F4A7C15))
+    round_keys = mix64(
+        np.uint64(key) + np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    )
     result = _feistel(positions.astype(np.uint64), half_bits, round_keys)
     outside = np.flatnonzero(result >= num_samples)
     while outside.size:  # walk each cycle until it is back inside; at most 4 rounds on average
@@ -68,8 +69,9 @@ def samples_at(
     samples = np.empty(count, dtype=np.int64)
     for epoch in np.unique(epochs):
         chosen = epochs == epoch
-        samples[chosen] = permute(within[chosen], num_samples=num_samples,
-                                  key=derive_key(seed, int(epoch)))
+        samples[chosen] = permute(
+            within[chosen], num_samples=num_samples, key=derive_key(seed, int(epoch))
+        )
     return samples, epochs
 
 

@@ -119,7 +119,12 @@ def _sum_first_convolution(trunk: nn.Module) -> None:
     """Makes a colour network take grey input: its first kernel summed over the colours."""
     path, conv = next((p, m) for p, m in trunk.named_modules() if isinstance(m, nn.Conv2d))
     grey = nn.Conv2d(
-        1, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=conv.bias is not None
+        1,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,
+        bias=conv.bias is not None,
     )  # type: ignore[arg-type]
     with torch.no_grad():
         grey.weight.copy_(conv.weight.sum(1, keepdim=True))

@@ -108,7 +108,9 @@ def _load_folder(folder: Path) -> LoadedModel:
         })  # fmt: skip
         task, fingerprint = ours["task"], ours["dataset_fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / DESCRIPTION} was not written by rtl-dist ({error!r})") from error
+        raise UserError(
+            f"{folder / DESCRIPTION} was not written by rtl-dist ({error!r})"
+        ) from error
     state = read_state_dict(folder / WEIGHTS)
     return _fill(config.model, config.data, state, classes, task, fingerprint, folder)
 

@@ -23,7 +23,9 @@ def parts_of(model: Classifier) -> dict[str, list[nn.Module]]:
     A part is a child of the trunk that holds parameters; the children before the first one named
     ``layer...`` are together the ``stem``.
     """
-    children = [(n, m) for n, m in model.trunk.named_children() if any(True for _ in m.parameters())]
+    children = [
+        (n, m) for n, m in model.trunk.named_children() if any(True for _ in m.parameters())
+    ]
     first_layer = next((i for i, (n, _) in enumerate(children) if n.startswith("layer")), 0)
     parts: dict[str, list[nn.Module]] = {}
     for i, (name, module) in enumerate(children):

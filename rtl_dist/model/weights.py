@@ -73,7 +73,9 @@ def find_weights(path: str) -> tuple[Path, tuple[str, ...] | None]:
         file = folder / "model.safetensors"
         if file.is_file():
             return file, _classes_beside(file)
-    what = "holds no best/model.safetensors or model.safetensors" if given.is_dir() else "is missing"
+    what = (
+        "holds no best/model.safetensors or model.safetensors" if given.is_dir() else "is missing"
+    )
     raise UserError(
         f"model.weights: {path} {what}; give a weights file, a run folder, pretrained or none"
     )
@@ -86,7 +88,14 @@ def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
             state = load_file(file)
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, SafetensorError, pickle.UnpicklingError) as e:
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        SafetensorError,
+        pickle.UnpicklingError,
+    ) as e:
         reason = " ".join(str(e).split())[:200]
         raise UserError(
             f"model.weights: {file} cannot be read as plain tensors ({reason}); save it again with"
@@ -145,9 +154,7 @@ def _load_trunk(model: Classifier, state: dict[str, torch.Tensor], file: Path) -
 _HEAD_NAMES = ("fc", "classifier", "head", "heads", "linear")
 
 
-def _adapt_input_convolution(
-    state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]
-) -> None:
+def _adapt_input_convolution(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> None:
     """Colour weights for grey input: the first kernel summed over its input channels; and back."""
     first = next((k for k, v in own.items() if v.ndim == 4), None)
     if first is None or first not in state or state[first].ndim != 4:

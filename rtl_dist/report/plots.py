@@ -100,16 +100,10 @@ def learning_rate_figure(history: History) -> Figure:
     figure = new_figure(9.0, 4.6)
     axes = figure.add_subplot()
     dress(axes, title="Learning rate", x="epoch", y="learning rate")
-    names = history.names("lr/")
-    shades = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.9, max(len(names), 2)))
-    drawn = False
-    for place, name in enumerate(names):
-        epochs, rates = history.series(name)
-        epochs, rates = epochs[rates > 0], rates[rates > 0]
-        if not len(rates):
-            continue
-        epochs, rates = _with_breaks(history, epochs, rates)
-        few = len(names) <= len(CYCLE)
+    curves = _distinct_rates(history)
+    few = len(curves) <= len(CYCLE)
+    shades = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.9, max(len(curves), 2)))
+    for place, (label, epochs, rates) in enumerate(curves):
         axes.plot(
             epochs,
             rates,
@@ -117,16 +111,15 @@ def learning_rate_figure(history: History) -> Figure:
             linewidth=1.6,
             linestyle=LINE_STYLES[place % len(LINE_STYLES)],
             marker=_dot(rates),
-            label=plain(name.removeprefix("lr/"), 24),
+            label=label,
         )
-        drawn = True
-    if drawn:
+    if curves:
         axes.set_yscale("log")
         axes.grid(True, which="minor", color="#EFEFEF", linewidth=0.4)
     else:
         say(axes, "no learning rates were logged")
     _mark_stages(axes, history)
-    outside_legend(axes, ncols=1 + len(names) // 20)
+    outside_legend(axes, ncols=1 + len(curves) // 20)
     return figure
 
 
@@ -154,7 +147,7 @@ def throughput_figure(history: History) -> Figure:
         top.axhline(
             median, color=GREY, linestyle="--", linewidth=1.0, label=f"median {median:,.0f}"
         )
-        top.legend(fontsize=9, loc="lower right", framealpha=0.9)
+        outside_legend(top)
     _mark_stages(top, history)
     _mark_stages(bottom, history, named=False)
     return figure
@@ -247,6 +240,24 @@ def _label_levels(starts: Sequence[float], lengths: Sequence[int]) -> list[int]:
         ends[level] = start + 0.014 * (length + 1)
         levels.append(level)
     return levels
+
+
+def _distinct_rates(history: History) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Label, epochs and rates of each parameter group; groups with equal rates share a curve."""
+    found: dict[bytes, tuple[list[str], np.ndarray, np.ndarray]] = {}
+    for name in history.names("lr/"):
+        epochs, rates = history.series(name)
+        epochs, rates = epochs[rates > 0], rates[rates > 0]
+        if len(rates):
+            key = epochs.tobytes() + rates.tobytes()
+            found.setdefault(key, ([], epochs, rates))[0].append(name.removeprefix("lr/"))
+    return [
+        (
+            plain(names[0], 24) + (f" and {len(names) - 1} more" if len(names) > 1 else ""),
+            *_with_breaks(history, epochs, rates),
+        )
+        for names, epochs, rates in found.values()
+    ]
 
 
 def _with_breaks(

@@ -53,8 +53,9 @@ def read_public(name: str, labels: Sequence[str] | None) -> Source:
         DataError: the download failed.
     """
     if name not in _SPLITS:
-        near = get_close_matches(name, _SPLITS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        lower = {known.lower(): known for known in _SPLITS}
+        near = get_close_matches(name.lower(), lower, n=1)
+        hint = f"did you mean {lower[near[0]]!r}? " if near else ""
         raise UserError(f"no data set torchvision:{name}; {hint}there are: {', '.join(_SPLITS)}")
     from torchvision import datasets  # slow to import, and only this source needs it
 

@@ -7,7 +7,6 @@ from typing import Literal
 
 import torch
 
-from rtl_dist.config import Config, parse_config
 from rtl_dist.data.dataset import MULTI_LABEL, Dataset, open_dataset
 from rtl_dist.data.loader import resolve_workers
 from rtl_dist.errors import UserError
@@ -42,7 +41,7 @@ def evaluate(
     dataset = open_dataset(data_path)
     _require_same_classes(loaded, dataset)
     split = dataset.split(split_name)
-    with Runtime(_config(precision)) as runtime:
+    with Runtime(precision) as runtime:
         configure_logging(is_main=runtime.is_main)
         model = loaded.model.to(runtime.device, memory_format=torch.channels_last)
         number = resolve_workers(workers, local_world_size=runtime.local_world_size)
@@ -75,8 +74,3 @@ def _require_same_classes(loaded: LoadedModel, dataset: Dataset) -> None:
 
 def _some(names: tuple[str, ...]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _config(precision: str) -> Config:
-    return parse_config({"data": {"path": ""}, "stages": [{"name": "-", "steps": 1, "lr": 1.0}],
-                         "precision": precision})  # fmt: skip
