@@ -63,25 +63,47 @@ def open_stage_batches(
     )
     if can_cache(config, stage, split, num_features=model.head.in_features):
         assert stage.views is not None
-        views = views_of_stage(stage, first_step=first_step, end_step=end_step,
-                               global_batch_size=global_batch_size,
-                               num_samples=split.num_samples)  # fmt: skip
-        cache = compute_features(model, split, views, config=config, runtime=runtime,
-                                 micro_batch_size=micro_batch_size, workers=workers)  # fmt: skip
-        iterator = cache.batches(positions, size=micro_batch_size, split=split, seed=config.seed,
-                                 num_views=stage.views)  # fmt: skip
+        views = views_of_stage(
+            stage,
+            first_step=first_step,
+            end_step=end_step,
+            global_batch_size=global_batch_size,
+            num_samples=split.num_samples,
+        )
+        cache = compute_features(
+            model,
+            split,
+            views,
+            config=config,
+            runtime=runtime,
+            micro_batch_size=micro_batch_size,
+            workers=workers,
+        )
+        iterator = cache.batches(
+            positions, size=micro_batch_size, split=split, seed=config.seed, num_views=stage.views
+        )
         return StageBatches(iterator=iterator, are_features=True, bad=cache.bad)
     transform = TrainTransform(config.augment, image_size=config.data.image_size)
     pin_memory = runtime.device.type == "cuda"
     if config.data.backend == "stream":
         stream = stream_microbatches(
-            config.data, transform, size=micro_batch_size, seed=config.seed, first_step=first_step,
-            num_classes=model.head.out_features, workers=workers, pin_memory=pin_memory,
-        )  # fmt: skip
+            config.data,
+            transform,
+            size=micro_batch_size,
+            seed=config.seed,
+            first_step=first_step,
+            num_classes=model.head.out_features,
+            workers=workers,
+            pin_memory=pin_memory,
+        )
         return StageBatches(iterator=iter(stream))
     microbatches = TrainingMicrobatches(
-        split, transform, size=micro_batch_size, channels=config.data.channels, seed=config.seed,
+        split,
+        transform,
+        size=micro_batch_size,
+        channels=config.data.channels,
+        seed=config.seed,
         views=stage.views,
-    )  # fmt: skip
+    )
     loader = make_loader(microbatches, positions, workers=workers, pin_memory=pin_memory)
     return StageBatches(iterator=iter(loader))

@@ -1,9 +1,9 @@
 """Checkpoints: whole or not there.
 
-A checkpoint is a folder ``checkpoints/step-00001234`` of safetensors and JSON. It is written under a
-temporary name, every file is flushed to disk, ``manifest.json`` with all checksums comes last, and
-only then is the folder renamed; so what bears a step's name is whole, and there is never a moment
-without a valid newest one. Loading verifies the checksums and falls back to the next older.
+A checkpoint is a folder ``checkpoints/step-00001234`` of safetensors and JSON. It is written under
+a temporary name, every file is flushed to disk, ``manifest.json`` with all checksums comes
+last, and only then is the folder renamed; so what bears a step's name is whole, and there is never
+a moment without a valid newest one. Loading verifies the checksums and falls back to the next older.
 """
 
 from __future__ import annotations
@@ -115,8 +115,9 @@ def load_checkpoint(folder: Path) -> Snapshot:
     content = json.loads((folder / _STATE).read_text(encoding="utf-8"))
     if content["schema"] != SCHEMA:
         raise UserError(f"{folder} is of schema {content['schema']}, this version reads {SCHEMA}")
-    tensors = {name: load_file(folder / f"{name}.safetensors")
-               for name in ("model", "optimizer", "ema")}  # fmt: skip
+    tensors = {
+        name: load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer", "ema")
+    }
     return Snapshot(
         state=TrainState.from_dict(content["state"]),
         scaler=content["scaler"],
@@ -155,8 +156,10 @@ def restore_optimizer(
     for key, value in tensors.items():
         kind, _, name = key.partition("/")
         if name not in position:
-            raise UserError(f"the checkpoint's optimizer knows {name!r}, this stage does not train"
-                            " it: resume with the config the run was started with")  # fmt: skip
+            raise UserError(
+                f"the checkpoint's optimizer knows {name!r}, this stage does not train"
+                " it: resume with the config the run was started with"
+            )
         state.setdefault(position[name], {})[kind] = value
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}

@@ -50,16 +50,31 @@ def _add_pack(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         " torchvision:NAME",
     )
     parser.add_argument("out", type=Path, help="folder of the data set to make")
-    parser.add_argument("--val-fraction", type=float, default=0.0, metavar="F",
-                        help="part of train that becomes val, the same share of every class")  # fmt: skip
+    parser.add_argument(
+        "--val-fraction",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="part of train that becomes val, the same share of every class",
+    )
     parser.add_argument("--shard-size", type=int, default=1000, metavar="N", help="images a shard")
-    parser.add_argument("--resize", type=int, metavar="SHORT_SIDE",
-                        help="shrink larger images; else bytes are passed through unchanged")  # fmt: skip
+    parser.add_argument(
+        "--resize",
+        type=int,
+        metavar="SHORT_SIDE",
+        help="shrink larger images; else bytes are passed through unchanged",
+    )
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: the CPUs)")
-    parser.add_argument("--labels", metavar="A,B,...",
-                        help="CSV: the label column(s); class folders: the classes, in this order")  # fmt: skip
-    parser.add_argument("--allow-missing-classes", action="store_true",
-                        help="accept a split without any image of some class")  # fmt: skip
+    parser.add_argument(
+        "--labels",
+        metavar="A,B,...",
+        help="CSV: the label column(s); class folders: the classes, in this order",
+    )
+    parser.add_argument(
+        "--allow-missing-classes",
+        action="store_true",
+        help="accept a split without any image of some class",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a data set in OUT")
     add_debug(parser)
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from rtl_dist.config import Precision
 from rtl_dist.data.dataset import MULTI_LABEL, Dataset, open_dataset
 from rtl_dist.data.loader import resolve_workers
 from rtl_dist.errors import UserError
@@ -24,7 +25,7 @@ def evaluate(
     *,
     out: Path,
     workers: Literal["auto"] | int = "auto",
-    precision: str = "auto",
+    precision: Precision = "auto",
 ) -> str:
     """Evaluates a model and writes tables and pictures into ``out``.
 
@@ -62,8 +63,9 @@ def evaluate(
 
 def _require_same_classes(loaded: LoadedModel, dataset: Dataset) -> None:
     if loaded.task != dataset.task:
-        raise UserError(f"{loaded.source} was trained on {loaded.task} data, {dataset.root} is"
-                        f" {dataset.task}")  # fmt: skip
+        raise UserError(
+            f"{loaded.source} was trained on {loaded.task} data, {dataset.root} is {dataset.task}"
+        )
     if loaded.classes != dataset.classes:
         raise UserError(
             f"the head in {loaded.source} is for {len(loaded.classes)} classes"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import numpy as np
 import torch
 
@@ -16,17 +18,91 @@ from rtl_dist.runtime import Runtime
 _BATCH_SIZE = 64
 
 
+# One rank's share of a split under a frozen trunk: sample numbers int64 (n,) and features (n, F).
+FeatureBlocks = list[tuple[np.ndarray, torch.Tensor]]
+
+
 def predict_split(
-    model: Classifier, dataset: Dataset, split: Split, *, runtime: Runtime, workers: int
+    model: Classifier,
+    dataset: Dataset,
+    split: Split,
+    *,
+    runtime: Runtime,
+    workers: int,
+    features: FeatureBlocks | None = None,
 ) -> Predictions | None:
     """Scores a split, blocks of it shared among the ranks; the model is left in eval mode.
+
+    Args:
+        features: what ``split_features`` made of this split with this trunk, to score from.
 
     Returns:
         on rank 0 every sample's scores in index order, elsewhere None.
 
     Raises:
-        DataError: on every rank, if a sample is damaged or was not counted exactly once.
+        DataError: on every rank, if a sample is damaged.
+        RuntimeError: a sample was not counted exactly once.
     """
+    model.eval()
+    scored: list[tuple[np.ndarray, np.ndarray]] = []
+    with torch.inference_mode():
+        if features is None:
+            blocks = _forward(model, model, split, runtime=runtime, workers=workers)
+        else:
+            blocks = iter(features)
+        for samples, out in blocks:
+            with runtime.accelerator.autocast():
+                logits = out if features is None else model.classify(out)
+            scores = logits.float()
+            scores = scores.sigmoid() if dataset.task == MULTI_LABEL else scores.softmax(1)
+            scored.append((samples, scores.cpu().numpy()))
+    gathered = runtime.gather_to_main(scored)
+    if gathered is None:
+        return None
+    return _assemble(dataset, split, [block for of_rank in gathered for block in of_rank])
+
+
+@torch.inference_mode()
+def split_features(
+    model: Classifier, split: Split, *, runtime: Runtime, workers: int
+) -> FeatureBlocks:
+    """This rank's blocks of a split as the trunk's features, kept on the device. Raises as
+    ``predict_split``."""
+    model.eval()
+    return list(_forward(model, model.features, split, runtime=runtime, workers=workers))
+
+
+def evaluate_split(
+    model: Classifier,
+    dataset: Dataset,
+    split: Split,
+    *,
+    runtime: Runtime,
+    workers: int,
+    features: FeatureBlocks | None = None,
+) -> dict[str, float]:
+    """The split's metrics (see ``metrics``), equal on every rank; raises as ``predict_split``."""
+    predictions = predict_split(
+        model, dataset, split, runtime=runtime, workers=workers, features=features
+    )
+
+    def compute() -> dict[str, float]:
+        assert predictions is not None
+        return compute_metrics(predictions)
+
+    metrics: dict[str, float] = runtime.from_main(compute)
+    return metrics
+
+
+def _forward(
+    model: Classifier,
+    function: Callable[[torch.Tensor], torch.Tensor],
+    split: Split,
+    *,
+    runtime: Runtime,
+    workers: int,
+) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    """``function`` of this rank's blocks of a split, after the evaluation's view of each image."""
     preprocessing = model.preprocessing
     blocks = range(0, split.num_samples, _BATCH_SIZE)[runtime.rank :: runtime.world_size]
     loader = make_loader(
@@ -40,41 +116,17 @@ def predict_split(
         workers=min(workers, len(blocks)),
         pin_memory=runtime.device.type == "cuda",
     )
-    model.eval()
-    scored: list[tuple[np.ndarray, np.ndarray]] = []
     bad: list[str] = []
-    with (
-        torch.inference_mode(),
-        runtime.progress(total=len(blocks), what=f"evaluating {split.name}", unit="batch") as bar,
-    ):
+    what = f"evaluating {split.name}"
+    with runtime.progress(total=len(blocks), what=what, unit="batch") as bar:
         for batch in loader:
             images = batch.inputs.to(runtime.device, non_blocking=True)
             with runtime.accelerator.autocast():
-                logits = model(images)
-            scores = (
-                logits.float().sigmoid()
-                if dataset.task == MULTI_LABEL
-                else (logits.float().softmax(1))
-            )
-            scored.append((batch.samples.numpy().copy(), scores.cpu().numpy()))
+                out = function(images)
+            yield batch.samples.numpy().copy(), out
             bad += batch.bad
             bar.update()
     _refuse_bad(runtime, bad)
-    gathered = runtime.gather_to_main(scored)
-    if gathered is None:
-        return None
-    return _assemble(dataset, split, [block for of_rank in gathered for block in of_rank])
-
-
-def evaluate_split(
-    model: Classifier, dataset: Dataset, split: Split, *, runtime: Runtime, workers: int
-) -> dict[str, float]:
-    """The split's metrics (see ``metrics``), the same on every rank. Raises as ``predict_split``."""
-    predictions = predict_split(model, dataset, split, runtime=runtime, workers=workers)
-    metrics: dict[str, float] = runtime.from_main(
-        lambda: compute_metrics(predictions)  # type: ignore[arg-type]
-    )
-    return metrics
 
 
 def _refuse_bad(runtime: Runtime, bad: list[str]) -> None:

@@ -101,12 +101,18 @@ def compute_features(
     with runtime.progress(total=rounds * len(views), what="features", unit="batch") as bar:
         for row, view in enumerate(views):
             loader = make_loader(
-                SplitMicrobatches(split, transform, size=micro_batch_size, seed=config.seed,
-                                  channels=config.data.channels, view=view),
+                SplitMicrobatches(
+                    split,
+                    transform,
+                    size=micro_batch_size,
+                    seed=config.seed,
+                    channels=config.data.channels,
+                    view=view,
+                ),
                 mine,
                 workers=min(workers, len(mine)),
                 pin_memory=runtime.device.type == "cuda",
-            )  # fmt: skip
+            )
             batches = iter(loader)
             for turn in range(rounds):
                 if turn < len(mine):

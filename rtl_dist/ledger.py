@@ -33,8 +33,14 @@ class Ledger:
     def note(self, step: int, microbatch: int, batch: Batch) -> None:
         is_pixels = batch.inputs.ndim == 4
         crc = zlib.crc32(batch.inputs.numpy().tobytes()) if is_pixels else None
-        self._noted.append({"step": step, "microbatch": microbatch,
-                            "samples": batch.samples.tolist(), "pixels_crc32": crc})  # fmt: skip
+        self._noted.append(
+            {
+                "step": step,
+                "microbatch": microbatch,
+                "samples": batch.samples.tolist(),
+                "pixels_crc32": crc,
+            }
+        )
 
     def write(self) -> int:
         """Returns the ledger's length in bytes, 0 but on rank 0."""

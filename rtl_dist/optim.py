@@ -27,16 +27,24 @@ def build_optimizer(model: Classifier, stage: Stage, config: Optim) -> torch.opt
         decayed, plain = _split_by_decay(modules)
         for parameters, decay in ((decayed, config.weight_decay), (plain, 0.0)):
             if parameters:
-                groups.append({"params": parameters, "weight_decay": decay, "lr": base_lr,
-                               "base_lr": base_lr, "part": part})  # fmt: skip
+                groups.append(
+                    {
+                        "params": parameters,
+                        "weight_decay": decay,
+                        "lr": base_lr,
+                        "base_lr": base_lr,
+                        "part": part,
+                    }
+                )
     covered = [p for group in groups for p in group["params"]]
     wanted = [p for p in model.parameters() if p.requires_grad]
     if {id(p) for p in covered} != {id(p) for p in wanted} or len(covered) != len(wanted):
         raise RuntimeError("the optimizer does not cover every trainable parameter exactly once")
     fused = covered[0].is_cuda
     if config.name == "sgd":
-        return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0,
-                               fused=fused or None)  # fmt: skip
+        return torch.optim.SGD(
+            groups, momentum=config.momentum, nesterov=config.momentum > 0, fused=fused or None
+        )
     return torch.optim.AdamW(groups, betas=config.betas, fused=fused or None)
 
 
@@ -83,7 +91,8 @@ def make_loss(
 
 
 def _split_by_decay(modules: list[nn.Module]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for root in modules:
         for module in root.modules():
             for name, parameter in module.named_parameters(recurse=False):

@@ -81,8 +81,9 @@ def restore(run: Path, config: Config, dataset: Dataset, runtime: Runtime) -> Sn
     if step is None:
         return None
     snapshot = load_newest_checkpoint(run)
-    runtime.require_equal("the checkpoint to resume from",
-                          str(snapshot.state.step if snapshot else None))  # fmt: skip
+    runtime.require_equal(
+        "the checkpoint to resume from", str(snapshot.state.step if snapshot else None)
+    )
     return snapshot
 
 
@@ -223,8 +224,9 @@ def _git_state() -> dict[str, Any] | None:
     here = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True,
-                              check=True, timeout=10).stdout.strip()  # fmt: skip
+        return subprocess.run(
+            ["git", *arguments], cwd=here, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
 
     try:
         return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}

@@ -24,7 +24,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from tqdm import tqdm
 
-from rtl_dist.config import Config
+from rtl_dist.config import Config, Precision
 from rtl_dist.data.loader import available_cpus
 from rtl_dist.errors import RtlDistError, UserError
 
@@ -40,7 +40,7 @@ class Runtime:
     rank, world_size: of all processes. local_world_size: of this machine. device: this rank's.
     """
 
-    def __init__(self, precision: str) -> None:
+    def __init__(self, precision: Precision) -> None:
         self.precision = resolve_precision(precision)
         use_cpu = not torch.cuda.is_available()
         world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -195,7 +195,7 @@ class Runtime:
         self._stop_signal = signal.Signals(number).name
 
 
-def resolve_precision(wanted: str) -> str:
+def resolve_precision(wanted: Precision) -> Precision:
     """The precision this hardware will really run.
 
     ``torch.cuda.is_bf16_supported()`` is true on a T4 by emulation, so emulation is excluded.
@@ -219,8 +219,10 @@ def resolve_micro_batch_size(config: Config, *, world_size: int, device_type: st
     Raises:
         UserError: the number of microbatches is not a multiple of the number of processes.
     """
-    total, micro = config.batch.global_, config.batch.micro
-    if micro == "auto":
+    total = config.batch.global_
+    if config.batch.micro != "auto":
+        micro = config.batch.micro
+    else:
         if total % world_size:
             raise UserError(
                 f"batch.global: {total} cannot be shared equally by {world_size} processes; use a"

@@ -1,4 +1,5 @@
-"""When things happen: learning rate, stage boundaries and recurring events, as functions of the step.
+"""When things happen: learning rate, stage boundaries and recurring events, as functions of
+the step.
 
 Everything here is pure, so the whole plan of a run is known before it starts and a resumed run
 needs nothing but its step. "Step" always means optimizer step, counted from 0 over the whole run.

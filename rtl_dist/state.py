@@ -22,9 +22,9 @@ class Best:
 class TrainState:
     """Plain numbers, the same on every rank; written to ``state.json`` of a checkpoint.
 
-    step: optimizer steps done. stage: number of the current stage. stage_first_step: ``step`` when it
-    began. last_*: ``step`` when it last happened. since_log, since_eval: training counts (integers,
-    see ``totals``) since then. metrics_bytes: length of ``metrics.jsonl`` that belongs to this state.
+    step: optimizer steps done. stage: number of the current stage. stage_first_step: ``step`` when
+    it began. last_*: ``step`` when it last happened. since_log, since_eval: training counts (whole
+    numbers, see ``totals``) since then. metrics_bytes: the length of ``metrics.jsonl`` then.
     bad_samples: damaged samples replaced so far.
     """
 

@@ -1,7 +1,7 @@
 """The main job: ``accelerate launch rtl_dist/train.py --config configs/X.yaml [key=value ...]``.
 
-The same through ``torchrun``, ``srun``, ``python``, and as ``rtl-dist train``. This file is only the
-story; each step of it has its own room.
+The same through ``torchrun``, ``srun``, ``python``, and as ``rtl-dist train``. This file is only
+the story; each step of it has its own room.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def train(config: Config) -> str:
         RtlDistError: with the exit code to leave with; see ``errors``.
     """
     from rtl_dist.engine import fit
-    from rtl_dist.job import finish, open_data, open_job
+    from rtl_dist.run import finish, open_data, open_job
     from rtl_dist.run_folder import keep_resolved, owned_run_folder
     from rtl_dist.runtime import Runtime
 

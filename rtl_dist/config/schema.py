@@ -11,6 +11,8 @@ from typing import Literal
 
 from rtl_dist.schedule import Every
 
+Precision = Literal["auto", "no", "fp16", "bf16", "fp64"]
+
 
 def _check(condition: bool, message: str) -> None:
     if not condition:
@@ -47,7 +49,7 @@ class Data:
     """With ``source``: the part of the training images that becomes ``val``."""
     backend: Literal["indexed", "stream"] = "indexed"
     """indexed: exact epochs, resume, exact evaluation. stream: the webdataset library on sources
-    that cannot be indexed (``pipe:``, compressed tars); none of those guarantees hold for training."""
+    that cannot be indexed (``pipe:``, compressed tars); training then has none of those."""
     stream_urls: str | None = None
     """With ``backend: stream``: brace pattern or URL of the training tars. Labels, classes and the
     evaluation splits still come from ``path``."""
@@ -64,7 +66,7 @@ class Data:
     channels: Literal[1, 3] = 3
     """1: images are decoded to grey. 3: to RGB."""
     workers: Literal["auto"] | int = "auto"
-    """Loader processes of each rank. auto: the CPUs this job may use, divided by its local ranks."""
+    """Loader processes of each rank. auto: the job's CPUs divided by its local ranks."""
     cache_dir: str | None = None
     """Where shards of remote data are kept. Remote data is not supported yet, so: null."""
     bad_samples: int = 0
@@ -288,7 +290,7 @@ class Config:
     stages: list[Stage]
     optim: Optim = Optim()
     batch: Batch = Batch()
-    precision: Literal["auto", "no", "fp16", "bf16", "fp64"] = "auto"
+    precision: Precision = "auto"
     """auto: bf16 where the hardware really has it, else fp16 on a GPU, else full precision.
     fp64 is for proofs of equality."""
     compile: Literal["auto"] | bool = "auto"

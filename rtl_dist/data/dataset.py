@@ -209,7 +209,7 @@ class Dataset:
             if lowest < 0 or highest >= self.num_classes:
                 raise DataError(
                     f"label out of range in split {name!r} of {self.root}: found"
-                    f" {lowest if lowest < 0 else highest}, but there are {self.num_classes} classes"
+                    f" {lowest if lowest < 0 else highest}, with {self.num_classes} classes"
                     f" (0 to {self.num_classes - 1}); correct the labels and pack again"
                 )
         return Split(
@@ -226,7 +226,7 @@ def open_dataset(path: str | Path) -> Dataset:
     """Opens the data set in a folder.
 
     Raises:
-        DataError: there is none, or its description is damaged, was edited, or is of another format.
+        DataError: there is none, or its description is damaged, edited or of another format.
     """
     root = Path(path)
     try:

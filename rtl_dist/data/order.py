@@ -16,7 +16,7 @@ _MASK_64 = (1 << 64) - 1
 
 
 def mix64(value: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser (Steele, Lea & Flood 2014): uint64 to well-mixed uint64, elementwise."""
+    """SplitMix64's finaliser (Steele, Lea & Flood 2014): uint64 to mixed uint64, elementwise."""
     value = value.astype(np.uint64, copy=True)
     value ^= value >> np.uint64(30)
     value *= np.uint64(0xBF58476D1CE4E5B9)

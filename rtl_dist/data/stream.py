@@ -1,8 +1,8 @@
 """The ``stream`` backend: training on sources that cannot be indexed, through webdataset itself.
 
 The weaker promise, which a config must ask for: samples are drawn with replacement at the level of
-shards, so an epoch is a number of samples, not each sample once; a resumed run draws afresh from its
-step on; the order depends on ranks and workers. Evaluation always reads indexed splits.
+shards, so an epoch is a number of samples, not each sample once; a resumed run draws afresh from
+its step on; the order depends on ranks and workers. Evaluation always reads indexed splits.
 """
 
 from __future__ import annotations
@@ -46,9 +46,12 @@ def stream_microbatches(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dataset = wds.WebDataset(
-            data.stream_urls, resampled=True, nodesplitter=None, seed=draw_seed % 2**31,
+            data.stream_urls,
+            resampled=True,
+            nodesplitter=None,
+            seed=draw_seed % 2**31,
             empty_check=False,
-        )  # fmt: skip
+        )
     samples = dataset.shuffle(_SHUFFLE_BUFFER).map(_Decode(data.channels, transform, num_classes))
     batches = samples.batched(size, collation_fn=_collate, partial=False)
     loader: Iterable[Batch] = torch.utils.data.DataLoader(

@@ -17,8 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 class StepStatistics:
     """Use once a stage: ``begin``; ``add`` after each microbatch; ``fold`` or ``discard``.
 
-    While in use a layer's momentum is 1, so a forward pass leaves exactly that microbatch's mean and
-    unbiased variance in its buffers.
+    While in use a layer's momentum is 1, so a forward pass leaves exactly that microbatch's mean
+    and unbiased variance in its buffers.
     """
 
     def __init__(self, model: nn.Module) -> None:

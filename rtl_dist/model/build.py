@@ -43,7 +43,8 @@ def make_classifier(
 ) -> Classifier:
     """The classifier with a fresh head; the trunk is random, or the hub's with ``download``."""
     torch.manual_seed(derive_key(seed, _HEAD_STREAM) >> 1)
-    mean, std = _IMAGENET_MEAN, _IMAGENET_STD
+    mean: tuple[float, ...] = _IMAGENET_MEAN
+    std: tuple[float, ...] = _IMAGENET_STD
     if config.name == "basic_cnn":
         if download:
             raise UserError("model.weights: basic_cnn has no pretrained weights; set it to none")
@@ -103,10 +104,13 @@ def _torchvision_trunk(name: str, channels: int, download: bool) -> tuple[nn.Mod
             raise
         raise _no_download(_TORCHVISION + name, error) from error
     native_head, head = next(
-        ((path, module) for path, module in reversed(list(trunk.named_modules()))
-         if isinstance(module, nn.Linear)),
+        (
+            (path, module)
+            for path, module in reversed(list(trunk.named_modules()))
+            if isinstance(module, nn.Linear)
+        ),
         ("", None),
-    )  # fmt: skip
+    )
     if head is None:
         raise UserError(f"model.name: {name} does not end in a linear head")
     trunk.set_submodule(native_head, nn.Identity())
@@ -125,7 +129,7 @@ def _sum_first_convolution(trunk: nn.Module) -> None:
         conv.stride,
         conv.padding,
         bias=conv.bias is not None,
-    )  # type: ignore[arg-type]
+    )
     with torch.no_grad():
         grey.weight.copy_(conv.weight.sum(1, keepdim=True))
         if conv.bias is not None and grey.bias is not None:

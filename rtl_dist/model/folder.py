@@ -5,7 +5,6 @@ timm itself loads it: ``timm.create_model("local-dir:runs/x/best", pretrained=Tr
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,12 +99,18 @@ def _load_folder(folder: Path) -> LoadedModel:
         content = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         ours, view = content["rtl_dist"], content["pretrained_cfg"]
         classes = tuple(content["label_names"])
-        config = parse_config({
-            "model": {**ours["model"], "weights": "none"},
-            "data": {"path": "", "image_size": view["input_size"][1], "crop_pct": view["crop_pct"],
-                     "channels": view["input_size"][0]},
-            "stages": [{"name": "none", "steps": 1, "lr": 1.0}],
-        })  # fmt: skip
+        config = parse_config(
+            {
+                "model": {**ours["model"], "weights": "none"},
+                "data": {
+                    "path": "",
+                    "image_size": view["input_size"][1],
+                    "crop_pct": view["crop_pct"],
+                    "channels": view["input_size"][0],
+                },
+                "stages": [{"name": "none", "steps": 1, "lr": 1.0}],
+            }
+        )
         task, fingerprint = ours["task"], ours["dataset_fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -122,8 +127,13 @@ def _load_checkpoint(folder: Path) -> LoadedModel:
         config.model, config.data, num_classes=len(identity["classes"]), seed=config.seed
     )
     model.load_state_dict(read_state_dict(folder / WEIGHTS))
-    return LoadedModel(model=model, classes=tuple(identity["classes"]), task=identity["task"],
-                       dataset_fingerprint=identity["dataset_fingerprint"], source=folder)  # fmt: skip
+    return LoadedModel(
+        model=model,
+        classes=tuple(identity["classes"]),
+        task=identity["task"],
+        dataset_fingerprint=identity["dataset_fingerprint"],
+        source=folder,
+    )
 
 
 def _fill(
@@ -145,5 +155,6 @@ def _fill(
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder / WEIGHTS} does not fit its {DESCRIPTION} ({reason})") from error
-    return LoadedModel(model=model, classes=classes, task=task, dataset_fingerprint=fingerprint,
-                       source=folder)  # fmt: skip
+    return LoadedModel(
+        model=model, classes=classes, task=task, dataset_fingerprint=fingerprint, source=folder
+    )

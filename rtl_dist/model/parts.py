@@ -56,7 +56,7 @@ def trainable_parts(model: Classifier, stage: Stage) -> set[str]:
 
 
 def freeze_for(model: Classifier, stage: Stage) -> None:
-    """Sets ``requires_grad`` for a stage, and with ``set_modes`` which layers are in training mode."""
+    """Sets ``requires_grad`` for a stage, and, by ``set_modes``, the layers' modes."""
     chosen = trainable_parts(model, stage)
     for name, modules in parts_of(model).items():
         for module in modules:

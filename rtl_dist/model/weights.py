@@ -140,10 +140,13 @@ def _load_trunk(model: Classifier, state: dict[str, torch.Tensor], file: Path) -
     if missing or extra or shapes:
         complaints = [
             f"{what}: {_name_some(keys)}"
-            for what, keys in (("missing", missing), ("not in the model", extra),
-                               ("of another shape", shapes))
+            for what, keys in (
+                ("missing", missing),
+                ("not in the model", extra),
+                ("of another shape", shapes),
+            )
             if keys
-        ]  # fmt: skip
+        ]
         raise UserError(
             f"model.weights: {file} does not fit this model ({'; '.join(complaints)}); set"
             " model.name to the architecture the weights were trained with"

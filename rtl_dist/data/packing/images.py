@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from rtl_dist.data.decode import MAX_PIXELS, decode
+from rtl_dist.data.png_check import SIGNATURE, check_png
 from rtl_dist.errors import DataError
 
 # A file may be this large; its bytes are held in memory, once a worker.
@@ -35,7 +36,7 @@ def suffix_of(head: bytes) -> str:
     """
     if head.startswith(b"\xff\xd8\xff"):
         return "jpg"
-    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+    if head.startswith(SIGNATURE):
         return "png"
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "webp"
@@ -64,6 +65,8 @@ def checked_image(content: bytes | np.ndarray, short_side: int | None) -> tuple[
     if width * height > MAX_PIXELS:  # before decoding: a few kilobytes can ask for gigabytes
         raise DataError(f"has {width} x {height} pixels, more than the {MAX_PIXELS:,} allowed")
     shrink = short_side is not None and min(width, height) > short_side
+    if suffix == "png":
+        check_png(content)
     # Shrinking starts from the pixels that training would have seen, grey images staying grey;
     # the WebP decoder knows only colour.
     grey = shrink and mode in _GREY_MODES and suffix != "webp"

@@ -35,10 +35,6 @@ _POLL_SECONDS = 0.2
 _ALONE_BELOW_BYTES = 128 << 20
 
 
-class Stopped(Exception):
-    """Another worker failed or the user pressed Ctrl-C: this shard is not finished."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What a worker needs to know besides the shard. Everything in it can be pickled."""
@@ -171,7 +167,7 @@ def _write_with_processes(
     if method == "forkserver":
         context.set_forkserver_preload([__name__])
     done = context.Value("q", 0)
-    stop = context.Event()
+    stop = context.RawValue("b", 0)  # without a lock, which an interrupt could leave held
     reported = 0
     with (
         ProcessPoolExecutor(workers, context, _start_worker, (job, done, stop)) as pool,
@@ -194,11 +190,14 @@ def _write_with_processes(
 
 @contextlib.contextmanager
 def _stopping(stop: Any) -> Iterator[None]:
-    """Tells the workers to stop when the body fails, or the pool would wait for whole shards."""
+    """Has the workers end when the body fails.
+
+    The pool would wait for whole shards, and after a second Ctrl-C for ever.
+    """
     try:
         yield
     except BaseException:
-        stop.set()
+        stop.value = 1
         raise
 
 
@@ -207,22 +206,22 @@ _worker: dict[str, Any] = {}
 
 def _start_worker(job: Job, done: Any, stop: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    _worker.update(job=job, done=done, stop=stop)
+    threading.Thread(target=_end_when_told, args=(stop,), daemon=True).start()
+    _worker.update(job=job, done=done)
 
 
-def _die_with_parent() -> None:
-    """A parent killed outright cannot tell its workers, which would wait for tasks for ever."""
+def _end_when_told(stop: Any) -> None:
+    """Ends this worker, whatever it is at, when told to or when its parent was killed outright."""
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
+    sentinels = [] if parent is None else [parent.sentinel]
+    while not stop.value:
+        if connection.wait(sentinels, _POLL_SECONDS):
+            break
+    os._exit(1)
 
 
 def _work(shard: ShardPlan) -> bool:
     def advance(items: int) -> None:
-        if _worker["stop"].is_set():
-            raise Stopped
         with _worker["done"].get_lock():
             _worker["done"].value += items
 

@@ -1,0 +1,256 @@
+"""What happens between two steps: agree on what was met, log, save, evaluate; in that order.
+
+A checkpoint is saved before the evaluation of the same step, and records when the last evaluation
+was, so that a run killed in between evaluates first when it goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from rtl_dist.checkpoint import Snapshot, optimizer_tensors, save_checkpoint
+from rtl_dist.config import Stage
+from rtl_dist.errors import DataError, RtlDistError, StopRequested, UserError
+from rtl_dist.evaluation import FeatureBlocks, evaluate_split, split_features
+from rtl_dist.job import Job
+from rtl_dist.model.folder import write_model_folder
+from rtl_dist.model.parts import set_modes
+from rtl_dist.run_folder import run_identity
+from rtl_dist.schedule import StageSpan
+from rtl_dist.stage_trainer import StageTrainer
+from rtl_dist.state import Best, TrainState
+from rtl_dist.totals import add_counts, non_finite, train_metrics
+
+LOG = logging.getLogger("rtl_dist")
+
+
+class Boundary:
+    """The step boundaries of one stage; ``cross`` one after each step."""
+
+    def __init__(self, stage: Stage, span: StageSpan, job: Job, trainer: StageTrainer) -> None:
+        self._stage, self._job, self._trainer = stage, job, trainer
+        self._end_step = job.state.stage_first_step + span.num_steps
+        self._elapsed_before_s = job.state.elapsed_s
+        self._opened_at = time.perf_counter()
+        self._val_features: FeatureBlocks | None = None
+        self._restart_window()
+
+    @property
+    def at_stage_end(self) -> bool:
+        return self._job.state.step >= self._end_step or self._job.state.stopped_early
+
+    def cross(self) -> None:
+        """All that is due at this step.
+
+        Raises:
+            StopRequested: on every rank, after saving. DataError: too many damaged samples.
+            RtlDistError: the loss is no longer finite; nothing was saved since.
+        """
+        self._job.state.elapsed_s = self._elapsed_s()
+        self._act_on_agreement()
+        self._log_if_due()
+        self._save_if_due()
+        self.evaluate_if_due()
+        self._job.state.elapsed_s = self._elapsed_s()
+
+    def evaluate_if_due(self) -> None:
+        """Evaluates, judges and logs; also called when a run goes on from just before this."""
+        if not self._evaluation_is_due:
+            return
+        job, state = self._job, self._job.state
+        self._fold_totals()
+        speed = self._speed()
+        metrics = self._evaluate()
+        set_modes(job.model, self._stage)
+        row = self._row() | train_metrics(state.since_eval, task=job.dataset.task)
+        row |= {f"val/{name}": value for name, value in metrics.items()}
+        for name in ("top1", "micro_f1"):
+            if f"train/{name}" in row and name in metrics:
+                row[f"gap/{name}"] = row[f"train/{name}"] - metrics[name]
+        state.last_eval = state.last_log = state.step
+        state.since_eval, state.since_log = [], []
+        is_best = self._judge(row)
+        job.tracker.log(row | self._trainer.rates | speed)
+        LOG.info("%s", _summary(row, is_best))
+        if is_best and job.runtime.is_main:
+            write_model_folder(job.run / "best", job.evaluated_model, job.config, job.dataset)
+        self._restart_window()
+
+    def _evaluate(self) -> dict[str, float]:
+        """The val metrics; under a frozen trunk its features are computed once for the stage."""
+        job = self._job
+        if self._trainer.on_features and self._val_features is None:
+            self._val_features = split_features(
+                job.model, job.val, runtime=job.runtime, workers=job.workers
+            )
+        return evaluate_split(
+            job.evaluated_model,
+            job.dataset,
+            job.val,
+            runtime=job.runtime,
+            workers=job.workers,
+            features=self._val_features,
+        )
+
+    @property
+    def _evaluation_is_due(self) -> bool:
+        state = self._job.state
+        due = self.at_stage_end or self._job.is_due(self._job.config.eval.every, state.last_eval)
+        return due and state.last_eval != state.step
+
+    def _act_on_agreement(self) -> None:
+        """One exchange a step decides for all ranks."""
+        job = self._job
+        stop, num_bad = job.runtime.agree(bad_samples=len(self._trainer.bad))
+        if num_bad:
+            self._count_bad()
+        if self._trainer.ledger:
+            job.state.ledger_bytes = self._trainer.ledger.write()
+        if stop:
+            self._fold_totals()
+            self._save()
+            raise StopRequested(
+                f"stopped at step {job.state.step} and saved; start the same command to go on"
+            )
+
+    def _log_if_due(self) -> None:
+        job, state = self._job, self._job.state
+        if self._evaluation_is_due or not job.is_due(job.config.run.log_every, state.last_log):
+            return  # an evaluation's row says all that this one would
+        self._fold_totals()
+        row = self._row() | train_metrics(state.since_log, task=job.dataset.task)
+        job.tracker.log(row | self._trainer.rates | self._speed())
+        state.since_log, state.last_log = [], state.step
+
+    def _save_if_due(self) -> None:
+        job = self._job
+        if self.at_stage_end or job.is_due(job.config.checkpoint.every, job.state.last_checkpoint):
+            self._fold_totals()
+            self._save()
+
+    def _save(self) -> None:
+        job, state = self._job, self._job.state
+        self._trainer.require_sound()
+        state.last_checkpoint = state.step
+        state.metrics_bytes = job.tracker.flush()
+
+        def save() -> None:
+            scaler = self._trainer.scaler
+            snapshot = Snapshot(
+                state=TrainState.from_dict(state.to_dict()),
+                model=job.model.state_dict(),
+                optimizer=optimizer_tensors(self._trainer.optimizer, self._trainer.names),
+                ema=job.average.model.state_dict() if job.average else {},
+                scaler=scaler.state_dict() if scaler is not None else {},
+                identity=run_identity(job.config, job.dataset),
+            )
+            save_checkpoint(job.run, snapshot, keep=job.config.checkpoint.keep)
+
+        job.runtime.from_main(save)
+
+    def _fold_totals(self) -> None:
+        """Reads the device's counts; a deliberate wait for it, at logging and saving only."""
+        state = self._job.state
+        counts = self._trainer.totals.flush(self._job.runtime)
+        allowed = counts[0] // 2 if self._job.runtime.precision == "fp16" else 0
+        if non_finite(counts) > allowed:
+            raise RtlDistError(
+                f"the loss became infinite or not a number by step {state.step} (stage"
+                f" {self._stage.name}); lower its lr or set optim.clip_grad_norm, and use another"
+                f" run.dir; the last checkpoint here, of step {state.last_checkpoint}, is older"
+            )
+        state.since_log = add_counts(state.since_log, counts)
+        state.since_eval = add_counts(state.since_eval, counts)
+
+    def _count_bad(self) -> None:
+        state, budget = self._job.state, self._job.config.data.bad_samples
+        gathered = self._job.runtime.gather(self._trainer.bad)
+        self._trainer.bad.clear()
+        for name in sorted({name for names in gathered for name in names}):
+            if name not in state.bad_names:
+                state.bad_samples += 1
+                LOG.warning("replaced by another sample: %s", name)
+                state.bad_names = [*state.bad_names, name]
+        if state.bad_samples > budget:
+            raise DataError(
+                f"{state.bad_samples} damaged sample(s), data.bad_samples allows {budget}:"
+                f" {state.bad_names[-1]}"
+            )
+
+    def _judge(self, row: dict[str, Any]) -> bool:
+        """Whether an evaluation is the best so far; counts patience. Equal on every rank, since the
+        metrics are."""
+        state, early_stop = self._job.state, self._job.config.early_stop
+        metric = early_stop.metric
+        if metric not in row:
+            measured = ", ".join(key for key in row if key.startswith("val/"))
+            raise UserError(
+                f"early_stop.metric: {metric} is not measured on this data; choose from {measured}"
+            )
+        sign = -1 if metric == "val/loss" else 1
+        if state.best is None or sign * row[metric] > sign * state.best.value:
+            state.best = Best(
+                value=row[metric],
+                metric=metric,
+                step=state.step,
+                epoch=self._job.epoch,
+                stage=self._stage.name,
+            )
+            state.evals_without_best = 0
+            return True
+        state.evals_without_best += 1
+        if early_stop.patience is not None and state.evals_without_best >= early_stop.patience:
+            state.stopped_early = True
+            LOG.info(
+                "stage %s ends early: no better %s in %d evaluations",
+                self._stage.name,
+                metric,
+                state.evals_without_best,
+            )
+        return False
+
+    def _elapsed_s(self) -> float:
+        return self._elapsed_before_s + time.perf_counter() - self._opened_at
+
+    def _row(self) -> dict[str, Any]:
+        return {
+            "step": self._job.state.step,
+            "epoch": round(self._job.epoch, 6),
+            "stage": self._stage.name,
+            "elapsed_s": round(self._elapsed_s(), 3),
+        }
+
+    def _speed(self) -> dict[str, float]:
+        """Since the last row; ``data_wait`` is the share of time spent waiting for the loader."""
+        elapsed = time.perf_counter() - self._window_opened_at
+        images = (self._job.state.step - self._window_first_step) * self._job.config.batch.global_
+        waited = self._trainer.data_wait_s
+        self._restart_window()
+        if not images:
+            return {}
+        return {
+            "speed/images_per_second": round(images / elapsed, 2),
+            "speed/data_wait": round(waited / elapsed, 4),
+        }
+
+    def _restart_window(self) -> None:
+        self._window_opened_at = time.perf_counter()
+        self._window_first_step = self._job.state.step
+        self._trainer.data_wait_s = 0.0
+
+
+def _summary(row: dict[str, Any], is_best: bool) -> str:
+    shown = (
+        "train/loss",
+        "train/top1",
+        "train/micro_f1",
+        "val/loss",
+        "val/top1",
+        "val/map",
+        "val/micro_f1",
+    )
+    figures = "  ".join(f"{key} {row[key]:.4f}" for key in shown if key in row)
+    best = "  (best)" if is_best else ""
+    return f"epoch {row['epoch']:.2f}  step {row['step']}  {row['stage']}  {figures}{best}"

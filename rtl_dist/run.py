@@ -1,0 +1,230 @@
+"""The beginning and the end of a run: what ``fit`` needs is opened, results are written."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rtl_dist.checkpoint import Snapshot
+from rtl_dist.config import Config, Stage
+from rtl_dist.data.dataset import DESCRIPTION, MULTI_LABEL, Dataset, open_dataset
+from rtl_dist.data.loader import resolve_workers
+from rtl_dist.ema import Average
+from rtl_dist.errors import DataError, UserError
+from rtl_dist.evaluation import predict_split
+from rtl_dist.files import sha256_of, write_json
+from rtl_dist.job import Job
+from rtl_dist.metrics import compute_metrics
+from rtl_dist.model.build import build_model
+from rtl_dist.model.folder import WEIGHTS, load_model
+from rtl_dist.model.parts import digest, trainable_parts
+from rtl_dist.run_folder import describe_run, restore
+from rtl_dist.runtime import Runtime, configure_logging, resolve_micro_batch_size
+from rtl_dist.schedule import StageSpan, stage_spans
+from rtl_dist.state import TrainState
+from rtl_dist.tracking import build_tracker
+
+LOG = logging.getLogger("rtl_dist")
+
+
+def open_data(config: Config, runtime: Runtime) -> Dataset:
+    """Opens ``data.path``, packing ``data.source`` into it first where nothing is there yet.
+
+    Raises:
+        DataError: on every rank, if there is no data set or it cannot be packed.
+    """
+    configure_logging(is_main=runtime.is_main)
+
+    def pack_if_missing() -> None:
+        from rtl_dist.data.pack import pack
+
+        root = Path(config.data.path)
+        if config.data.source is None or (root / DESCRIPTION).exists():
+            return
+        LOG.info("packing %s into %s", config.data.source, root)
+        pack(config.data.source, root, val_fraction=config.data.val_fraction)
+
+    runtime.from_main(pack_if_missing)
+    return open_dataset(config.data.path)
+
+
+@contextmanager
+def open_job(
+    config: Config, runtime: Runtime, run: Path, dataset: Dataset
+) -> Iterator[tuple[Job, list[tuple[Stage, StageSpan]], Snapshot | None]]:
+    """Everything the stages need, the stages that remain, and the checkpoint to go on from.
+
+    The order of initialisation: the run's own checkpoint, else the weights the config names.
+
+    Raises:
+        UserError, DataError: on every rank, before anything is trained.
+    """
+    config = _resolve(config, runtime, dataset)
+    train, val = dataset.split(config.data.train), dataset.split(config.data.val)
+    _check_classes(dataset, config.data.train, train.class_counts)
+    restored = restore(run, config, dataset, runtime)
+    if restored is None:
+        model, origin = build_model(
+            config.model, config.data, classes=dataset.classes, seed=config.seed
+        )
+    else:
+        untrained = replace(config.model, weights="none")
+        model, _ = build_model(untrained, config.data, classes=dataset.classes, seed=config.seed)
+        model.load_state_dict(restored.model)
+        origin = f"going on from step {restored.state.step}"
+    for stage in config.stages:
+        trainable_parts(model, stage)  # a misspelt part is refused now, not after hours
+    model.to(device=runtime.device, dtype=runtime.dtype, memory_format=torch.channels_last)
+    average = Average(model, config.optim.ema) if config.optim.ema else None
+    if average and restored is not None:
+        average.model.load_state_dict(restored.ema)
+    state = restored.state if restored else TrainState()
+    if runtime.is_main:
+        describe_run(run, config, runtime)
+    LOG.info(
+        "%s: %s, %d classes, %s training and %s validation images, %d process(es), %s",
+        config.model.name,
+        origin,
+        dataset.num_classes,
+        f"{train.num_samples:,}",
+        f"{val.num_samples:,}",
+        runtime.world_size,
+        runtime.precision,
+    )
+    tracker = build_tracker(run, config, state, runtime)
+    job = Job(
+        config=config,
+        runtime=runtime,
+        run=run,
+        dataset=dataset,
+        train=train,
+        val=val,
+        model=model,
+        average=average,
+        tracker=tracker,
+        state=state,
+        micro_batch_size=int(config.batch.micro),
+        workers=resolve_workers(config.data.workers, local_world_size=runtime.local_world_size),
+    )
+    spans = stage_spans(
+        [stage.epochs for stage in config.stages],
+        [stage.steps for stage in config.stages],
+        num_samples=train.num_samples,
+        global_batch_size=config.batch.global_,
+    )
+    remaining = list(zip(config.stages, spans, strict=True))[state.stage :]
+    try:
+        yield job, remaining, restored
+    finally:
+        tracker.close()
+
+
+def finish(job: Job) -> str:
+    """Evaluates the best weights on the test split, writes ``results.json``, draws the report.
+
+    Returns:
+        one line: what was reached and what to type next.
+    """
+    state, best = job.state, job.run / "best"
+    # rank 0's final write of best/ must be there before the others read it
+    weights_sha256 = job.runtime.from_main(lambda: sha256_of(best / WEIGHTS))
+    test = _evaluate_test(job, best)
+    results = {
+        "status": "done",
+        "best": None if state.best is None else vars(state.best),
+        "test": test,
+        "steps": state.step,
+        "samples_seen": state.samples_seen,
+        "frozen_ok": True,  # a frozen weight that moved would have ended the run
+        "skipped_steps": state.skipped_steps,
+        "bad_samples": {"count": state.bad_samples, "names": state.bad_names},
+        "weights_sha256": digest(job.model.state_dict()),
+        "best_weights_sha256": weights_sha256,
+        "dataset_fingerprint": job.dataset.fingerprint,
+        "elapsed_s": round(state.elapsed_s, 3),
+    }
+    if job.runtime.is_main:
+        job.tracker.flush()
+        write_json(job.run / "results.json", results)
+        job.tracker.summarise(results)
+        from rtl_dist.report.run import draw_run
+
+        draw_run(job.run)
+    return _last_word(job, test) if job.runtime.is_main else ""
+
+
+def _evaluate_test(job: Job, best: Path) -> dict[str, float] | None:
+    name = job.config.data.test
+    if name is None or name not in job.dataset.split_names:
+        return None
+    model = load_model(best).model.to(
+        device=job.runtime.device, dtype=job.runtime.dtype, memory_format=torch.channels_last
+    )
+    split = job.dataset.split(name)
+    predictions = predict_split(model, job.dataset, split, runtime=job.runtime, workers=job.workers)
+
+    def write() -> dict[str, float]:
+        from rtl_dist.report.evaluation import write_evaluation
+
+        assert predictions is not None
+        metrics = compute_metrics(predictions)
+        write_evaluation(
+            predictions,
+            job.run / "evaluation" / name,
+            split=split,
+            metrics=metrics,
+            title=f"{job.run.name}: {name}",
+        )
+        return metrics
+
+    metrics: dict[str, Any] = job.runtime.from_main(write)
+    return metrics | {"num_samples": split.num_samples}
+
+
+def _last_word(job: Job, test: dict[str, float] | None) -> str:
+    best, data = job.state.best, job.config.data
+    reached = (
+        "" if best is None else f"best {best.metric} {best.value:.4f} at epoch {best.epoch:.1f}"
+    )
+    if test is not None:
+        name = "map" if job.dataset.task == MULTI_LABEL else "top1"
+        reached += f", {data.test}/{name} {test[name]:.4f} on {test['num_samples']:,} images"
+    split = data.val if test is None else data.test
+    return (
+        f"done: {reached} in {job.state.elapsed_s:.0f} s. See {job.run}/report.html; next:"
+        f" rtl-dist evaluate {job.run} --data {data.path} --split {split}"
+    )
+
+
+def _resolve(config: Config, runtime: Runtime, dataset: Dataset) -> Config:
+    """The config with every auto that is part of the run's identity made definite."""
+    micro = resolve_micro_batch_size(
+        config, world_size=runtime.world_size, device_type=runtime.device.type
+    )
+    metric = config.early_stop.metric
+    if metric == "auto":
+        metric = "val/map" if dataset.task == MULTI_LABEL else "val/top1"
+    if dataset.task == MULTI_LABEL and (config.augment.mixup or config.augment.cutmix):
+        raise UserError("augment.mixup: and cutmix need single-label data; set them to 0")
+    return replace(
+        config,
+        batch=replace(config.batch, micro=micro),
+        precision=runtime.precision,
+        early_stop=replace(config.early_stop, metric=metric),
+    )
+
+
+def _check_classes(dataset: Dataset, split: str, counts: tuple[int, ...]) -> None:
+    missing = [name for name, n in zip(dataset.classes, counts, strict=True) if n == 0]
+    if missing:
+        raise DataError(
+            f"split {split!r} of {dataset.root} has no image of class {missing[0]!r}"
+            f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}; add some, or pack"
+            " without that class"
+        )
