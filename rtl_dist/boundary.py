@@ -27,13 +27,18 @@ LOG = logging.getLogger("rtl_dist")
 
 
 class Boundary:
-    """The step boundaries of one stage; ``cross`` one after each step."""
+    """The step boundaries of one stage; ``cross`` one after each step.
 
-    def __init__(self, stage: Stage, span: StageSpan, job: Job, trainer: StageTrainer) -> None:
+    opened_at: ``time.perf_counter()`` when work on the stage began.
+    """
+
+    def __init__(
+        self, stage: Stage, span: StageSpan, job: Job, trainer: StageTrainer, *, opened_at: float
+    ) -> None:
         self._stage, self._job, self._trainer = stage, job, trainer
         self._end_step = job.state.stage_first_step + span.num_steps
         self._elapsed_before_s = job.state.elapsed_s
-        self._opened_at = time.perf_counter()
+        self._opened_at = opened_at
         self._val_features: FeatureBlocks | None = None
         self._restart_window()
 
@@ -166,8 +171,8 @@ class Boundary:
 
     def _count_bad(self) -> None:
         state, budget = self._job.state, self._job.config.data.bad_samples
-        gathered = self._job.runtime.gather(self._trainer.bad)
-        self._trainer.bad.clear()
+        met, self._trainer.bad = self._trainer.bad, []
+        gathered = self._job.runtime.gather(met)
         for name in sorted({name for names in gathered for name in names}):
             if name not in state.bad_names:
                 state.bad_samples += 1
@@ -180,8 +185,8 @@ class Boundary:
             )
 
     def _judge(self, row: dict[str, Any]) -> bool:
-        """Whether an evaluation is the best so far; counts patience. Equal on every rank, since the
-        metrics are."""
+        """Whether an evaluation is the best so far: a better metric, or an equal one (small splits
+        have many ties) at a lower loss. Counts patience. Equal on every rank, as the metrics are."""
         state, early_stop = self._job.state, self._job.config.early_stop
         metric = early_stop.metric
         if metric not in row:
@@ -190,10 +195,12 @@ class Boundary:
                 f"early_stop.metric: {metric} is not measured on this data; choose from {measured}"
             )
         sign = -1 if metric == "val/loss" else 1
-        if state.best is None or sign * row[metric] > sign * state.best.value:
+        rating = (sign * row[metric], -row["val/loss"])
+        if state.best is None or rating > (sign * state.best.value, -state.best.loss):
             state.best = Best(
                 value=row[metric],
                 metric=metric,
+                loss=row["val/loss"],
                 step=state.step,
                 epoch=self._job.epoch,
                 stage=self._stage.name,

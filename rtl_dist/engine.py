@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from rtl_dist.boundary import Boundary
 from rtl_dist.checkpoint import Snapshot
 from rtl_dist.config import Stage
@@ -21,10 +23,10 @@ def fit(stage: Stage, span: StageSpan, job: Job, restored: Snapshot | None) -> N
         DataError: more damaged samples than ``data.bad_samples``.
         RtlDistError: the loss is no longer finite.
     """
-    state = job.state
+    state, opened_at = job.state, time.perf_counter()
     trainer = StageTrainer(stage, span, job, restored)
     try:
-        boundary = Boundary(stage, span, job, trainer)
+        boundary = Boundary(stage, span, job, trainer, opened_at=opened_at)
         boundary.evaluate_if_due()
         done = state.step - state.stage_first_step
         with job.runtime.progress(

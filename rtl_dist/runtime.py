@@ -27,6 +27,7 @@ from tqdm import tqdm
 from rtl_dist.config import Config, Precision
 from rtl_dist.data.loader import available_cpus
 from rtl_dist.errors import RtlDistError, UserError
+from rtl_dist.launched import launched_world_size
 
 LOG = logging.getLogger("rtl_dist")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -43,7 +44,7 @@ class Runtime:
     def __init__(self, precision: Precision) -> None:
         self.precision = resolve_precision(precision)
         use_cpu = not torch.cuda.is_available()
-        world = int(os.environ.get("WORLD_SIZE", "1"))
+        world = launched_world_size()
         self.accelerator = Accelerator(
             # Without this two CPU processes each believe they are alone (accelerate 1.15).
             cpu=use_cpu,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 
 _UNITS = {"epoch": "epoch", "epochs": "epoch", "step": "step", "steps": "step"}
@@ -38,8 +39,8 @@ class Every:
         return cls(count, unit)
 
     def __str__(self) -> str:
-        number = self.count.numerator if self.count.denominator == 1 else float(self.count)
-        return f"{number} {self.unit}" + ("s" if self.count != 1 else "")
+        number = Decimal(self.count.numerator) / self.count.denominator
+        return f"{number:f} {self.unit}" + ("s" if self.count != 1 else "")
 
     def events_by(self, step: int, *, global_batch_size: int, num_samples: int) -> int:
         """How often the event has come due once ``step`` steps are done."""

@@ -13,6 +13,7 @@ class Best:
 
     value: float
     metric: str
+    loss: float
     step: int
     epoch: float
     stage: str

@@ -7,6 +7,7 @@ import logging
 import math
 import netrc
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def _start_wandb(run: Path, config: Config, state: TrainState) -> Any:
         import wandb
 
         if state.wandb_id is None:
-            state.wandb_id = wandb.util.generate_id()
+            state.wandb_id = uuid.uuid4().hex[:8]
         return wandb.init(
             project=config.track.project,
             name=run.name,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from pathlib import Path
@@ -81,7 +82,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{override!r}: the value is not valid YAML: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{override!r}: the value is not valid YAML: {reason}") from error
     *parents, last = path.split(".")
     node: Any = tree
     for depth, name in enumerate(parents):
@@ -183,9 +185,11 @@ def _convert_scalar(kind: Any, value: Any, path: str) -> Any:
             raise UserError(f"{path}: {error}") from None
     if kind is float and not isinstance(value, bool) and isinstance(value, int | float | str):
         try:
-            return float(value)
-        except ValueError:
-            pass
+            number = float(value)
+        except (ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
     if kind in (int, bool, str) and type(value) is kind:
         return value
     names = {

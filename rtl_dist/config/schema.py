@@ -205,6 +205,10 @@ class Optim:
 
     def __post_init__(self) -> None:
         _check_fraction(self, "label_smoothing", "momentum")
+        _check(
+            all(0 <= beta < 1 for beta in self.betas),
+            f"betas: must lie in 0 to below 1, not {list(self.betas)}",
+        )
         _check(0 <= self.ema < 1, f"ema: must lie in 0 to 1, not {self.ema}")
         _check(self.weight_decay >= 0, "weight_decay: must be at least 0")
         _check(self.warmup >= 0, "warmup: must be at least 0")

@@ -83,9 +83,10 @@ def _critical_chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
         if end > len(content):
             raise DataError("cannot be decoded: the PNG is cut short")
         if not kind[0] & 0x20:  # a capital first letter: critical
-            if zlib.crc32(content[position + 4 : end - 4]) != struct.unpack_from(
-                ">I", content, end - 4
-            )[0]:
+            if (
+                zlib.crc32(content[position + 4 : end - 4])
+                != struct.unpack_from(">I", content, end - 4)[0]
+            ):
                 raise DataError("cannot be decoded: the PNG fails its own checksum")
             yield kind, content[position + 8 : end - 4]
         if kind == b"IEND":
@@ -104,19 +105,31 @@ def _rows(width: int, height: int, bits: int, interlaced: bool) -> Iterator[tupl
 
 def _check_data(data: bytes, passes: list[tuple[int, int]]) -> None:
     inflater = zlib.decompressobj()
+
+    def inflate(most: int) -> bytes:
+        nonlocal data
+        try:
+            piece = inflater.decompress(data, most)
+        except zlib.error as error:
+            raise DataError("cannot be decoded: the PNG's data is damaged") from error
+        data = inflater.unconsumed_tail
+        return piece
+
     for rows, row_bytes in passes:
         at_once = max(1, _BLOCK_BYTES // row_bytes)
         for first in range(0, rows, at_once):
             wanted = min(at_once, rows - first) * row_bytes
             block = b""
             while len(block) < wanted:
-                try:
-                    piece = inflater.decompress(data, wanted - len(block))
-                except zlib.error as error:
-                    raise DataError("cannot be decoded: the PNG's data is damaged") from error
-                data = inflater.unconsumed_tail
+                piece = inflate(wanted - len(block))
                 if not piece:
                     raise DataError("cannot be decoded: the PNG's data ends early")
                 block += piece
             if np.frombuffer(block, np.uint8)[::row_bytes].max() > _HIGHEST_FILTER:
                 raise DataError("cannot be decoded: the PNG's data is damaged")
+    # The stream must end too, with its checksum: libpng looks for input beyond the last row.
+    # Some encoders leave a little too much in it.
+    surplus = inflate(_BLOCK_BYTES)
+    if not inflater.eof:
+        what = "is larger than its header says" if surplus else "ends early"
+        raise DataError(f"cannot be decoded: the PNG's data {what}")

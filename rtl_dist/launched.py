@@ -1,0 +1,58 @@
+"""What the launcher said about the processes of this job, in the words of torchrun.
+
+torchrun and accelerate set ``RANK``, ``WORLD_SIZE`` and where the processes meet. srun does not,
+and each of its tasks would train alone. Its own variables hold the same, so they are translated.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping, MutableMapping
+
+from rtl_dist.errors import UserError
+
+
+def launched_world_size(env: MutableMapping[str, str] = os.environ) -> int:
+    """How many processes there are to be; makes ``env`` say what torchrun would for srun's tasks.
+
+    Raises:
+        UserError: several processes that were not told where to meet.
+    """
+    tasks = int(env.get("SLURM_STEP_NUM_TASKS", "1"))  # of srun alone, not of a batch script
+    if "WORLD_SIZE" not in env and tasks > 1:
+        env["RANK"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env["SLURM_LOCALID"]
+        env["WORLD_SIZE"] = str(tasks)
+        env["LOCAL_WORLD_SIZE"] = str(_tasks_on_this_node(env))
+        if "MASTER_ADDR" not in env:
+            env["MASTER_ADDR"] = _first_host(env["SLURM_STEP_NODELIST"])
+        # below the ports that systems hand out by themselves, and another for each job
+        env.setdefault("MASTER_PORT", str(12000 + int(env["SLURM_JOB_ID"]) % 20000))
+    world_size = int(env.get("WORLD_SIZE", "1"))
+    if world_size > 1 and "MASTER_ADDR" not in env:
+        raise UserError(
+            f"WORLD_SIZE is {world_size} but MASTER_ADDR, where the processes meet, is not set:"
+            " launch with torchrun, srun or accelerate and a file from launch/, or unset WORLD_SIZE"
+        )
+    return world_size
+
+
+def _tasks_on_this_node(env: Mapping[str, str]) -> int:
+    """From srun's list such as ``2(x3),1``: two tasks on each of three nodes, one on the next."""
+    counts: list[int] = []
+    for item in env["SLURM_STEP_TASKS_PER_NODE"].split(","):
+        count, _, times = item.rstrip(")").partition("(x")
+        counts += [int(count)] * int(times or 1)
+    return counts[int(env["SLURM_NODEID"])]
+
+
+def _first_host(nodes: str) -> str:
+    """The first of SLURM's compact list of nodes, such as ``gpu[03-07,12]``."""
+    listing = subprocess.run(
+        ["scontrol", "show", "hostnames", nodes],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    return listing.stdout.split()[0]
