@@ -68,14 +68,15 @@ def test_the_order_differs_by_epoch_and_seed_and_only_by_these():
 # --- quality -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [3, 4, 5, 12, 50])
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 12, 40])
 def test_where_a_sample_lands_is_uniform(n):
     """Counts of (position, sample) over many epochs against the uniform's, by chi squared."""
-    trials = 2000
+    trials = 1500
     counts = np.zeros((n, n))
     for epoch in range(trials):
         counts[np.arange(n), permute(np.arange(n), num_samples=n, key=derive_key(1, epoch))] += 1
-    chi2 = ((counts - trials / n) ** 2 / (trials / n)).sum()
+    # rows and columns both sum to a constant, hence (n - 1)^2 degrees of freedom and the factor
+    chi2 = ((counts - trials / n) ** 2 / (trials / n)).sum() * (n - 1) / n
     freedom = (n - 1) ** 2
     assert abs(chi2 - freedom) < 5 * math.sqrt(2 * freedom)
 

@@ -1,0 +1,35 @@
+"""Small packed data sets, and damage to them, for the tests of what reads them."""
+
+from pathlib import Path
+
+from pack_images import class_folders
+
+from rtl_dist.data.dataset import Dataset, Split, open_dataset
+from rtl_dist.data.pack import pack
+
+
+def packed(
+    root: Path, counts: dict[str, int], *, shard_size: int = 7, kind: str = "JPEG"
+) -> Dataset:
+    """Generated images, ``counts`` of them by folder (``train/ants``), packed below ``root``."""
+    class_folders(root / "images", counts, kind)
+    pack(
+        str(root / "images"),
+        root / "packed",
+        shard_size=shard_size,
+        workers=1,
+        show_progress=False,
+        allow_missing_classes=True,
+    )
+    return open_dataset(root / "packed")
+
+
+def flip_byte(split: Split, sample: int) -> None:
+    """Changes one byte in the middle of a sample's image, in its shard on disk."""
+    row = split.index[sample]
+    path = split.root / split.shards[row["shard"]].path
+    with open(path, "r+b") as tar:
+        tar.seek(int(row["offset"]) + int(row["size"]) // 2)
+        byte = tar.read(1)[0]
+        tar.seek(-1, 1)
+        tar.write(bytes([byte ^ 0x55]))

@@ -1,0 +1,565 @@
+"""Samples to microbatches: the same pixels whatever the workers, damage found, every image kind."""
+
+import io
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from small_sets import flip_byte, packed
+
+from rtl_dist.config import Augment
+from rtl_dist.data.augment import EvalTransform, TrainTransform
+from rtl_dist.data.dataset import SampleReader, open_dataset
+from rtl_dist.data.decode import decode
+from rtl_dist.data.loader import (
+    SplitMicrobatches,
+    TrainingMicrobatches,
+    available_cpus,
+    make_loader,
+    microbatch_positions,
+    resolve_workers,
+)
+from rtl_dist.data.order import samples_at
+from rtl_dist.errors import DataError
+from rtl_dist.evaluation import predict_split
+from rtl_dist.runtime import Runtime
+
+SIDE, MICRO, BATCH, NUM = 8, 4, 16, 23
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    counts = {"train/ants": 12, "train/bees": 11, "val/ants": 4, "val/bees": 5}
+    return packed(tmp_path_factory.mktemp("data"), counts)
+
+
+@pytest.fixture(scope="module")
+def train(dataset):
+    return dataset.split("train")
+
+
+@pytest.fixture
+def damaged(dataset, tmp_path):
+    """A copy of the data set that a test may damage."""
+    shutil.copytree(dataset.root, tmp_path / "copy")
+    return open_dataset(tmp_path / "copy")
+
+
+def microbatches(split, *, seed=0, views=None, size=MICRO, channels=3, augment=None):
+    transform = TrainTransform(augment or Augment(), image_size=SIDE)
+    return TrainingMicrobatches(
+        split, transform, size=size, channels=channels, seed=seed, views=views
+    )
+
+
+def positions(end_step, *, rank=0, world_size=1):
+    return microbatch_positions(
+        0,
+        end_step,
+        global_batch_size=BATCH,
+        micro_batch_size=MICRO,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def read(dataset, requests, workers):
+    return list(make_loader(dataset, requests, workers=workers, pin_memory=False))
+
+
+def same(one, other):
+    return (
+        torch.equal(one.inputs, other.inputs)
+        and torch.equal(one.labels, other.labels)
+        and torch.equal(one.samples, other.samples)
+        and one.bad == other.bad
+    )
+
+
+# --- the same pixels ----------------------------------------------------------------------------
+
+
+def test_a_microbatch_holds_what_its_positions_say(train):
+    reader = SampleReader(train)
+    for position in (0, 20, 2 * NUM - 1):
+        batch = microbatches(train)[position]
+        samples, _ = samples_at(position, MICRO, num_samples=NUM, seed=0)
+        assert batch.samples.tolist() == samples.tolist()
+        assert batch.labels.tolist() == train.index["label"][samples].tolist()
+        assert (batch.inputs.dtype, batch.inputs.shape) == (torch.uint8, (MICRO, 3, SIDE, SIDE))
+        assert batch.bad == []
+    # without augmentation the pixels are the decoded image's
+    whole = Augment(crop_scale=(1.0, 1.0), crop_ratio=(1.2, 1.2), hflip=0)
+    transform = TrainTransform(whole, image_size=10)
+    first = TrainingMicrobatches(train, transform, size=1, channels=3, seed=0, views=None)[0]
+    image = decode(reader.read(int(first.samples[0])), 3)  # 12 x 10 pixels
+    shrunk = torch.nn.functional.interpolate(image[None].float(), (10, 10), mode="bilinear")
+    assert (first.inputs.float() - shrunk).abs().mean() < 16
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(train, workers):
+    alone = read(microbatches(train), positions(3), 0)
+    assert len(alone) == 12
+    shared = read(microbatches(train), positions(3), workers)
+    assert all(same(a, b) for a, b in zip(alone, shared, strict=True))
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_together_see_the_same_pixels(train, world_size):
+    alone = read(microbatches(train), positions(3), 0)
+    of_rank = [
+        iter(read(microbatches(train), positions(3, rank=rank, world_size=world_size), 0))
+        for rank in range(world_size)
+    ]
+    share = BATCH // MICRO // world_size
+    together = [next(one) for _ in range(3) for one in of_rank for _ in range(share)]
+    assert all(same(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_what_was_read_before_changes_nothing(train):
+    one, other = microbatches(train), microbatches(train)
+    expected = one[40]
+    for position in (8, 0, 40, 4):
+        torch.rand(3)
+        other[position]
+    assert same(expected, other[40])
+
+
+def test_augmentation_is_keyed_by_seed_view_and_sample(train):
+    def views_of(sample, *, seed=0, views=None, epochs=4):
+        """The pixels of one sample in each epoch."""
+        seen = []
+        dataset = microbatches(train, seed=seed, views=views, size=1)
+        for epoch in range(epochs):
+            numbers, _ = samples_at(epoch * NUM, NUM, num_samples=NUM, seed=seed)
+            within = numbers.tolist().index(sample)
+            seen.append(dataset[epoch * NUM + within].inputs)
+        return seen
+
+    def all_differ(tensors):
+        return len({tensor.numpy().tobytes() for tensor in tensors}) == len(tensors)
+
+    assert all_differ(views_of(5))  # a new view every epoch
+    cycle = views_of(5, views=2)
+    assert torch.equal(cycle[0], cycle[2])
+    assert torch.equal(cycle[1], cycle[3])
+    assert all_differ(cycle[:2])
+    assert torch.equal(cycle[0], views_of(5)[0])  # a view's number is its first epoch's
+    assert all_differ([views_of(5, epochs=1)[0], views_of(5, seed=1, epochs=1)[0]])
+
+
+def test_two_samples_of_the_same_image_get_different_views(train):
+    transform = TrainTransform(Augment(), image_size=SIDE)
+    image = torch.arange(3 * 20 * 20).reshape(3, 20, 20).to(torch.uint8)
+    assert torch.equal(transform(image, 1), transform(image, 1))
+    assert not torch.equal(transform(image, 1), transform(image, 2))
+
+
+@pytest.mark.parametrize(
+    "augment",
+    [
+        Augment(vflip=0.5, rotation=20),
+        Augment(randaugment=9),
+        Augment(color_jitter=0.3),
+        Augment(erasing=1.0),
+    ],
+    ids=["flips", "randaugment", "jitter", "erasing"],
+)
+def test_every_augmentation_draws_from_its_key_alone(train, augment):
+    views = []
+    for _ in range(2):
+        torch.manual_seed(torch.seed() % 2**31)
+        np.random.seed(None)
+        views.append([microbatches(train, augment=augment)[p] for p in (0, 4)])
+    assert all(same(a, b) for a, b in zip(*views, strict=True))
+    plain = microbatches(train)[0]
+    assert not torch.equal(plain.inputs, views[0][0].inputs)
+
+
+def test_cached_views_are_the_views_of_training(train):
+    """A block of a split in view v has the pixels that training has in the epochs of that view."""
+    transform = TrainTransform(Augment(), image_size=SIDE)
+    pixels = {}
+    for view in (0, 1):
+        blocks = SplitMicrobatches(train, transform, size=5, channels=3, seed=3, view=view)
+        for first in range(0, NUM, 5):
+            batch = blocks[first]
+            assert len(batch.inputs) == 5  # always full
+            for sample, image in zip(batch.samples.tolist(), batch.inputs, strict=True):
+                pixels.setdefault((view, sample), image)
+    dataset = microbatches(train, seed=3, views=2, size=1)
+    for position in range(3 * NUM):
+        batch = dataset[position]
+        expected = pixels[position // NUM % 2, int(batch.samples[0])]
+        assert torch.equal(batch.inputs[0], expected)
+
+
+# --- evaluation ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 4, 9, 23, 64])
+def test_evaluation_covers_each_sample_once(train, size):
+    transform = EvalTransform(image_size=SIDE, crop_pct=1.0)
+    blocks = SplitMicrobatches(train, transform, size=size, channels=3)
+    batches = read(blocks, range(0, NUM, size), 0)
+    assert torch.cat([batch.samples for batch in batches]).tolist() == list(range(NUM))
+    labels = torch.cat([batch.labels for batch in batches])
+    assert labels.tolist() == train.index["label"].tolist()
+
+
+def test_evaluation_shows_the_centre():
+    image = torch.zeros(3, 20, 30, dtype=torch.uint8)
+    image[:, 5:15, 10:20] = 200
+    view = EvalTransform(image_size=10, crop_pct=0.5)(image, 0)  # short side 20, centre 10
+    assert view.shape == (3, 10, 10)
+    assert (view == 200).all()
+    assert EvalTransform(image_size=8, crop_pct=1.0)(image, 0).shape == (3, 8, 8)
+
+
+# --- damage -------------------------------------------------------------------------------------
+
+
+def position_of(sample, *, seed=0):
+    return samples_at(0, NUM, num_samples=NUM, seed=seed)[0].tolist().index(sample)
+
+
+def test_a_flipped_byte_is_found_and_names_the_sample(damaged):
+    split = damaged.split("train")
+    key = split.key(9)
+    flip_byte(split, 9)
+    with pytest.raises(DataError, match=r"sample 9 of split 'train' .* fails its checksum"):
+        SampleReader(split).read(9)
+    batch = microbatches(split, size=1)[position_of(9)]
+    (message,) = batch.bad
+    assert message.startswith("sample 9 of split 'train'")
+    assert repr(key) in message
+    assert "checksum" in message
+    assert split.shards[split.index[9]["shard"]].path in message
+
+
+def test_a_substitute_is_always_the_same_and_brings_its_label(damaged):
+    split = damaged.split("train")
+    other_class = [i for i in range(NUM) if split.index[i]["label"] != split.index[9]["label"]]
+    flip_byte(split, 9)
+    alone = microbatches(split, size=1)[position_of(9)]
+    substitute = int(alone.samples[0])
+    assert substitute != 9
+    assert alone.labels.tolist() == [split.index[substitute]["label"]]
+    at = position_of(9)
+    for first in (at - 2, at - 1, at):
+        if first >= 0:
+            batch = microbatches(split, size=3)[first]
+            assert batch.samples[at - first] == substitute
+            assert torch.equal(batch.inputs[at - first], alone.inputs[0])
+    # a substitute of the other class, at some damaged sample, shows whose label is taken
+    labels = set()
+    for sample in range(NUM):
+        flip_byte(split, sample)
+        batch = microbatches(split, size=1)[position_of(sample)]
+        flip_byte(split, sample)
+        labels.add((int(split.index[sample]["label"]), int(batch.labels[0])))
+        assert batch.labels[0] == split.index[int(batch.samples[0])]["label"]
+    assert {(0, 1), (1, 0)} & labels
+    assert other_class
+
+
+def test_a_damaged_substitute_is_replaced_too(damaged):
+    split = damaged.split("train")
+    flip_byte(split, 9)
+    first = int(microbatches(split, size=1)[position_of(9)].samples[0])
+    flip_byte(split, first)
+    batch = microbatches(split, size=1)[position_of(9)]
+    assert batch.samples[0] not in (9, first)
+    assert [name.split(" of split")[0] for name in batch.bad] == ["sample 9", f"sample {first}"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_split_in_which_nothing_can_be_read_is_refused(damaged, workers):
+    split = damaged.split("train")
+    for sample in range(NUM):
+        flip_byte(split, sample)
+    with pytest.raises(DataError, match="16 samples in a row cannot be read"):
+        read(microbatches(split), [0], workers)
+
+
+def test_evaluation_replaces_nothing(damaged):
+    split = damaged.split("train")
+    flip_byte(split, 9)
+    blocks = SplitMicrobatches(
+        split, EvalTransform(image_size=SIDE, crop_pct=1.0), size=4, channels=3
+    )
+    batch = blocks[8]
+    assert batch.samples.tolist() == [8, 9, 10, 11]
+    assert len(batch.bad) == 1
+    assert not batch.inputs[1].any()
+    assert batch.inputs[0].any()
+
+
+@pytest.mark.parametrize("all_of_a_batch", [False, True])
+def test_damaged_samples_cannot_be_evaluated(damaged, all_of_a_batch):
+    split = damaged.split("val")
+    for sample in range(9 if all_of_a_batch else 1):
+        flip_byte(split, sample)
+
+    class Scores(torch.nn.Module):
+        preprocessing = EvalTransformSizes
+
+        def forward(self, images):
+            return torch.zeros(len(images), 2) + images.float().mean((1, 2, 3))[:, None]
+
+    with (
+        Runtime("no") as runtime,
+        pytest.raises(DataError, match="cannot evaluate exactly: sample 0 of split 'val'"),
+    ):
+        predict_split(Scores(), damaged, split, runtime=runtime, workers=0)
+
+
+class EvalTransformSizes:
+    image_size, crop_pct, channels = SIDE, 1.0, 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: os.truncate(path, path.stat().st_size - 1), "truncated"),
+        (lambda path: os.truncate(path, 0), "truncated"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"x"), "altered"),
+        (lambda path: path.unlink(), "cannot be opened"),
+    ],
+    ids=["cut", "emptied", "longer", "gone"],
+)
+def test_a_shard_of_another_size_is_found_on_opening(damaged, change, message):
+    shard = damaged.split("train").shards[1].path
+    change(damaged.root / shard)
+    with pytest.raises(DataError, match=f"{shard}.*{message}"):
+        damaged.split("train")
+    damaged.split("val")  # its shards are whole
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_lost_after_opening_is_named(damaged, workers):
+    split = damaged.split("train")
+    for shard in split.shards:
+        (damaged.root / shard.path).unlink()
+    with pytest.raises(DataError, match=r"(?s)cannot read .*\.tar"):
+        read(microbatches(split), [0], workers)
+
+
+def test_a_shard_cut_after_opening_is_named(damaged):
+    split = damaged.split("train")
+    last = int(np.argmax(split.index["offset"]))
+    path = damaged.root / split.shards[split.index[last]["shard"]].path
+    os.truncate(path, int(split.index[last]["offset"]) + 3)
+    with pytest.raises(DataError, match=f"sample {last} .* is cut short"):
+        SampleReader(split).read(last)
+
+
+@pytest.mark.parametrize("change", ["shorter", "other dtype", "text", "gone"])
+def test_an_index_that_does_not_fit_is_refused(damaged, change):
+    path = damaged.root / "index" / "train.npy"
+    index = np.load(path)
+    if change == "shorter":
+        np.save(path, index[:-1])
+    elif change == "other dtype":
+        np.save(path, np.arange(NUM))
+    elif change == "text":
+        path.write_text("no index")
+    else:
+        path.unlink()
+    with pytest.raises(DataError, match="index.* pack again"):
+        damaged.split("train")
+
+
+def test_a_pickled_index_is_not_unpickled(damaged, tmp_path):
+    canary = tmp_path / "canary"
+    path = damaged.root / "index" / "train.npy"
+    np.save(path, np.array([Canary(canary)] * NUM, dtype=object), allow_pickle=True)
+    with pytest.raises(DataError, match="cannot read the index"):
+        damaged.split("train")
+    assert not canary.exists()
+
+
+class Canary:
+    """Unpickling it writes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+# --- processes ----------------------------------------------------------------------------------
+
+
+def test_a_split_pickles_as_its_name(train):
+    content = pickle.dumps(train)
+    assert len(content) < 500
+    other = pickle.loads(content)
+    assert isinstance(other.index, np.memmap)
+    assert (other.name, other.root, other.shards) == (train.name, train.root, train.shards)
+    assert other.index.tolist() == train.index.tolist()
+
+
+def test_a_spawned_process_reads_the_same(train, tmp_path):
+    """With spawn the data set is pickled, also when this process has read from it before."""
+    dataset = microbatches(train)
+    expected = dataset[8].inputs
+    (tmp_path / "dataset.pkl").write_bytes(pickle.dumps(dataset))
+    code = (
+        "import pickle, sys, zlib\n"
+        f"dataset = pickle.load(open({str(tmp_path / 'dataset.pkl')!r}, 'rb'))\n"
+        "print(zlib.crc32(dataset[8].inputs.numpy().tobytes()), dataset[8].bad)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(zlib.crc32(expected.numpy().tobytes())), "[]"]
+
+
+def test_workers_ignore_stop_signals(train):
+    """The training process saves first and then ends its workers itself."""
+    before = set(multiprocessing.active_children())
+    loader = iter(make_loader(microbatches(train), positions(8), workers=1, pin_memory=False))
+    batches = [next(loader)]
+    (worker,) = set(multiprocessing.active_children()) - before
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        os.kill(worker.pid, number)
+    batches += list(loader)
+    assert len(batches) == 32
+    assert all(
+        same(a, b) for a, b in zip(batches, read(microbatches(train), positions(8), 0), strict=True)
+    )
+
+
+def test_workers_share_the_cpus_this_process_may_use():
+    cpus = available_cpus()
+    assert cpus == len(os.sched_getaffinity(0))
+    assert resolve_workers(3, local_world_size=64) == 3
+    assert resolve_workers(0, local_world_size=1) == 0
+    assert resolve_workers("auto", local_world_size=1) == min(cpus, 16)
+    assert resolve_workers("auto", local_world_size=10**6) == 1
+
+
+# --- kinds of images ----------------------------------------------------------------------------
+
+
+def encoded(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def picture(width=16, height=12):
+    """A smooth colour picture, so that JPEG changes little."""
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return np.stack([x, y, (x + y) / 2], 2).astype(np.uint8)
+
+
+def png_16bit(pixels):
+    """A PNG of uint16 (height, width[, 3]), which Pillow cannot write in colour."""
+    height, width = pixels.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+
+    def chunk(kind, content):
+        crc = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
+
+    header = struct.pack(">IIBBBBB", width, height, 16, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def array(image):
+    return image.permute(1, 2, 0).numpy().astype(int)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_colour_and_grey_are_what_the_config_asks_for(mode, kind, channels):
+    source = Image.fromarray(picture()).convert(mode)
+    image = decode(encoded(source, kind, **({} if kind == "PNG" else {"quality": 95})), channels)
+    assert (image.dtype, image.shape) == (torch.uint8, (channels, 12, 16))
+    expected = np.asarray(source.convert("L" if channels == 1 else "RGB")).astype(int)
+    assert abs(array(image).squeeze() - expected).mean() < (1 if kind == "PNG" else 5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("colour", [False, True])
+def test_16_bit_png_keeps_its_upper_bits(colour, channels):
+    values = np.arange(12 * 16, dtype=np.uint16).reshape(12, 16) * 341
+    pixels = np.stack([values] * 3, 2) if colour else values
+    image = decode(png_16bit(pixels), channels)
+    assert (image.dtype, image.shape) == (torch.uint8, (channels, 12, 16))
+    expected = np.repeat((values >> 8)[:, :, None], channels, 2).astype(int)
+    assert abs(array(image) - expected).max() <= (1 if colour and channels == 1 else 0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation):
+    source = Image.fromarray(picture())
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(source, "JPEG", quality=95, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    image = decode(content, 3)
+    assert array(image).shape == np.asarray(upright).shape
+    assert abs(array(image) - np.asarray(upright).astype(int)).mean() < 3
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_cmyk_jpeg_has_the_colours_it_was_made_of(channels):
+    source = Image.fromarray(picture())
+    image = decode(encoded(source.convert("CMYK"), "JPEG", quality=95), channels)
+    expected = np.asarray(source.convert("L" if channels == 1 else "RGB")).astype(int)
+    assert abs(array(image).squeeze() - expected).mean() < 5
+
+
+def test_transparency_and_palettes_are_decoded():
+    source = Image.fromarray(picture())
+    assert decode(encoded(source.convert("RGBA"), "PNG"), 3).shape == (3, 12, 16)
+    assert decode(encoded(source.convert("LA"), "PNG"), 1).shape == (1, 12, 16)
+    assert decode(encoded(source.convert("P"), "PNG"), 3).shape == (3, 12, 16)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\xff\xd8\xff", b"no image at all", b"GIF89a" + bytes(20), b"\x89PNG\r\n\x1a\n" + bytes(9)],
+    ids=["empty", "jpeg header", "text", "gif", "png header"],
+)
+def test_what_is_no_image_is_a_data_error(content):
+    with pytest.raises(DataError, match=r"\Acannot be decoded: [^\n]+\Z"):
+        decode(content, 3)
+
+
+def test_all_kinds_pass_through_pack_and_loader(tmp_path):
+    source = Image.fromarray(picture(40, 30))
+    folder = tmp_path / "images" / "a"
+    folder.mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (folder / "grey.jpg").write_bytes(encoded(source.convert("L"), "JPEG"))
+    (folder / "cmyk.jpg").write_bytes(encoded(source.convert("CMYK"), "JPEG"))
+    (folder / "turned.jpg").write_bytes(encoded(source, "JPEG", exif=exif))
+    (folder / "deep.png").write_bytes(png_16bit(np.asarray(source).astype(np.uint16) * 257))
+    (folder / "small.webp").write_bytes(encoded(source, "WEBP"))
+    (tmp_path / "images" / "b").mkdir()
+    (tmp_path / "images" / "b" / "0.png").write_bytes(encoded(source, "PNG"))
+    from rtl_dist.data.pack import pack
+
+    pack(str(tmp_path / "images"), tmp_path / "packed", workers=1, show_progress=False)
+    split = open_dataset(tmp_path / "packed").split("train")
+    for channels in (1, 3):
+        batch = microbatches(split, size=6, channels=channels)[0]
+        assert batch.inputs.shape == (6, channels, SIDE, SIDE)
+        assert batch.bad == []
