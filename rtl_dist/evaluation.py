@@ -120,12 +120,14 @@ def _forward(
     what = f"evaluating {split.name}"
     with runtime.progress(total=len(blocks), what=what, unit="batch") as bar:
         for batch in loader:
+            bar.update()
+            if batch.bad:
+                bad += batch.bad
+                continue
             images = batch.inputs.to(runtime.device, non_blocking=True)
             with runtime.accelerator.autocast():
                 out = function(images)
             yield batch.samples.numpy().copy(), out
-            bad += batch.bad
-            bar.update()
     _refuse_bad(runtime, bad)
 
 

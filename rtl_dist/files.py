@@ -46,6 +46,9 @@ def save_tensors(
 
     on_cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     save_file(on_cpu, path, metadata=metadata)
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)  # safetensors makes files that only their owner can read
 
 
 def flush_to_disk(path: Path) -> None:

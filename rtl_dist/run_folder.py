@@ -55,8 +55,8 @@ def owned_run_folder(config: Config, runtime: Runtime) -> Iterator[Path]:
     """
     run = Path(config.run.dir)
     lock = _Lock(run / ".lock")
-    runtime.from_main(lambda: _claim(run, lock, config.run.resume))
     try:
+        runtime.from_main(lambda: _claim(run, lock, config.run.resume))
         yield run
     finally:
         lock.release()

@@ -103,9 +103,13 @@ class Split:
                 raise DataError(f"cannot read {path}: {error.strerror}; is it there?") from error
 
     def describe(self, sample: int) -> str:
-        """Names a sample for an error message: split, key and shard."""
+        """Names a sample for an error message: split, key (if it can still be read) and shard."""
         shard = self.shards[self.index[sample]["shard"]].path
-        return f"sample {sample} of split {self.name!r} (key {self.key(sample)!r} in {shard})"
+        try:
+            where = f"key {self.key(sample)!r} in {shard}"
+        except OSError:
+            where = f"in {shard}"
+        return f"sample {sample} of split {self.name!r} ({where})"
 
 
 class SampleReader:
@@ -118,6 +122,9 @@ class SampleReader:
     def __init__(self, split: Split) -> None:
         self._split = split
         self._files: dict[int, int] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SampleReader, (self._split,)  # descriptors mean other files in another process
 
     def read(self, sample: int) -> bytes:
         """The sample's image file as bytes.

@@ -24,6 +24,9 @@ from rtl_dist.data.sources.items import check_classes_in_splits, shorten
 from rtl_dist.errors import UserError
 
 
+_LEFT_OUT_SHOWN = 10
+
+
 @dataclass(frozen=True, kw_only=True)
 class PackReport:
     """What was packed. ``class_counts`` has a count a class, in the order of ``classes``."""
@@ -42,6 +45,22 @@ class PackReport:
     @property
     def resumed(self) -> bool:
         return self.shards_kept > 0
+
+    def __str__(self) -> str:
+        """What the command says: what was packed, what was left out, and what to type next."""
+        counts = ", ".join(f"{name} {count:,}" for name, count in self.num_samples.items())
+        lines = [
+            f"left out: {file.name} ({file.reason})" for file in self.left_out[:_LEFT_OUT_SHOWN]
+        ]
+        if len(self.left_out) > _LEFT_OUT_SHOWN:
+            more = len(self.left_out) - _LEFT_OUT_SHOWN
+            lines.append(f"left out: {more:,} more, all in {self.out / 'left_out.csv'}")
+        kept = f" ({self.shards_kept} shards were already there)" if self.resumed else ""
+        lines.append(
+            f"packed {len(self.classes):,} classes, {counts} images into {self.out} in"
+            f" {self.seconds:.0f} s{kept}; next: data.path={self.out} in a config"
+        )
+        return "\n".join(lines)
 
 
 def pack(

@@ -1,0 +1,320 @@
+"""Several real processes: the launchers make one group of them, and their number changes nothing.
+
+Starting processes costs some ten seconds of imports, so a few runs are shared by many tests.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from safetensors.torch import load_file
+
+import rtl_dist.runtime
+from rtl_dist.data.pack import pack
+from rtl_dist.launched import launched_world_size
+from rtl_dist.train import main
+
+pytestmark = pytest.mark.launch
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = str(ROOT / "rtl_dist" / "train.py")
+LAUNCH_FILES = sorted((ROOT / "launch").glob("*.yaml"))
+NUM_VAL, NUM_TEST = 270, 269  # of digits; odd or not, neither divides into equal batches
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+TIMEOUT_S = 150
+
+
+# --- starting processes ---
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's, without any trace of a launcher or of the user's own accelerate settings."""
+    clean = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
+    return clean | {"OMP_NUM_THREADS": "1", "HF_HOME": os.devnull} | more
+
+
+def start(command: list[str], env: dict[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # so that a launcher's children can be ended with it
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """The exit code and output; a process that hangs is ended with all its children."""
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"still running after {TIMEOUT_S} s:\n{output}")
+    return process.returncode, output
+
+
+def start_ranks(arguments: list[str], world_size: int) -> list[subprocess.Popen[str]]:
+    """One process a rank, told what torchrun would tell them, without a launcher between that
+    would hide their exit codes."""
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        start(
+            [sys.executable, SCRIPT, *arguments],
+            environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared),
+        )
+        for rank in range(world_size)
+    ]
+
+
+# --- the runs ---
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> str:
+    """Three stages, 50 steps of 32 images in 4 microbatches, with all that could depend on how the
+    microbatches are shared: BatchNorm, dropout, mixup, an average of the weights."""
+    folder = tmp_path_factory.mktemp("launch")
+    pack("digits", folder / "digits", workers=1, show_progress=False)
+    content = {
+        "seed": 3,
+        "run": {"ledger": True},
+        "data": {"path": str(folder / "digits"), "image_size": 32, "crop_pct": 1.0, "workers": 0},
+        "augment": {"crop_scale": [0.7, 1.0], "mixup": 0.2},
+        "model": {"name": "test_resnet", "weights": "none", "dropout": 0.1},
+        "stages": [
+            {"name": "head", "steps": 10, "trainable": "head", "lr": 1e-2, "views": 2},
+            {
+                "name": "top",
+                "steps": 20,
+                "trainable": ["layer4", "head"],
+                "lr": 3e-3,
+                "batchnorm": "train",
+            },
+            {"name": "all", "steps": 20, "trainable": "all", "lr": 3e-3, "batchnorm": "train"},
+        ],
+        "optim": {"ema": 0.9},
+        "batch": {"global": 32, "micro": 8},
+        "precision": "fp64",
+        "checkpoint": {"every": "12 steps"},
+        "track": {"wandb": "off"},
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return str(path)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    run: Path
+    output: str
+
+    @property
+    def results(self) -> dict:
+        return json.loads((self.run / "results.json").read_text())
+
+    @property
+    def evaluations(self) -> list[dict]:
+        lines = (self.run / "metrics.jsonl").read_text().splitlines()
+        return [row for row in map(json.loads, lines) if "val/top1" in row]
+
+    @property
+    def ledger(self) -> bytes:
+        return (self.run / "ledger" / "samples.jsonl").read_bytes()
+
+    def tensors(self, name: str) -> dict:
+        (checkpoint,) = (self.run / "checkpoints").glob("step-*50")
+        return load_file(checkpoint / f"{name}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def alone(config, tmp_path_factory) -> Outcome:
+    run = tmp_path_factory.mktemp("alone") / "run"
+    assert main(["--config", config, f"run.dir={run}"]) == 0
+    return Outcome(run, "")
+
+
+@pytest.fixture(scope="module")
+def launched(config, tmp_path_factory):
+    """The outcome of two processes started by a launcher; each launcher runs once."""
+    binaries = Path(sys.executable).parent
+    launchers = {
+        "torchrun": [str(binaries / "torchrun"), "--standalone", "--nproc_per_node", "2"],
+        "accelerate": [
+            str(binaries / "accelerate"),
+            "launch",
+            "--config_file",
+            str(ROOT / "launch" / "cpu.yaml"),
+        ],
+    }
+    outcomes: dict[str, Outcome] = {}
+
+    def outcome(launcher: str) -> Outcome:
+        if launcher not in outcomes:
+            run = tmp_path_factory.mktemp(launcher) / "run"
+            arguments = [SCRIPT, "--config", config, f"run.dir={run}"]
+            code, output = finish(start([*launchers[launcher], *arguments], environment()))
+            assert code == 0, output
+            outcomes[launcher] = Outcome(run, output)
+        return outcomes[launcher]
+
+    return outcome
+
+
+def largest_difference(one: Outcome, other: Outcome, name: str) -> float:
+    mine, theirs = one.tensors(name), other.tensors(name)
+    assert mine.keys() == theirs.keys()
+    return max(float((mine[k].double() - theirs[k].double()).abs().max()) for k in mine)
+
+
+# --- one group, the same result ---
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+class TestTwoProcesses:
+    def test_they_are_one_group(self, launcher, launched):
+        outcome = launched(launcher)
+        assert "2 process(es)" in outcome.output
+        environment = json.loads((outcome.run / "environment.json").read_text())
+        assert environment["world_size"] == 2
+
+    def test_they_see_the_samples_of_one_process(self, launcher, launched, alone):
+        assert launched(launcher).ledger == alone.ledger
+        assert len(alone.ledger.splitlines()) == 50 * 4
+
+    def test_they_end_with_the_weights_of_one_process(self, launcher, launched, alone):
+        outcome = launched(launcher)
+        assert largest_difference(outcome, alone, "model") < 1e-10  # BatchNorm statistics too
+        assert largest_difference(outcome, alone, "ema") < 1e-10
+        assert outcome.results["frozen_ok"] is True
+        assert outcome.results["samples_seen"] == alone.results["samples_seen"] == 50 * 32
+
+    def test_they_count_every_evaluated_sample_once(self, launcher, launched, alone):
+        outcome = launched(launcher)
+        assert outcome.results["test"]["num_samples"] == NUM_TEST
+        assert outcome.results["test"] == pytest.approx(alone.results["test"], rel=1e-9)
+        assert len(outcome.evaluations) == len(alone.evaluations) >= 3
+        for row, expected in zip(outcome.evaluations, alone.evaluations, strict=True):
+            assert row["val/loss"] == pytest.approx(expected["val/loss"], rel=1e-9)
+            assert row["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-9)
+            assert row["val/top1"] == expected["val/top1"]
+            assert row["val/top1"] * NUM_VAL == pytest.approx(round(row["val/top1"] * NUM_VAL))
+
+
+def test_a_stop_request_to_one_rank_stops_all_and_one_process_goes_on(config, alone, tmp_path):
+    run = tmp_path / "run"
+    arguments = ["--config", config, f"run.dir={run}"]
+    ranks = start_ranks(arguments, 2)
+    ledger = run / "ledger" / "samples.jsonl"
+    deadline = time.monotonic() + TIMEOUT_S
+    while not (ledger.exists() and ledger.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    ranks[1].send_signal(signal.SIGUSR1)
+    for code, output in [finish(process) for process in ranks]:
+        assert code == 75, output
+        assert "saved; start the same command to go on" in output
+    assert not (run / "results.json").exists()
+    assert main(arguments) == 0
+    resumed = Outcome(run, "")
+    assert resumed.ledger == alone.ledger
+    assert largest_difference(resumed, alone, "model") < 1e-10
+    assert largest_difference(resumed, alone, "ema") < 1e-10
+
+
+# --- refusals ---
+
+
+def test_processes_that_cannot_share_the_microbatches_are_refused(config, tmp_path):
+    arguments = ["--config", config, f"run.dir={tmp_path / 'run'}", "batch.micro=32"]
+    for code, output in [finish(process) for process in start_ranks(arguments, 2)]:
+        assert code == 2, output
+        assert "1 microbatches (global 32 / micro 32) cannot be shared by 2 processes" in output
+        assert "use 1 processes, or another batch.micro" in output
+
+
+def test_a_process_that_finds_itself_alone_in_a_job_of_two_is_refused(
+    config, tmp_path, monkeypatch, capsys
+):
+    # What accelerate 1.15 does to processes on CPUs that are not told so; each would train alone
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in variables.items() | {("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")}:
+        monkeypatch.setenv(name, value)
+    accelerator = rtl_dist.runtime.Accelerator
+    monkeypatch.setattr(
+        rtl_dist.runtime, "Accelerator", lambda cpu, **others: accelerator(**others)
+    )
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["--config", config, f"run.dir={tmp_path / 'run'}"]) == 2
+    assert "WORLD_SIZE is 2 but this process found 1" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_without_a_meeting_point_are_refused(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert main(["--config", config, f"run.dir={tmp_path / 'run'}"]) == 2
+    assert "MASTER_ADDR" in capsys.readouterr().err
+
+
+# --- what srun and the files of launch/ say ---
+
+
+def test_tasks_of_srun_are_told_their_ranks(tmp_path, monkeypatch):
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text("#!/bin/sh\n[ \"$3\" = 'gpu[07-09]' ] && echo gpu07 gpu08 gpu09\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    env = {
+        "SLURM_JOB_ID": "40123",
+        "SLURM_STEP_NUM_TASKS": "5",
+        "SLURM_STEP_NODELIST": "gpu[07-09]",
+        "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+        "SLURM_PROCID": "4",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "2",
+    }
+    assert launched_world_size(env) == 5
+    assert {k: v for k, v in env.items() if not k.startswith("SLURM")} == {
+        "RANK": "4",
+        "WORLD_SIZE": "5",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "gpu07",
+        "MASTER_PORT": "12123",
+    }
+
+
+def test_a_launcher_within_srun_has_the_last_word():
+    env = {"SLURM_STEP_NUM_TASKS": "2", "WORLD_SIZE": "8", "RANK": "3", "MASTER_ADDR": "a"}
+    before = dict(env)
+    assert launched_world_size(env) == 8
+    assert env == before
+
+
+def test_a_batch_script_and_a_shell_are_one_process():
+    assert launched_world_size({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}) == 1
+    assert launched_world_size({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}) == 1
+
+
+@pytest.mark.parametrize("path", LAUNCH_FILES, ids=lambda path: path.name)
+def test_launch_files_are_what_accelerate_reads(path):
+    settings = load_config_from_file(str(path))
+    assert settings.mixed_precision == "no"  # precision is the training config's to choose
+    several = settings.distributed_type.value == "MULTI_GPU"
+    assert several == (settings.num_processes > 1) == (path.stem != "one_gpu")
+    assert f"--config_file launch/{path.name}" in path.read_text()

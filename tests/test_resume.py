@@ -1,0 +1,215 @@
+"""A run that is killed or stopped goes on from its newest whole checkpoint and ends the same."""
+
+import filecmp
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from tiny_runs import (
+    make_dataset,
+    metric_rows,
+    newest_checkpoint,
+    tiny_config,
+    train_process,
+    write_config,
+)
+
+from rtl_dist.data.pack import pack
+from rtl_dist.train import main
+
+FILES = ("model.safetensors", "optimizer.safetensors", "ema.safetensors")
+CHANGES = {
+    "run__ledger": True,
+    "optim": {"ema": 0.9},
+    "augment": {"mixup": 0.2},
+    "stages__1__lr": 3e-2,
+}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    config = tiny_config(dataset, folder / "run", **CHANGES)
+    assert main(["--config", write_config(folder / "c.yaml", config)]) == 0
+    return folder / "run"
+
+
+def require_equal_runs(one: Path, other: Path) -> None:
+    assert newest_checkpoint(one).name == newest_checkpoint(other).name
+    for name in FILES:
+        assert filecmp.cmp(newest_checkpoint(one) / name, newest_checkpoint(other) / name, False)
+    for name in ("best/model.safetensors", "ledger/samples.jsonl"):
+        assert filecmp.cmp(one / name, other / name, False), name
+    assert metric_rows(one) == metric_rows(other)
+    results = [json.loads((run / "results.json").read_text()) for run in (one, other)]
+    assert results[0]["weights_sha256"] == results[1]["weights_sha256"]
+    assert results[0]["best"] == results[1]["best"]
+
+
+class Killed(BaseException):
+    """Stands for a process that ends at once: nothing may catch it to tidy up."""
+
+
+@pytest.mark.parametrize("step", [1, 5, 6, 7, 12, 14, 20])
+@pytest.mark.parametrize("where", ["before the boundary", "after the boundary"])
+def test_ended_at_any_step_it_goes_on_to_the_same_bytes(
+    tmp_path, dataset, undisturbed, monkeypatch, step, where
+):
+    """Steps 5 and 6 lie before and at a stage's end, 12 at a stage's end with a checkpoint that
+    precedes its evaluation, 20 at the end of the run."""
+    import rtl_dist.boundary as room
+
+    config = write_config(tmp_path / "c.yaml", tiny_config(dataset, tmp_path / "run", **CHANGES))
+    cross = room.Boundary.cross
+
+    def cross_and_die(self):
+        if self._job.state.step == step and where == "before the boundary":
+            raise Killed
+        cross(self)
+        if self._job.state.step == step:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(room.Boundary, "cross", cross_and_die)
+        with pytest.raises(Killed):
+            main(["--config", config])
+    assert not (tmp_path / "run" / "results.json").exists()
+    assert main(["--config", config]) == 0
+    require_equal_runs(undisturbed, tmp_path / "run")
+
+
+def test_ended_between_saving_and_evaluating(tmp_path, dataset, undisturbed, monkeypatch):
+    import rtl_dist.boundary as room
+
+    config = write_config(tmp_path / "c.yaml", tiny_config(dataset, tmp_path / "run", **CHANGES))
+
+    def die(self):
+        if self._evaluation_is_due and self._job.state.step == 12:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(room.Boundary, "evaluate_if_due", die)
+        with pytest.raises(Killed):
+            main(["--config", config])
+    saved = json.loads((newest_checkpoint(tmp_path / "run") / "state.json").read_text())["state"]
+    assert saved["step"] == 12
+    assert saved["last_eval"] < 12
+    assert main(["--config", config]) == 0
+    assert metric_rows(tmp_path / "run")[-1] == metric_rows(undisturbed)[-1]
+
+
+@pytest.mark.launch
+def test_sigkill_in_mid_epoch(tmp_path, dataset, undisturbed):
+    run = tmp_path / "run"
+    config = write_config(tmp_path / "c.yaml", tiny_config(dataset, run, **CHANGES))
+    process = train_process(config, "data.workers=1")
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoints" / "step-00000004").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    output = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, output
+    assert not (run / "results.json").exists(), "the kill came too late to prove anything"
+    assert main(["--config", config]) == 0
+    require_equal_runs(undisturbed, run)
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_stop_request_saves_and_leaves_with_75(tmp_path, dataset, undisturbed, name):
+    run = tmp_path / "run"
+    config = write_config(tmp_path / "c.yaml", tiny_config(dataset, run, **CHANGES))
+    process = train_process(config, "data.workers=1")
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, getattr(signal, name))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "start the same command to go on" in errors.splitlines()[-1]
+    assert main(["--config", config]) == 0
+    require_equal_runs(undisturbed, run)
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
+    tmp_path, dataset, undisturbed, capsys
+):
+    run = tmp_path / "run"
+    config = write_config(tmp_path / "c.yaml", tiny_config(dataset, run, **CHANGES))
+    assert main(["--config", config]) == 0
+    newest = newest_checkpoint(run) / "model.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1
+    newest.write_bytes(content)
+    (run / "results.json").unlink()
+    capsys.readouterr()
+    assert main(["--config", config]) == 0
+    assert "falling back to an older one" in capsys.readouterr().err
+    require_equal_runs(undisturbed, run)
+
+
+def test_resume_never_and_must(tmp_path, dataset, capsys):
+    stages = [{"name": "head", "steps": 2, "trainable": "head", "lr": 1e-2}]
+    tree = tiny_config(dataset, tmp_path / "run", stages=stages)
+    config = write_config(tmp_path / "c.yaml", tree)
+    assert main(["--config", config, "run.resume=must"]) == 2
+    assert "holds no checkpoint" in capsys.readouterr().err
+    assert main(["--config", config, "run.resume=never"]) == 0
+    assert main(["--config", config, "run.resume=never"]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert main(["--config", config, "run.resume=must"]) == 0
+
+
+def test_another_config_data_set_or_head_is_refused_and_nothing_is_lost(tmp_path, dataset, capsys):
+    stages = [{"name": "head", "steps": 2, "trainable": "head", "lr": 1e-2}]
+    run = tmp_path / "run"
+    tree = tiny_config(dataset, run, stages=stages)
+    config = write_config(tmp_path / "c.yaml", tree)
+    assert main(["--config", config]) == 0
+    before = (newest_checkpoint(run) / "manifest.json").read_bytes()
+    capsys.readouterr()
+
+    assert main(["--config", config, "stages.0.lr=0.5", "seed=6"]) == 2
+    error = capsys.readouterr().err
+    assert "seed was 5 and is 6" in error
+    assert "stages.0.lr was 0.01 and is 0.5" in error
+
+    other = tmp_path / "other"
+    images = dataset.parent / "images"
+    pack(str(images), other, val_fraction=0.0, shard_size=7, workers=1, show_progress=False)
+    assert main(["--config", config, f"data.path={other}"]) == 2
+    assert "the data set changed since the run" in capsys.readouterr().err
+
+    fewer = tmp_path / "fewer"
+    pack(str(images), fewer, labels=["red", "blue"], workers=1, show_progress=False)
+    assert main(["--config", config, f"data.path={fewer}"]) == 2
+    assert "is for 3 classes and the data now has 2" in capsys.readouterr().err
+    assert (newest_checkpoint(run) / "manifest.json").read_bytes() == before
+
+    assert main(["--config", config, "data.workers=1", "checkpoint.keep=5"]) == 0
+
+
+def test_a_second_job_in_the_same_folder_leaves_and_names_the_owner(tmp_path, dataset, capsys):
+    from rtl_dist.run_folder import _Lock
+
+    run = tmp_path / "run"
+    run.mkdir()
+    lock = _Lock(run / ".lock")
+    lock.acquire()
+    config = write_config(tmp_path / "c.yaml", tiny_config(dataset, run))
+    assert main(["--config", config]) == 2
+    assert f"process {os.getpid()}" in capsys.readouterr().err
+    lock.release()
+    assert main(["--config", config]) == 0
