@@ -92,6 +92,7 @@ def open_stage_batches(
             size=micro_batch_size,
             seed=config.seed,
             first_step=first_step,
+            rank=runtime.rank,
             num_classes=model.head.out_features,
             workers=workers,
             pin_memory=pin_memory,

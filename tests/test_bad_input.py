@@ -157,7 +157,9 @@ def test_processes_that_do_not_divide_the_microbatches(tmp_path, dataset):
     config = parse_config(tiny_config(dataset, tmp_path / "run"))
     for fits in (1, 2, 4):
         assert resolve_micro_batch_size(config, world_size=fits, device_type="cpu") == 4
-    with pytest.raises(UserError, match=r"4 microbatches .* cannot be shared by 3 processes; use 1, 2"):
+    with pytest.raises(
+        UserError, match=r"4 microbatches .* cannot be shared by 3 processes; use 1, 2"
+    ):
         resolve_micro_batch_size(config, world_size=3, device_type="cpu")
 
 

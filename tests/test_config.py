@@ -116,16 +116,28 @@ def test_what_has_no_default_is_required(refusal, text, message):
         ("data: {path: d, channels: 1.0}", "data.channels: must be one of 1, 3; found 1.0"),
         ("run: {resume: false}", "run.resume: must be one of auto, never, must; found False"),
         # one of several, or a number
-        ("batch: {micro: big}", "batch.micro: must be one of auto; found 'big'; or expected a whole"),
-        ("batch: {micro: true}", "batch.micro: must be one of auto; found True; or expected a whole"),
-        ("data: {path: d, workers: 1.5}", "data.workers: must be one of auto; found 1.5; or expect"),
+        (
+            "batch: {micro: big}",
+            "batch.micro: must be one of auto; found 'big'; or expected a whole",
+        ),
+        (
+            "batch: {micro: true}",
+            "batch.micro: must be one of auto; found True; or expected a whole",
+        ),
+        (
+            "data: {path: d, workers: 1.5}",
+            "data.workers: must be one of auto; found 1.5; or expect",
+        ),
         ("compile: 1", "compile: must be one of auto; found 1; or expected true or false"),
         # a number or null
         ("optim: {clip_grad_norm: no}", "optim.clip_grad_norm: expected a number, found False"),
         ("augment: {randaugment: 9.5}", "augment.randaugment: expected a whole number, found 9.5"),
         # pairs
         ("augment: {crop_scale: 0.5}", "augment.crop_scale: expected a list of 2 numbers, found 0"),
-        ("augment: {crop_scale: [0.1, 0.5, 1]}", "augment.crop_scale: expected a list of 2 numbers"),
+        (
+            "augment: {crop_scale: [0.1, 0.5, 1]}",
+            "augment.crop_scale: expected a list of 2 numbers",
+        ),
         ("augment: {crop_scale: [a, 1]}", "augment.crop_scale: expected a number, found 'a'"),
         # recurring events
         ("eval: {every: 1}", "eval.every: expected something like '1 epoch', found 1"),
@@ -397,7 +409,10 @@ def test_a_shipped_config_parses_and_its_header_names_its_command(path):
     ("arguments", "message"),
     [
         (["--config", "{file}", "sed=1"], "rtl-dist: {file}: unknown key sed; did you mean seed?"),
-        (["--config", "{file}", "stages.0.lr=-1"], "rtl-dist: {file}: stages.0.lr: must be positive"),
+        (
+            ["--config", "{file}", "stages.0.lr=-1"],
+            "rtl-dist: {file}: stages.0.lr: must be positive",
+        ),
         (["--config", "none.yaml"], "rtl-dist: no config file none.yaml; shipped ones are in"),
     ],
 )

@@ -529,7 +529,13 @@ def test_transparency_and_palettes_are_decoded():
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\xff\xd8\xff", b"no image at all", b"GIF89a" + bytes(20), b"\x89PNG\r\n\x1a\n" + bytes(9)],
+    [
+        b"",
+        b"\xff\xd8\xff",
+        b"no image at all",
+        b"GIF89a" + bytes(20),
+        b"\x89PNG\r\n\x1a\n" + bytes(9),
+    ],
     ids=["empty", "jpeg header", "text", "gif", "png header"],
 )
 def test_what_is_no_image_is_a_data_error(content):

@@ -147,18 +147,40 @@ def test_a_huge_permutation_is_one_to_one_on_a_sample():
 
 
 def test_golden_order():
-    assert derive_key(0, 0) == 0x46b73e79f0c37c00
-    assert derive_key(1, 2, 3) == 0x48cf5028b6df10db
-    assert mix64(np.array([1, 2], np.uint64)).tolist() == [6238072747940578789, 15839785061582574730]
+    assert derive_key(0, 0) == 0x46B73E79F0C37C00
+    assert derive_key(1, 2, 3) == 0x48CF5028B6DF10DB
+    assert mix64(np.array([1, 2], np.uint64)).tolist() == [
+        6238072747940578789,
+        15839785061582574730,
+    ]
     assert stream(0, 12, n=10).tolist() == [1, 4, 2, 9, 5, 8, 3, 7, 0, 6, 1, 2]
-    assert stream(5 * 1000 + 3, 8, n=1000, seed=42).tolist() == [382, 67, 676, 437, 193, 913, 134, 884]
-    assert stream(10**12, 4, n=10**9, seed=1).tolist() == [214462583, 604826971, 143254238, 627734794]
+    assert stream(5 * 1000 + 3, 8, n=1000, seed=42).tolist() == [
+        382,
+        67,
+        676,
+        437,
+        193,
+        913,
+        134,
+        884,
+    ]
+    assert stream(10**12, 4, n=10**9, seed=1).tolist() == [
+        214462583,
+        604826971,
+        143254238,
+        627734794,
+    ]
 
 
 def test_golden_augmentation_keys():
     samples, epochs = np.array([0, 1, 2, 0]), np.array([0, 0, 0, 1])
     keys = augmentation_keys(samples, epochs, seed=0, views=None)
-    assert keys.tolist() == [8165509219603647837, 4705104312642890191, 1707375331312050506, 7146267481944312672]
+    assert keys.tolist() == [
+        8165509219603647837,
+        4705104312642890191,
+        1707375331312050506,
+        7146267481944312672,
+    ]
 
 
 # --- microbatches --------------------------------------------------------------------------------

@@ -30,7 +30,18 @@ def test_every_reads_a_number_and_a_unit(text, count, unit):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "epoch", "1", "1 hour", "-1 epoch", "0 epochs", "0 steps", "1.5 steps", "1e3 steps", "1 2"],
+    [
+        "",
+        "epoch",
+        "1",
+        "1 hour",
+        "-1 epoch",
+        "0 epochs",
+        "0 steps",
+        "1.5 steps",
+        "1e3 steps",
+        "1 2",
+    ],
 )
 def test_every_refuses_what_it_does_not_understand(text):
     with pytest.raises(ValueError, match="expected"):

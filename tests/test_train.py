@@ -138,11 +138,15 @@ def test_views_cycle_and_a_null_view_never_repeats(tmp_path, dataset):
 
     def pixels_by_epoch(run: Path) -> list[set[int]]:
         lines = [json.loads(x) for x in (run / "ledger/samples.jsonl").read_text().splitlines()]
-        return [{line["pixels_crc32"] for line in lines if line["step"] // 57 == e} for e in range(4)]
+        return [
+            {line["pixels_crc32"] for line in lines if line["step"] // 57 == e} for e in range(4)
+        ]
 
     # microbatches of one image, one a step, so that 57 steps are an epoch
     changes = {"run__ledger": True, "batch": {"global": 1, "micro": 1}}
-    two = pixels_by_epoch(train(tmp_path, dataset, "two", stages=[{**stage, "views": 2}], **changes))
+    two = pixels_by_epoch(
+        train(tmp_path, dataset, "two", stages=[{**stage, "views": 2}], **changes)
+    )
     assert two[0] == two[2] != two[1] == two[3]
     free = pixels_by_epoch(train(tmp_path, dataset, "free", stages=[stage], **changes))
     assert all(not (free[i] & free[j]) for i in range(4) for j in range(i))

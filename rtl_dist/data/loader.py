@@ -182,7 +182,7 @@ def make_loader(
         num_workers=workers,
         pin_memory=pin_memory,
         prefetch_factor=_PREFETCH if workers else None,
-        worker_init_fn=_start_worker if workers else None,
+        worker_init_fn=start_worker if workers else None,
     )
 
 
@@ -208,8 +208,9 @@ class _Requests(torch.utils.data.Sampler[int]):
         return iter(self._requests)
 
 
-def _start_worker(worker: int) -> None:
-    # A stop request is for the training process: it saves, then ends its workers itself.
+def start_worker(worker: int) -> None:
+    """A ``worker_init_fn``. A stop request is for the training process: it saves, then ends its
+    workers itself."""
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -7,16 +7,15 @@ its step on; the order depends on ranks and workers. Evaluation always reads ind
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any
+from contextlib import closing
+from typing import Any, NoReturn
 
 import torch
 
 from rtl_dist.config import Data
 from rtl_dist.data.decode import decode
-from rtl_dist.data.loader import Batch, Transform
+from rtl_dist.data.loader import Batch, Transform, start_worker
 from rtl_dist.data.order import derive_key
 from rtl_dist.errors import DataError
 
@@ -31,38 +30,77 @@ def stream_microbatches(
     size: int,
     seed: int,
     first_step: int,
+    rank: int,
     num_classes: int,
     workers: int,
     pin_memory: bool,
 ) -> Iterable[Batch]:
     """Endless microbatches of single-label samples (an image and ``.cls``).
 
+    Shards are drawn, samples shuffled and pixels augmented from (seed, first_step, rank) and the
+    worker's number, so the same start draws the same stream, and no two draw each other's.
+
     Members are taken as bytes and decoded by ``decode``: webdataset's own decoding would unpickle
     ``.pyd``, ``.pkl`` and ``.pth`` members, so it is never asked to.
     """
     import webdataset as wds
 
-    draw_seed = derive_key(seed, first_step) >> 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dataset = wds.WebDataset(
-            data.stream_urls,
-            resampled=True,
-            nodesplitter=None,
-            seed=draw_seed % 2**31,
-            empty_check=False,
-        )
-    samples = dataset.shuffle(_SHUFFLE_BUFFER).map(_Decode(data.channels, transform, num_classes))
-    batches = samples.batched(size, collation_fn=_collate, partial=False)
+    key = derive_key(seed, first_step, rank)
+    pipeline = wds.DataPipeline(
+        # wds.WebDataset(resampled=True) ignores its seed and draws from the clock
+        wds.ResampledShards(data.stream_urls, deterministic=True, worker_seed=_WorkerKey(key)),
+        _samples_of_shards,
+        wds.shuffle(_SHUFFLE_BUFFER, seed=key),
+        wds.map(_Decode(data.channels, transform, num_classes, key)),
+        wds.batched(size, collation_fn=_collate, partial=False),
+    )
     loader: Iterable[Batch] = torch.utils.data.DataLoader(
-        batches, batch_size=None, num_workers=workers, pin_memory=pin_memory
+        pipeline,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        worker_init_fn=start_worker if workers else None,
     )
     return loader
 
 
+class _WorkerKey:
+    """A key of its own for each worker of this rank."""
+
+    def __init__(self, key: int) -> None:
+        self._key = key
+
+    def __call__(self) -> int:
+        worker = torch.utils.data.get_worker_info()
+        return derive_key(self._key, 0 if worker is None else worker.id)
+
+
+def _samples_of_shards(shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """``wds.tarfile_to_samples`` that closes each tar behind it."""
+    from webdataset.tariterators import group_by_keys, tar_file_expander, url_opener
+
+    def closed_after_use() -> Iterator[dict[str, Any]]:
+        for source in url_opener(shards, handler=_refuse):
+            with closing(source["stream"]):
+                yield source
+
+    yield from group_by_keys(
+        tar_file_expander(closed_after_use(), handler=_refuse), handler=_refuse
+    )
+
+
+def _refuse(error: Exception) -> NoReturn:
+    """For webdataset's ``handler``, which puts the URL last into the error's arguments."""
+    reason = getattr(error, "strerror", None) or error.args[0]
+    raise DataError(
+        f"cannot read {error.args[-1]}: {' '.join(str(reason).split())}; correct data.stream_urls"
+    ) from error
+
+
 class _Decode:
-    def __init__(self, channels: int, transform: Transform, num_classes: int) -> None:
+    def __init__(self, channels: int, transform: Transform, num_classes: int, key: int) -> None:
         self._channels, self._transform, self._num_classes = channels, transform, num_classes
+        self._worker_key = _WorkerKey(key)
         self._drawn = 0
 
     def __call__(self, sample: dict[str, Any]) -> tuple[torch.Tensor, int]:
@@ -71,19 +109,22 @@ class _Decode:
         content = next((sample[kind] for kind in _IMAGES if kind in sample), None)
         if content is None or "cls" not in sample:
             raise DataError(f"{name} needs an image ({', '.join(_IMAGES)}) and a .cls member")
-        label = int(io.BytesIO(sample["cls"]).read())
+        try:
+            label = int(sample["cls"])
+        except ValueError as error:
+            raise DataError(
+                f"{name}: its .cls is no class number: {sample['cls'][:20]!r}"
+            ) from error
         if not 0 <= label < self._num_classes:
             raise DataError(f"{name}: label {label} out of range, 0 to {self._num_classes - 1}")
-        key = derive_key(torch.initial_seed(), self._drawn) >> 1
-        return self._transform(decode(content, self._channels), key), label
+        try:
+            image = decode(content, self._channels)
+        except DataError as error:
+            raise DataError(f"{name} {error}") from error
+        return self._transform(image, derive_key(self._worker_key(), self._drawn) >> 1), label
 
 
 def _collate(samples: list[tuple[torch.Tensor, int]]) -> Batch:
     images = torch.stack([image for image, _ in samples])
     labels = torch.tensor([label for _, label in samples])
     return Batch(images, labels, torch.full_like(labels, -1), [])
-
-
-def endless(batches: Iterable[Batch]) -> Iterator[Batch]:
-    while True:
-        yield from batches
