@@ -186,7 +186,8 @@ class Boundary:
 
     def _judge(self, row: dict[str, Any]) -> bool:
         """Whether an evaluation is the best so far: a better metric, or an equal one (small splits
-        have many ties) at a lower loss. Counts patience. Equal on every rank, as the metrics are."""
+        have many ties) at a lower loss. Counts patience. All ranks judge alike, by equal metrics.
+        """
         state, early_stop = self._job.state, self._job.config.early_stop
         metric = early_stop.metric
         if metric not in row:

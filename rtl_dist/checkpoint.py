@@ -1,9 +1,9 @@
 """Checkpoints: whole or not there.
 
 A checkpoint is a folder ``checkpoints/step-00001234`` of safetensors and JSON. It is written under
-a temporary name, every file is flushed to disk, ``manifest.json`` with all checksums comes
-last, and only then is the folder renamed; so what bears a step's name is whole, and there is never
-a moment without a valid newest one. Loading verifies the checksums and falls back to the next older.
+a temporary name, every file is flushed to disk, ``manifest.json`` with all checksums comes last,
+and only then is the folder renamed; so what bears a step's name is whole, and there is never a
+moment without a valid newest one. Loading verifies the checksums and falls back to the next older.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def run_command(command: Callable[[], str | None], *, debug: bool) -> int:
     except RtlDistError as error:
         if debug:
             traceback.print_exc()
-        sys.stderr.write(f"rtl-dist: {_one_line(error)}\n")
+        sys.stderr.write(f"rtl-dist: {error}\n")
         return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("rtl-dist: interrupted\n")
@@ -48,9 +48,3 @@ def run_command(command: Callable[[], str | None], *, debug: bool) -> int:
     if result:
         sys.stdout.write(f"{result}\n")
     return 0
-
-
-def _one_line(error: RtlDistError) -> str:
-    """An error's message; from a loader's worker it comes as a traceback that ends in it."""
-    last = (str(error).strip().splitlines() or [""])[-1]
-    return last.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")

@@ -76,6 +76,7 @@ def open_job(
     else:
         untrained = replace(config.model, weights="none")
         model, _ = build_model(untrained, config.data, classes=dataset.classes, seed=config.seed)
+        model.to(dtype=runtime.dtype)  # before loading, which would round the checkpoint's numbers
         model.load_state_dict(restored.model)
         origin = f"going on from step {restored.state.step}"
     for stage in config.stages:

@@ -74,7 +74,7 @@ class Runtime:
             )
         if self.world_size > 1:
             self._control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
-        if use_cpu and "OMP_NUM_THREADS" not in os.environ:
+        if use_cpu and not _user_chose_threads():
             torch.set_num_threads(max(1, available_cpus() // self.local_world_size))
         torch.backends.cudnn.benchmark = False  # its choice differs between runs
         torch.backends.cudnn.deterministic = True
@@ -255,6 +255,15 @@ def configure_logging(*, is_main: bool) -> None:
 def _or(numbers: list[int]) -> str:
     shown = [str(n) for n in numbers]
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} or {shown[-1]}"
+
+
+def _user_chose_threads() -> bool:
+    """Whether OMP_NUM_THREADS is the user's: accelerate and torchrun set it to 1 by themselves."""
+    launchers = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
+    by_launcher = os.environ.get("OMP_NUM_THREADS") == "1" and any(
+        name in os.environ for name in launchers
+    )
+    return "OMP_NUM_THREADS" in os.environ and not by_launcher
 
 
 def _cpu_has_bf16() -> bool:

@@ -218,8 +218,8 @@ def test_weights_of_another_architecture(tmp_path, dataset, capsys):
     config = tiny_config(dataset, tmp_path / "first", stages=stages)
     assert main(["--config", write_config(tmp_path / "first.yaml", config)]) == 0
     capsys.readouterr()
-    refused(tmp_path, dataset, f"model.weights={tmp_path / 'first'}", "model.name=test_resnet", code=2,
-            stages=stages)  # fmt: skip
+    overrides = (f"model.weights={tmp_path / 'first'}", "model.name=test_resnet")
+    refused(tmp_path, dataset, *overrides, code=2, stages=stages)
     line = one_line(capsys)
     assert "missing: conv1.0.weight" in line
     assert "set model.name to the architecture" in line

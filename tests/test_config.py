@@ -1,4 +1,4 @@
-"""The config: strict YAML, conversions by type, overrides, refusals that name the path and the cure."""
+"""The config: strict YAML, conversions by type, overrides, refusals that name path and cure."""
 
 import dataclasses
 from itertools import takewhile
@@ -316,7 +316,9 @@ def test_what_is_no_config_file_is_refused_in_one_line(refusal, tmp_path):
     assert "is not valid YAML" in refusal("!!python/object/apply:os.system ['true']")
     assert refusal("- 1\n- 2").startswith("expected sections such as data: and stages:")
     assert refusal("").startswith("expected sections such as data: and stages:")
-    with pytest.raises(UserError, match="no config file .*none.yaml; shipped ones are in configs/"):
+    with pytest.raises(
+        UserError, match=r"no config file .*none\.yaml; shipped ones are in configs/"
+    ):
         load_config(tmp_path / "none.yaml")
     with pytest.raises(UserError, match="cannot read config"):
         load_config(tmp_path)

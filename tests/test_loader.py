@@ -7,6 +7,8 @@ import pickle
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -376,7 +378,7 @@ def test_an_index_that_does_not_fit_is_refused(damaged, change):
         path.write_text("no index")
     else:
         path.unlink()
-    with pytest.raises(DataError, match="index.* pack again"):
+    with pytest.raises(DataError, match=r"index.* pack again"):
         damaged.split("train")
 
 
@@ -434,6 +436,36 @@ def test_workers_ignore_stop_signals(train):
     assert all(
         same(a, b) for a, b in zip(batches, read(microbatches(train), positions(8), 0), strict=True)
     )
+
+
+def test_an_error_in_a_worker_ends_the_workers(damaged):
+    """They ignore SIGTERM, so one that is not told to end stays for as long as this process."""
+    split = damaged.split("train")
+    for sample in range(NUM):
+        flip_byte(split, sample)
+    before = set(multiprocessing.active_children())
+    with pytest.raises(DataError) as caught:
+        read(microbatches(split), positions(8), 2)
+    assert set(multiprocessing.active_children()) <= before  # while the error is still held
+    message = str(caught.value)
+    assert message.startswith("16 samples in a row cannot be read, the last: sample ")
+    assert "\n" not in message
+
+
+@pytest.mark.timeout(120)
+def test_a_process_can_exit_while_its_workers_wait(train, tmp_path):
+    (tmp_path / "dataset.pkl").write_bytes(pickle.dumps(microbatches(train)))
+    code = (
+        "import pickle\n"
+        "from rtl_dist.data.loader import make_loader\n"
+        f"dataset = pickle.load(open({str(tmp_path / 'dataset.pkl')!r}, 'rb'))\n"
+        "batches = iter(make_loader(dataset, range(100), workers=1, pin_memory=False))\n"
+        "print(len(next(batches).samples))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.split() == [str(MICRO)]
 
 
 def test_workers_share_the_cpus_this_process_may_use():

@@ -1,5 +1,6 @@
 """Recurring events, stage boundaries and the learning rate, as functions of the step."""
 
+import itertools
 import math
 import tracemalloc
 import warnings
@@ -129,7 +130,7 @@ def spans(lengths, *, samples, batch):
 def test_stages_lie_end_to_end_and_drop_nothing(lengths, batch, samples):
     found = spans(lengths, samples=samples, batch=batch)
     assert found[0].first_step == 0
-    for one, other in zip(found, found[1:], strict=False):
+    for one, other in itertools.pairwise(found):
         assert one.end_step == other.first_step
     seen = Fraction(0)  # samples that must have been seen by the end of the stage
     for span, length in zip(found, lengths, strict=True):

@@ -46,22 +46,38 @@ def tiny_config(dataset: Path, run: Path, **changes: Any) -> dict[str, Any]:
     config = {
         "seed": 5,
         "run": {"dir": str(run), "log_every": "3 steps"},
-        "data": {"path": str(dataset), "image_size": 16, "crop_pct": 1.0, "workers": 0,
-                 "test": None},
+        "data": {
+            "path": str(dataset),
+            "image_size": 16,
+            "crop_pct": 1.0,
+            "workers": 0,
+            "test": None,
+        },
         "model": {"name": "basic_cnn", "weights": "none", "dropout": 0.1},
         "stages": [
             {"name": "head", "steps": 6, "trainable": "head", "lr": 1e-2, "views": 2},
-            {"name": "top", "steps": 6, "trainable": ["layer3", "head"], "lr": 1e-2,
-             "batchnorm": "train"},
-            {"name": "all", "steps": 8, "trainable": "all", "lr": 1e-2, "batchnorm": "train",
-             "layer_decay": 0.8},
+            {
+                "name": "top",
+                "steps": 6,
+                "trainable": ["layer3", "head"],
+                "lr": 1e-2,
+                "batchnorm": "train",
+            },
+            {
+                "name": "all",
+                "steps": 8,
+                "trainable": "all",
+                "lr": 1e-2,
+                "batchnorm": "train",
+                "layer_decay": 0.8,
+            },
         ],
         "batch": {"global": 16, "micro": 4},
         "precision": "no",
         "checkpoint": {"every": "4 steps"},
         "eval": {"every": "5 steps"},
         "track": {"wandb": "off"},
-    }  # fmt: skip
+    }
     for path, value in changes.items():
         node: Any = config
         *parents, last = path.split("__")

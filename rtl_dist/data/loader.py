@@ -6,6 +6,8 @@ answers with a ``Batch``. Nothing here knows of ranks: the caller asks for its o
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +22,7 @@ from rtl_dist.data.augment import augmentation_keys
 from rtl_dist.data.dataset import SampleReader, Split
 from rtl_dist.data.decode import decode
 from rtl_dist.data.order import mix64, samples_at
-from rtl_dist.errors import DataError
+from rtl_dist.errors import DataError, RtlDistError
 
 Transform = Callable[[torch.Tensor, int], torch.Tensor]
 
@@ -173,17 +175,33 @@ def make_loader(
     *,
     workers: int,
     pin_memory: bool,
-) -> DataLoader[Batch]:
+) -> Iterable[Batch]:
     """A loader that answers ``requests`` in order, ``workers`` microbatches at a time."""
-    return DataLoader(
-        microbatches,
-        batch_size=None,
-        sampler=_Requests(requests),
-        num_workers=workers,
-        pin_memory=pin_memory,
-        prefetch_factor=_PREFETCH if workers else None,
-        worker_init_fn=start_worker if workers else None,
+    return Batches(
+        DataLoader(
+            microbatches,
+            batch_size=None,
+            sampler=_Requests(requests),
+            num_workers=workers,
+            pin_memory=pin_memory,
+            prefetch_factor=_PREFETCH if workers else None,
+            worker_init_fn=start_worker if workers else None,
+        )
     )
+
+
+class Batches(Iterable[Batch]):
+    """A DataLoader whose workers end at the first error, which is raised as it was in the worker."""
+
+    def __init__(self, loader: DataLoader[Batch]) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[Batch]:
+        if not self._loader.num_workers:
+            return iter(self._loader)
+        atexit.unregister(_kill_workers)
+        atexit.register(_kill_workers)
+        return _from_workers(iter(self._loader))
 
 
 def resolve_workers(workers: Literal["auto"] | int, *, local_world_size: int) -> int:
@@ -198,6 +216,35 @@ def available_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _from_workers(batches: Iterator[Batch]) -> Iterator[Batch]:
+    # DataLoader raises a worker's error from frames that refer to each other and to the iterator.
+    # Left to the garbage collector, that would fail to tell the workers to end (torch 2.15), so
+    # the frames are let go here and the iterator with them.
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RtlDistError as error:
+            del batches
+            kind = type(error)
+            text = str(error.with_traceback(None)).strip()  # a traceback that ends in the message
+            text = text.splitlines()[-1].removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")
+            raise kind(text) from None
+        except Exception as error:
+            del batches
+            raise error.with_traceback(None) from None
+        yield batch
+
+
+def _kill_workers() -> None:
+    # A worker that was not told to end ignores SIGTERM too, and multiprocessing, which sends it at
+    # exit, would wait for it for ever. Runs before that, since it is registered later.
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 class _Requests(torch.utils.data.Sampler[int]):

@@ -23,7 +23,6 @@ from rtl_dist.data.sources import LeftOut, is_path, open_source
 from rtl_dist.data.sources.items import check_classes_in_splits, shorten
 from rtl_dist.errors import UserError
 
-
 _LEFT_OUT_SHOWN = 10
 
 

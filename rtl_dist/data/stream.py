@@ -12,10 +12,11 @@ from contextlib import closing
 from typing import Any, NoReturn
 
 import torch
+from torch.utils.data import DataLoader, get_worker_info
 
 from rtl_dist.config import Data
 from rtl_dist.data.decode import decode
-from rtl_dist.data.loader import Batch, Transform, start_worker
+from rtl_dist.data.loader import Batch, Batches, Transform, start_worker
 from rtl_dist.data.order import derive_key
 from rtl_dist.errors import DataError
 
@@ -54,14 +55,15 @@ def stream_microbatches(
         wds.map(_Decode(data.channels, transform, num_classes, key)),
         wds.batched(size, collation_fn=_collate, partial=False),
     )
-    loader: Iterable[Batch] = torch.utils.data.DataLoader(
-        pipeline,
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        worker_init_fn=start_worker if workers else None,
+    return Batches(
+        DataLoader(
+            pipeline,
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            worker_init_fn=start_worker if workers else None,
+        )
     )
-    return loader
 
 
 class _WorkerKey:
@@ -71,7 +73,7 @@ class _WorkerKey:
         self._key = key
 
     def __call__(self) -> int:
-        worker = torch.utils.data.get_worker_info()
+        worker = get_worker_info()
         return derive_key(self._key, 0 if worker is None else worker.id)
 
 

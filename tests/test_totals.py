@@ -1,0 +1,68 @@
+"""Training counts do not depend on how they are split."""
+
+import itertools
+
+import pytest
+import torch
+
+from rtl_dist.totals import TrainTotals, add_counts, non_finite, train_metrics
+
+CPU = torch.device("cpu")
+
+
+class Alone:
+    """A runtime of one process."""
+
+    def sum_over_ranks(self, counts):
+        return counts
+
+
+def test_any_split_and_order_gives_the_same_bits():
+    torch.manual_seed(0)
+    scores, labels = torch.randn(60, 5), torch.randint(0, 5, (60,))
+    losses = torch.rand(60) * 7
+    seen = set()
+    for cuts in ((60,), (7, 53), (20, 20, 20), (1, 58, 1)):
+        edges = [0, *itertools.accumulate(cuts)]
+        parts = [slice(a, b) for a, b in itertools.pairwise(edges)]
+        for order in itertools.permutations(parts):
+            counts: list[int] = []
+            for part in order:
+                totals = TrainTotals(task="single_label", device=CPU)
+                totals.add(losses[part], scores[part], labels[part])
+                counts = add_counts(counts, totals.flush(Alone()))
+            seen.add(tuple(counts))
+    assert len(seen) == 1
+    metrics = train_metrics(list(seen.pop()), task="single_label")
+    assert metrics["train/loss"] == pytest.approx(losses.double().mean().item(), abs=1e-6)
+    assert metrics["train/top1"] == (scores.argmax(1) == labels).double().mean().item()
+
+
+def test_flush_starts_again_from_zero():
+    totals = TrainTotals(task="single_label", device=CPU)
+    totals.add(torch.ones(3), torch.eye(3), torch.arange(3))
+    first, second = totals.flush(Alone()), totals.flush(Alone())
+    assert first[0] == 3
+    assert second == [0] * len(first)
+    assert train_metrics(second, task="single_label") == {}
+
+
+def test_losses_that_are_no_number_are_counted_apart():
+    totals = TrainTotals(task="single_label", device=CPU)
+    losses = torch.tensor([1.0, float("nan"), float("inf"), 3.0])
+    totals.add(losses, torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64))
+    counts = totals.flush(Alone())
+    assert non_finite(counts) == 2
+    assert train_metrics(counts, task="single_label")["train/loss"] == pytest.approx(2.0)
+
+
+def test_multi_label_f1_is_scikit_learn_s():
+    from sklearn.metrics import f1_score
+
+    torch.manual_seed(0)
+    scores, labels = torch.randn(30, 4), torch.randint(0, 2, (30, 4)).float()
+    totals = TrainTotals(task="multi_label", device=CPU)
+    totals.add(torch.ones(30), scores, labels)
+    f1 = train_metrics(totals.flush(Alone()), task="multi_label")["train/micro_f1"]
+    expected = f1_score(labels.numpy(), (scores > 0).numpy(), average="micro")
+    assert f1 == pytest.approx(expected)
