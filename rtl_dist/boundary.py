@@ -12,7 +12,7 @@ from typing import Any
 
 from rtl_dist.checkpoint import Snapshot, optimizer_tensors, save_checkpoint
 from rtl_dist.config import Stage
-from rtl_dist.errors import DataError, RtlDistError, StopRequested, UserError
+from rtl_dist.errors import DataError, RtlDistError, StopRequested
 from rtl_dist.evaluation import FeatureBlocks, evaluate_split, split_features
 from rtl_dist.job import Job
 from rtl_dist.model.folder import write_model_folder
@@ -20,7 +20,7 @@ from rtl_dist.model.parts import set_modes
 from rtl_dist.run_folder import run_identity
 from rtl_dist.schedule import StageSpan
 from rtl_dist.stage_trainer import StageTrainer
-from rtl_dist.state import Best, TrainState
+from rtl_dist.state import Best
 from rtl_dist.totals import add_counts, non_finite, train_metrics
 
 LOG = logging.getLogger("rtl_dist")
@@ -54,8 +54,10 @@ class Boundary:
             RtlDistError: the loss is no longer finite; nothing was saved since.
         """
         self._job.state.elapsed_s = self._elapsed_s()
-        self._act_on_agreement()
+        stop = self._act_on_agreement()
         self._log_if_due()
+        if stop:
+            self._stop()
         self._save_if_due()
         self.evaluate_if_due()
         self._job.state.elapsed_s = self._elapsed_s()
@@ -67,7 +69,11 @@ class Boundary:
         job, state = self._job, self._job.state
         self._fold_totals()
         speed = self._speed()
-        metrics = self._evaluate()
+        try:
+            metrics = self._evaluate()
+        except StopRequested:
+            set_modes(job.model, self._stage)
+            self._stop()
         set_modes(job.model, self._stage)
         row = self._row() | train_metrics(state.since_eval, task=job.dataset.task)
         row |= {f"val/{name}": value for name, value in metrics.items()}
@@ -77,16 +83,21 @@ class Boundary:
         state.last_eval = state.last_log = state.step
         state.since_eval, state.since_log = [], []
         is_best = self._judge(row)
-        job.tracker.log(row | self._trainer.rates | speed)
+        self._log(row | self._trainer.rates | speed)
         LOG.info("%s", _summary(row, is_best))
-        if is_best and job.runtime.is_main:
-            write_model_folder(job.run / "best", job.evaluated_model, job.config, job.dataset)
+        if is_best:
+            job.runtime.from_main(
+                lambda: write_model_folder(
+                    job.run / "best", job.evaluated_model, job.config, job.dataset
+                )
+            )
         self._restart_window()
 
     def _evaluate(self) -> dict[str, float]:
-        """The val metrics; under a frozen trunk its features are computed once for the stage."""
+        """The val metrics; under a frozen trunk its features are computed once for the stage. An
+        averaged model's trunk is another one, and still moves."""
         job = self._job
-        if self._trainer.on_features and self._val_features is None:
+        if self._trainer.on_features and not job.average and self._val_features is None:
             self._val_features = split_features(
                 job.model, job.val, runtime=job.runtime, workers=job.workers
             )
@@ -105,20 +116,24 @@ class Boundary:
         due = self.at_stage_end or self._job.is_due(self._job.config.eval.every, state.last_eval)
         return due and state.last_eval != state.step
 
-    def _act_on_agreement(self) -> None:
-        """One exchange a step decides for all ranks."""
+    def _act_on_agreement(self) -> bool:
+        """One exchange a step decides for all ranks; returns whether to stop."""
         job = self._job
         stop, num_bad = job.runtime.agree(bad_samples=len(self._trainer.bad))
         if num_bad:
             self._count_bad()
         if self._trainer.ledger:
             job.state.ledger_bytes = self._trainer.ledger.write()
-        if stop:
+        return stop
+
+    def _stop(self) -> None:
+        state = self._job.state
+        if state.last_checkpoint != state.step:
             self._fold_totals()
             self._save()
-            raise StopRequested(
-                f"stopped at step {job.state.step} and saved; start the same command to go on"
-            )
+        raise StopRequested(
+            f"stopped at step {state.step} and saved; start the same command to go on"
+        )
 
     def _log_if_due(self) -> None:
         job, state = self._job, self._job.state
@@ -126,8 +141,11 @@ class Boundary:
             return  # an evaluation's row says all that this one would
         self._fold_totals()
         row = self._row() | train_metrics(state.since_log, task=job.dataset.task)
-        job.tracker.log(row | self._trainer.rates | self._speed())
+        self._log(row | self._trainer.rates | self._speed())
         state.since_log, state.last_log = [], state.step
+
+    def _log(self, row: dict[str, Any]) -> None:
+        self._job.runtime.from_main(lambda: self._job.tracker.log(row))
 
     def _save_if_due(self) -> None:
         job = self._job
@@ -139,12 +157,12 @@ class Boundary:
         job, state = self._job, self._job.state
         self._trainer.require_sound()
         state.last_checkpoint = state.step
-        state.metrics_bytes = job.tracker.flush()
 
         def save() -> None:
+            state.metrics_bytes = job.tracker.flush()
             scaler = self._trainer.scaler
             snapshot = Snapshot(
-                state=TrainState.from_dict(state.to_dict()),
+                state=state,
                 model=job.model.state_dict(),
                 optimizer=optimizer_tensors(self._trainer.optimizer, self._trainer.names),
                 ema=job.average.model.state_dict() if job.average else {},
@@ -190,14 +208,10 @@ class Boundary:
         """
         state, early_stop = self._job.state, self._job.config.early_stop
         metric = early_stop.metric
-        if metric not in row:
-            measured = ", ".join(key for key in row if key.startswith("val/"))
-            raise UserError(
-                f"early_stop.metric: {metric} is not measured on this data; choose from {measured}"
-            )
         sign = -1 if metric == "val/loss" else 1
         rating = (sign * row[metric], -row["val/loss"])
-        if state.best is None or rating > (sign * state.best.value, -state.best.loss):
+        best = state.best
+        if best is None or best.metric != metric or rating > (sign * best.value, -best.loss):
             state.best = Best(
                 value=row[metric],
                 metric=metric,

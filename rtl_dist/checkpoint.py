@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from rtl_dist.errors import RtlDistError, UserError
@@ -80,7 +81,10 @@ def save_checkpoint(run: Path, snapshot: Snapshot, *, keep: int) -> Path:
             f"cannot write checkpoint {final}: {error.strerror or error}; free space or correct"
             " the permissions, then start the same command again"
         ) from error
-    for old in _checkpoints(run)[keep:]:
+    everything = _checkpoints(run)
+    # newer ones were damaged and passed over when this run resumed: they must not crowd it out
+    damaged = [path for path in everything if path.name > final.name]
+    for old in damaged + everything[len(damaged) :][keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -91,7 +95,7 @@ def load_newest_checkpoint(run: Path) -> Snapshot | None:
     for folder in folders:
         try:
             return load_checkpoint(folder)
-        except (OSError, ValueError, KeyError, TypeError, RtlDistError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             LOG.warning(
                 "checkpoint %s is damaged (%s); falling back to an older one", folder, error
             )

@@ -107,7 +107,11 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.add_argument("--split", default="test", help="default: test")
     parser.add_argument("--out", type=Path, help="default: MODEL/evaluation/SPLIT")
     parser.add_argument("--workers", type=int, metavar="N", help="loader processes")
-    parser.add_argument("--precision", default="auto", choices=("auto", "no", "fp16", "bf16"))
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "no", "fp16", "bf16", "fp64"),
+        help="default: that of the training",
+    )
     add_debug(parser)
 
     def run(arguments: argparse.Namespace) -> str:

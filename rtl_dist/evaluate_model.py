@@ -25,7 +25,7 @@ def evaluate(
     *,
     out: Path,
     workers: Literal["auto"] | int = "auto",
-    precision: Precision = "auto",
+    precision: Precision | None = None,
 ) -> str:
     """Evaluates a model and writes tables and pictures into ``out``.
 
@@ -42,9 +42,9 @@ def evaluate(
     dataset = open_dataset(data_path)
     _require_same_classes(loaded, dataset)
     split = dataset.split(split_name)
-    with Runtime(precision) as runtime:
+    with Runtime(precision or _precision_of(loaded)) as runtime:
         configure_logging(is_main=runtime.is_main)
-        model = loaded.model.to(runtime.device, memory_format=torch.channels_last)
+        model = loaded.model.to(runtime.device, runtime.dtype, memory_format=torch.channels_last)
         number = resolve_workers(workers, local_world_size=runtime.local_world_size)
         predictions = predict_split(model, dataset, split, runtime=runtime, workers=number)
 
@@ -59,6 +59,11 @@ def evaluate(
 
         line: str = runtime.from_main(write)
         return line if runtime.is_main else ""
+
+
+def _precision_of(loaded: LoadedModel) -> Precision:
+    """That of the training, so that its figures come out again, where this machine can."""
+    return "auto" if loaded.precision == "fp16" else loaded.precision
 
 
 def _require_same_classes(loaded: LoadedModel, dataset: Dataset) -> None:

@@ -10,7 +10,7 @@ import torch
 from rtl_dist.data.augment import EvalTransform
 from rtl_dist.data.dataset import MULTI_LABEL, Dataset, Split
 from rtl_dist.data.loader import SplitMicrobatches, make_loader
-from rtl_dist.errors import DataError
+from rtl_dist.errors import DataError, StopRequested
 from rtl_dist.metrics import Predictions, compute_metrics
 from rtl_dist.model.classifier import Classifier
 from rtl_dist.runtime import Runtime
@@ -41,6 +41,7 @@ def predict_split(
 
     Raises:
         DataError: on every rank, if a sample is damaged.
+        StopRequested: on every rank, if one was asked to stop.
         RuntimeError: a sample was not counted exactly once.
     """
     model.eval()
@@ -57,9 +58,14 @@ def predict_split(
             scores = scores.sigmoid() if dataset.task == MULTI_LABEL else scores.softmax(1)
             scored.append((samples, scores.cpu().numpy()))
     gathered = runtime.gather_to_main(scored)
-    if gathered is None:
-        return None
-    return _assemble(dataset, split, [block for of_rank in gathered for block in of_rank])
+    assembled: list[Predictions] = []
+
+    def assemble() -> None:
+        blocks = [block for of_rank in gathered or [] for block in of_rank]
+        assembled.append(_assemble(dataset, split, blocks))
+
+    runtime.from_main(assemble)  # so that what is wrong there ends every rank
+    return assembled[0] if assembled else None
 
 
 @torch.inference_mode()
@@ -121,6 +127,8 @@ def _forward(
     with runtime.progress(total=len(blocks), what=what, unit="batch") as bar:
         for batch in loader:
             bar.update()
+            if runtime.was_asked_to_stop:
+                break
             if batch.bad:
                 bad += batch.bad
                 continue
@@ -128,6 +136,8 @@ def _forward(
             with runtime.accelerator.autocast():
                 out = function(images)
             yield batch.samples.numpy().copy(), out
+    if runtime.stop_requested():
+        raise StopRequested(f"stopped while evaluating {split.name}; start the same command again")
     _refuse_bad(runtime, bad)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -42,10 +43,14 @@ def save_tensors(
     tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
     """One safetensors file, tensors copied to contiguous CPU memory."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     on_cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    save_file(on_cpu, path, metadata=metadata)
+    try:
+        save_file(on_cpu, path, metadata=metadata)
+    except SafetensorError as error:  # a full disk, in its own words
+        raise OSError(errno.EIO, str(error), str(path)) from error
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)  # safetensors makes files that only their owner can read

@@ -43,12 +43,16 @@ class Ledger:
         )
 
     def write(self) -> int:
-        """Returns the ledger's length in bytes, 0 but on rank 0."""
+        """Returns the ledger's length in bytes."""
         gathered = self._runtime.gather_to_main(self._noted)
         self._noted = []
-        if gathered is None:
-            return 0
-        lines = [json.dumps(line) for of_rank in gathered for line in of_rank]
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write("".join(f"{line}\n" for line in lines))
-            return file.tell()
+
+        def append() -> int:
+            assert gathered is not None
+            lines = [json.dumps(line) for of_rank in gathered for line in of_rank]
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write("".join(f"{line}\n" for line in lines))
+                return file.tell()
+
+        length: int = self._runtime.from_main(append)
+        return length

@@ -13,10 +13,10 @@ import torch
 
 from rtl_dist.checkpoint import Snapshot
 from rtl_dist.config import Config, Stage
-from rtl_dist.data.dataset import DESCRIPTION, MULTI_LABEL, Dataset, open_dataset
+from rtl_dist.data.dataset import DESCRIPTION, MULTI_LABEL, SINGLE_LABEL, Dataset, open_dataset
 from rtl_dist.data.loader import resolve_workers
 from rtl_dist.ema import Average
-from rtl_dist.errors import DataError, UserError
+from rtl_dist.errors import DataError, RtlDistError, StopRequested, UserError
 from rtl_dist.evaluation import predict_split
 from rtl_dist.files import sha256_of, write_json
 from rtl_dist.job import Job
@@ -31,6 +31,10 @@ from rtl_dist.state import TrainState
 from rtl_dist.tracking import build_tracker
 
 LOG = logging.getLogger("rtl_dist")
+_METRICS = {
+    SINGLE_LABEL: ("val/top1", "val/top5", "val/macro_f1", "val/loss"),
+    MULTI_LABEL: ("val/map", "val/micro_f1", "val/macro_f1", "val/exact_match", "val/loss"),
+}
 
 
 def open_data(config: Config, runtime: Runtime) -> Dataset:
@@ -50,7 +54,8 @@ def open_data(config: Config, runtime: Runtime) -> Dataset:
         LOG.info("packing %s into %s", config.data.source, root)
         pack(config.data.source, root, val_fraction=config.data.val_fraction)
 
-    runtime.from_main(pack_if_missing)
+    with runtime.default_signals():  # the packer can be killed at any moment and goes on from there
+        runtime.from_main(pack_if_missing)
     return open_dataset(config.data.path)
 
 
@@ -86,8 +91,7 @@ def open_job(
     if average and restored is not None:
         average.model.load_state_dict(restored.ema)
     state = restored.state if restored else TrainState()
-    if runtime.is_main:
-        describe_run(run, config, runtime)
+    runtime.from_main(lambda: describe_run(run, config, runtime))
     LOG.info(
         "%s: %s, %d classes, %s training and %s validation images, %d process(es), %s",
         config.model.name,
@@ -122,6 +126,11 @@ def open_job(
     remaining = list(zip(config.stages, spans, strict=True))[state.stage :]
     try:
         yield job, remaining, restored
+    except RtlDistError as error:
+        if runtime.is_main:
+            status = "stopped" if isinstance(error, StopRequested) else "failed"
+            write_json(run / "results.json", _results(job, status) | {"reason": str(error)})
+        raise
     finally:
         tracker.close()
 
@@ -132,23 +141,15 @@ def finish(job: Job) -> str:
     Returns:
         one line: what was reached and what to type next.
     """
-    state, best = job.state, job.run / "best"
+    best = job.run / "best"
     # rank 0's final write of best/ must be there before the others read it
     weights_sha256 = job.runtime.from_main(lambda: sha256_of(best / WEIGHTS))
     test = _evaluate_test(job, best)
-    results = {
-        "status": "done",
-        "best": None if state.best is None else vars(state.best),
+    results = _results(job, "done") | {
         "test": test,
-        "steps": state.step,
-        "samples_seen": state.samples_seen,
         "frozen_ok": True,  # a frozen weight that moved would have ended the run
-        "skipped_steps": state.skipped_steps,
-        "bad_samples": {"count": state.bad_samples, "names": state.bad_names},
         "weights_sha256": digest(job.model.state_dict()),
         "best_weights_sha256": weights_sha256,
-        "dataset_fingerprint": job.dataset.fingerprint,
-        "elapsed_s": round(state.elapsed_s, 3),
     }
     if job.runtime.is_main:
         job.tracker.flush()
@@ -158,6 +159,21 @@ def finish(job: Job) -> str:
 
         draw_run(job.run)
     return _last_word(job, test) if job.runtime.is_main else ""
+
+
+def _results(job: Job, status: str) -> dict[str, Any]:
+    """What ``results.json`` says of any run, however it ended."""
+    state = job.state
+    return {
+        "status": status,
+        "best": None if state.best is None else vars(state.best),
+        "steps": state.step,
+        "samples_seen": state.samples_seen,
+        "skipped_steps": state.skipped_steps,
+        "bad_samples": {"count": state.bad_samples, "names": state.bad_names},
+        "dataset_fingerprint": job.dataset.fingerprint,
+        "elapsed_s": round(state.elapsed_s, 3),
+    }
 
 
 def _evaluate_test(job: Job, best: Path) -> dict[str, float] | None:
@@ -211,6 +227,11 @@ def _resolve(config: Config, runtime: Runtime, dataset: Dataset) -> Config:
     metric = config.early_stop.metric
     if metric == "auto":
         metric = "val/map" if dataset.task == MULTI_LABEL else "val/top1"
+    if metric not in _METRICS[dataset.task]:
+        raise UserError(
+            f"early_stop.metric: {metric} is not measured on {dataset.task} data; choose"
+            f" {', '.join(_METRICS[dataset.task])}"
+        )
     if dataset.task == MULTI_LABEL and (config.augment.mixup or config.augment.cutmix):
         raise UserError("augment.mixup: and cutmix need single-label data; set them to 0")
     return replace(

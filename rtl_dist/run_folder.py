@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import json
+import logging
 import os
 import platform
 import socket
@@ -23,6 +26,8 @@ from rtl_dist.data.dataset import Dataset
 from rtl_dist.errors import UserError
 from rtl_dist.files import write_json, write_text
 from rtl_dist.runtime import Runtime
+
+LOG = logging.getLogger("rtl_dist")
 
 # What may differ between a run and its continuation: where things are and what is reported.
 _FREE = ("run", "track", "checkpoint", "eval", "early_stop", "compile")
@@ -69,18 +74,20 @@ def restore(run: Path, config: Config, dataset: Dataset, runtime: Runtime) -> Sn
         UserError: on every rank, naming what differs.
     """
     identity = run_identity(config, dataset)
+    found: list[Snapshot] = []
 
     def find() -> int | None:
         snapshot = load_newest_checkpoint(run)
         if snapshot is None:
             return None
+        found.append(snapshot)
         _refuse_other_identity(run, snapshot.identity, identity)
         return snapshot.state.step
 
     step = runtime.from_main(find)
     if step is None:
         return None
-    snapshot = load_newest_checkpoint(run)
+    snapshot = found[0] if found else load_newest_checkpoint(run)
     runtime.require_equal(
         "the checkpoint to resume from", str(snapshot.state.step if snapshot else None)
     )
@@ -117,13 +124,27 @@ def _claim(run: Path, lock: _Lock, resume: str) -> None:
         raise UserError(
             f"cannot write the run folder {run}: {error.strerror}; choose another run.dir"
         ) from error
-    if resume == "never" and (has_checkpoint(run) or (run / "results.json").exists()):
+    if resume == "never" and (has_checkpoint(run) or _status(run) is not None):
         raise UserError(
             f"run.resume: never, but {run} already holds a run; choose another run.dir, or"
             " run.resume=auto to go on with it"
         )
+    if not has_checkpoint(run) and _status(run) == "done":
+        raise UserError(
+            f"{run} holds the results of a finished run but no checkpoint to go on from; choose"
+            f" another run.dir, or delete {run / 'results.json'} to train anew"
+        )
     if resume == "must" and not has_checkpoint(run):
         raise UserError(f"run.resume: must, but {run} holds no checkpoint to go on from")
+
+
+def _status(run: Path) -> str | None:
+    """What ``results.json`` says of the run: done, stopped or failed; None without one."""
+    try:
+        status = json.loads((run / "results.json").read_text(encoding="utf-8"))["status"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return str(status)
 
 
 def _refuse_other_identity(run: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
@@ -170,7 +191,13 @@ class _Lock:
         file = open(self._path, "a+", encoding="utf-8")  # noqa: SIM115 - held until release
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
+                LOG.warning("%s is on a disk without locks: start no second job here", self._path)
+                file.close()
+                return
+            if not isinstance(error, BlockingIOError):
+                raise
             file.seek(0)
             owner = file.read().strip() or "another job"
             file.close()
@@ -182,6 +209,8 @@ class _Lock:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         self._file = file
+        # a loader worker must not hold the lock on when this process was killed
+        os.register_at_fork(after_in_child=self.release)
 
     def release(self) -> None:
         if self._file is not None:

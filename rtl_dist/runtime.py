@@ -11,7 +11,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from rtl_dist.config import Config, Precision
 from rtl_dist.data.loader import available_cpus
-from rtl_dist.errors import RtlDistError, UserError
+from rtl_dist.errors import RtlDistError, StopRequested, UserError
 from rtl_dist.launched import launched_world_size
 
 LOG = logging.getLogger("rtl_dist")
@@ -90,6 +91,16 @@ class Runtime:
                 self._old_handlers[number] = signal.signal(number, self._on_stop_signal)
         return self
 
+    @contextmanager
+    def default_signals(self) -> Iterator[None]:
+        """Within the block a stop request ends the process as if there were no Runtime."""
+        ours = {number: signal.signal(number, old) for number, old in self._old_handlers.items()}
+        try:
+            yield
+        finally:
+            for number, handler in ours.items():
+                signal.signal(number, handler)
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -99,6 +110,13 @@ class Runtime:
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
         self._old_handlers.clear()
+        if self.world_size > 1 and not (error is None or isinstance(error, StopRequested)):
+            # taking the group down would wait for ranks that may be waiting for this one
+            if isinstance(error, RuntimeError) and "onnection" in str(error):
+                raise RtlDistError(
+                    "another process of this job ended; its own last message says why"
+                ) from error
+            return
         self.close()
 
     def close(self) -> None:
@@ -122,6 +140,11 @@ class Runtime:
         )
 
     # --- agreement -----------------------------------------------------------------------------
+
+    @property
+    def was_asked_to_stop(self) -> bool:
+        """Whether this rank was; act on it only where all ranks do (``stop_requested``)."""
+        return self._stop_signal is not None
 
     def stop_requested(self) -> bool:
         """Whether any rank has been asked to stop; the same answer on every rank."""
@@ -165,6 +188,11 @@ class Runtime:
                 result[0] = make()
             except RtlDistError as error:
                 result[1] = error
+            except OSError as error:
+                result[1] = RtlDistError(
+                    f"cannot write {error.filename or 'a file'}: {error.strerror or error}; free"
+                    " space or correct the permissions, then start the same command again"
+                )
             except Exception as error:
                 self._broadcast([None, RuntimeError(f"rank 0 failed: {error!r}")])
                 raise

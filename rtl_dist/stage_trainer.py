@@ -8,6 +8,7 @@ import time
 import warnings
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 
 from rtl_dist.batches import StageBatches, open_stage_batches
 from rtl_dist.checkpoint import Snapshot, restore_optimizer
@@ -67,7 +68,11 @@ class StageTrainer:
         with warnings.catch_warnings():
             # torch 2.14 renames broadcast_buffers; its old name serves every version we support
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            self._wrapped, self._stepper = runtime.accelerator.prepare(module, self.optimizer)
+            self._wrapped, self._stepper = runtime.accelerator.prepare(
+                module,
+                self.optimizer,
+                device_placement=[True, False],  # restored state is where it belongs already
+            )
         if config.compile is True:
             self._wrapped = torch.compile(self._wrapped)
         self.scaler = runtime.accelerator.scaler
@@ -103,9 +108,9 @@ class StageTrainer:
             self._check_gradients()
         if job.config.optim.clip_grad_norm is not None:
             accelerator.clip_grad_norm_(self._parameters, job.config.optim.clip_grad_norm)
-        self._stepper.step()
+        was_taken = take_step(self._stepper, self.scaler)
         self._stepper.zero_grad(set_to_none=True)
-        if accelerator.optimizer_step_was_skipped:
+        if not was_taken:
             self._statistics.discard()
             state.skipped_steps += 1
         else:
@@ -177,3 +182,15 @@ class StageTrainer:
             f"{self._num_steps} steps of {self._job.config.batch.global_} images, training"
             f" {trained:,} of {total:,} parameters{how}"
         )
+
+
+def take_step(stepper: AcceleratedOptimizer, scaler: torch.amp.GradScaler | None) -> bool:
+    """Steps the optimizer; False if the loss scaler skipped the step because of an overflow.
+
+    Accelerate's ``optimizer_step_was_skipped`` is always False with a fused optimizer, which
+    handles the overflow within its own step; a scale that fell says it in either case. Reading the
+    scale waits for the device; with loss scaling (fp16) a step does so anyway.
+    """
+    before = scaler.get_scale() if scaler is not None else 0.0
+    stepper.step()
+    return scaler is None or scaler.get_scale() >= before

@@ -12,7 +12,7 @@ from rtl_dist.data.dataset import SINGLE_LABEL
 from rtl_dist.runtime import Runtime
 
 _LOSS_UNIT = 2**20  # a loss is counted in millionths, roughly
-_LOSS_LIMIT = 2.0**40  # keeps sums within int64
+_LOSS_LIMIT = 2.0**24  # keeps sums within int64
 # positions in the vector of counts
 _SAMPLES, _LOSS, _NON_FINITE, _CORRECT = 0, 1, 2, 3
 _TRUE_POSITIVE, _FALSE_POSITIVE, _FALSE_NEGATIVE = 3, 4, 5

@@ -41,7 +41,7 @@ def train(config: Config) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Parses arguments, trains, and turns errors into exit codes."""
-    arguments = train_arguments().parse_args(argv)
+    arguments = train_arguments().parse_intermixed_args(argv)
     return run_command(
         lambda: train(load_config(arguments.config, arguments.overrides)), debug=arguments.debug
     )

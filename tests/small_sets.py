@@ -1,6 +1,7 @@
 """Small packed data sets, and damage to them, for the tests of what reads them."""
 
 from pathlib import Path
+from typing import Any
 
 from pack_images import class_folders
 
@@ -33,3 +34,13 @@ def flip_byte(split: Split, sample: int) -> None:
         byte = tar.read(1)[0]
         tar.seek(-1, 1)
         tar.write(bytes([byte ^ 0x55]))
+
+
+class Canary:
+    """Unpickling it writes a file, which shows that something was executed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.path), "w")

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import resource
 
 import pytest
 import torch
@@ -64,6 +65,25 @@ def test_a_damaged_one_is_passed_over_loudly(tmp_path, caplog, name, damage, mon
     assert "falling back to an older one" in caplog.text
     (tmp_path / "checkpoints" / "step-00000001" / "state.json").unlink()
     with pytest.raises(UserError, match="is whole; delete that folder to start over"):
+        load_newest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_damaged_newer_ones_do_not_crowd_out_what_is_saved_next(tmp_path, keep):
+    for step in (10, 20, 30):
+        folder = save_checkpoint(tmp_path, snapshot(step), keep=3)
+        if step > 10:
+            (folder / "state.json").unlink()
+    assert load_newest_checkpoint(tmp_path).state.step == 10
+    save_checkpoint(tmp_path, snapshot(15), keep=keep)
+    assert load_newest_checkpoint(tmp_path).state.step == 15
+    assert len(list((tmp_path / "checkpoints").iterdir())) == keep
+
+
+def test_one_of_another_version_is_not_called_damaged(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, snapshot(1), keep=1)
+    monkeypatch.setattr(room, "SCHEMA", 2)
+    with pytest.raises(UserError, match="is of schema 1, this version reads 2"):
         load_newest_checkpoint(tmp_path)
 
 
@@ -130,3 +150,80 @@ def test_an_optimizer_goes_on_bit_for_bit(tmp_path, kind):
     other, _ = make()
     with pytest.raises(UserError, match="this stage does not train it"):
         restore_optimizer(torch.optim.AdamW([other[0].weight]), names(other), loaded.optimizer)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_damaged_newer_ones_do_not_crowd_out_what_is_saved_after_them(tmp_path, keep):
+    """A run resumed from step 1, since 2 and 3 were damaged, must not lose 1 before 2 is back."""
+    for step in (1, 2, 3):
+        folder = save_checkpoint(tmp_path, snapshot(step), keep=3)
+        if step > 1:
+            (folder / "state.json").write_text("damaged")
+    assert load_newest_checkpoint(tmp_path).state.step == 1
+    save_checkpoint(tmp_path, snapshot(2), keep=keep)
+    assert load_newest_checkpoint(tmp_path).state.step == 2
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step-00000001", "step-00000002"][-keep:]
+
+
+def test_a_disk_that_fills_while_tensors_are_written(tmp_path):
+    """safetensors has an error of its own for it."""
+    save_checkpoint(tmp_path, snapshot(1), keep=2)
+    large = snapshot(2)
+    large.model = {"w": torch.zeros(100_000)}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(RtlDistError, match=r"cannot write checkpoint .*step-00000002: .*large"):
+            save_checkpoint(tmp_path, large, keep=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+    assert load_newest_checkpoint(tmp_path).state.step == 1
+
+
+def test_one_of_another_version_is_not_taken_for_damage(tmp_path, monkeypatch):
+    """Falling back would throw away what was trained since."""
+    save_checkpoint(tmp_path, snapshot(1), keep=2)
+    monkeypatch.setattr(room, "SCHEMA", 99)
+    save_checkpoint(tmp_path, snapshot(2), keep=2)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="is of schema 99, this version reads"):
+        load_newest_checkpoint(tmp_path)
+
+
+def test_tensors_in_any_memory_layout_go_on_bit_for_bit(tmp_path):
+    """Kernels are channels_last in training, but files hold plain rows."""
+
+    def make():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.LazyLinear(2))
+        net(torch.zeros(1, 3, 6, 6))
+        net.to(memory_format=torch.channels_last)
+        return net, torch.optim.AdamW(net.parameters(), lr=0.01)
+
+    def train(net, optimizer, steps):
+        for step in steps:
+            inputs = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            net(inputs.to(memory_format=torch.channels_last)).square().mean().backward()
+            optimizer.step()
+
+    def names(net):
+        return {id(p): name for name, p in net.named_parameters()}
+
+    net, optimizer = make()
+    train(net, optimizer, range(3))
+    tensors = optimizer_tensors(optimizer, names(net))
+    assert not tensors["exp_avg/0.weight"].is_contiguous()
+    state = snapshot(3)
+    state.model, state.optimizer = net.state_dict(), tensors
+    save_checkpoint(tmp_path, state, keep=1)
+    train(net, optimizer, range(3, 6))
+    loaded = load_newest_checkpoint(tmp_path)
+    other, optimizer = make()
+    other.load_state_dict(loaded.model)
+    restore_optimizer(optimizer, names(other), loaded.optimizer)
+    train(other, optimizer, range(3, 6))
+    for name, value in net.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name

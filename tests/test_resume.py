@@ -3,6 +3,7 @@
 import filecmp
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -102,8 +103,90 @@ def test_ended_between_saving_and_evaluating(tmp_path, dataset, undisturbed, mon
     saved = json.loads((newest_checkpoint(tmp_path / "run") / "state.json").read_text())["state"]
     assert saved["step"] == 12
     assert saved["last_eval"] < 12
+    shutil.rmtree(tmp_path / "run" / "best", ignore_errors=True)
     assert main(["--config", config]) == 0
     assert metric_rows(tmp_path / "run")[-1] == metric_rows(undisturbed)[-1]
+    rows = [row["step"] for row in metric_rows(tmp_path / "run") if "val/top1" in row]
+    assert rows == [12, 15, 20]
+
+
+@pytest.mark.parametrize("step", [3, 9, 12, 14, 20])
+def test_asked_to_stop_at_any_step_it_goes_on_to_the_same_bytes(
+    tmp_path, dataset, undisturbed, monkeypatch, step
+):
+    """Step 9 is due for a row of metrics, 12 ends a stage."""
+    import rtl_dist.boundary as room
+
+    config = write_config(tmp_path / "c.yaml", tiny_config(dataset, tmp_path / "run", **CHANGES))
+    cross = room.Boundary.cross
+
+    def ask_and_cross(self):
+        if self._job.state.step == step:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        cross(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(room.Boundary, "cross", ask_and_cross)
+        assert main(["--config", config]) == 75
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["status"] == "stopped"
+    assert results["steps"] == step
+    assert main(["--config", config]) == 0
+    require_equal_runs(undisturbed, tmp_path / "run")
+
+
+def test_asked_to_stop_while_evaluating(tmp_path, dataset, undisturbed, monkeypatch):
+    import rtl_dist.boundary as room
+
+    config = write_config(tmp_path / "c.yaml", tiny_config(dataset, tmp_path / "run", **CHANGES))
+    evaluate = room.evaluate_split
+    asked = []
+
+    def ask_and_evaluate(*arguments, **options):
+        if (
+            not asked
+            and json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])[
+                "step"
+            ]
+            == 9
+        ):
+            asked.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "evaluate_split", ask_and_evaluate)
+        assert main(["--config", config]) == 75
+    assert asked
+    assert newest_checkpoint(tmp_path / "run").name == "step-00000010"
+    assert main(["--config", config]) == 0
+    require_equal_runs(undisturbed, tmp_path / "run")
+
+
+def test_a_forked_worker_does_not_hold_the_lock_on(tmp_path):
+    from rtl_dist.run_folder import _Lock
+
+    lock = _Lock(tmp_path / ".lock")
+    lock.acquire()
+    forked, child_forked = os.pipe()
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:  # a worker that outlives this process's hold
+        os.close(writing)
+        os.write(child_forked, b".")
+        os.read(reading, 1)
+        os._exit(0)
+    try:
+        os.read(forked, 1)
+        lock.release()
+        again = _Lock(tmp_path / ".lock")
+        again.acquire()
+        again.release()
+    finally:
+        os.close(writing)
+        os.waitpid(child, 0)
+        for pipe in (forked, child_forked, reading):
+            os.close(pipe)
 
 
 @pytest.mark.launch

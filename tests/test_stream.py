@@ -10,8 +10,7 @@ import tarfile
 import pytest
 import torch
 from pack_images import image_bytes
-from small_sets import packed
-from test_loader import Canary
+from small_sets import Canary, packed
 
 from rtl_dist.commands import run_command
 from rtl_dist.config import Augment, Data
@@ -166,7 +165,7 @@ def test_pickled_members_are_never_executed(tmp_path):
             {"0.png": image_bytes(0, kind="PNG")},
             "sample '0' of .*a.tar needs an image .* and a .cls",
         ),
-        ({"0.png": b"no image", "0.cls": b"1"}, "sample '0' of .*a.tar cannot be decoded"),
+        ({"0.png": b"no image", "0.cls": b"1"}, "sample '0' of .*a.tar is not a JPEG"),
         (samples() | {"5.cls": b"2"}, "sample '5' of .*a.tar: label 2 out of range, 0 to 1"),
         (samples() | {"5.cls": b"-1"}, "sample '5' of .*a.tar: label -1 out of range, 0 to 1"),
         (

@@ -66,3 +66,28 @@ def test_multi_label_f1_is_scikit_learn_s():
     f1 = train_metrics(totals.flush(Alone()), task="multi_label")["train/micro_f1"]
     expected = f1_score(labels.numpy(), (scores > 0).numpy(), average="micro")
     assert f1 == pytest.approx(expected)
+
+
+def test_a_loss_that_explodes_does_not_wrap_around():
+    totals = TrainTotals(task="single_label", device=CPU)
+    for sign in (1, -1):
+        for _ in range(50):
+            totals.add(torch.full((1000,), sign * 1e30), torch.zeros(1000, 2), torch.zeros(1000))
+        loss = train_metrics(totals.flush(Alone()), task="single_label")["train/loss"]
+        assert sign * loss > 1e6
+
+
+def test_counts_are_plain_averages_and_add_up():
+    torch.manual_seed(1)
+    counts: list[int] = []
+    for part in range(3):
+        totals = TrainTotals(task="multi_label", device=CPU)
+        labels = torch.randint(0, 2, (4, 2)).float()
+        totals.add(torch.full((4,), float(part)), labels * 2 - 1, labels)  # all of them right
+        counts = add_counts(counts, totals.flush(Alone()))
+    assert train_metrics(counts, task="multi_label") == {"train/loss": 1.0, "train/micro_f1": 1.0}
+    nothing = TrainTotals(task="multi_label", device=CPU)
+    nothing.add(torch.ones(2), -torch.ones(2, 3), torch.zeros(2, 3))
+    metrics = train_metrics(nothing.flush(Alone()), task="multi_label")
+    assert metrics["train/micro_f1"] == 0.0  # nothing said, nothing to say
+    assert non_finite([]) == 0

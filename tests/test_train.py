@@ -179,6 +179,63 @@ def test_averaged_weights_are_what_is_evaluated_and_kept(tmp_path, dataset):
     assert not same(average, trained)
 
 
+def test_an_average_is_judged_as_it_is_kept_in_a_cached_stage_too(tmp_path, dataset):
+    stages = [
+        {"name": "all", "steps": 6, "trainable": "all", "lr": 1e-2, "batchnorm": "train"},
+        {"name": "head", "steps": 6, "trainable": "head", "lr": 1e-2, "views": 2},
+    ]
+    run = train(tmp_path, dataset, stages=stages, optim={"ema": 0.95}, eval={"every": "6 steps"})
+    last = metric_rows(run)[-1]
+    assert last["stage"] == "head"
+    assert (
+        cli(
+            [
+                "evaluate",
+                str(newest_checkpoint(run)),
+                "--data",
+                str(dataset),
+                "--split",
+                "val",
+                "--out",
+                str(tmp_path / "raw"),
+                "--workers",
+                "0",
+            ]
+        )
+        == 0
+    )
+    best = json.loads((run / "results.json").read_text())["best"]
+    assert (
+        cli(
+            [
+                "evaluate",
+                str(run),
+                "--data",
+                str(dataset),
+                "--split",
+                "val",
+                "--out",
+                str(tmp_path / "best"),
+                "--workers",
+                "0",
+            ]
+        )
+        == 0
+    )
+    kept = json.loads((tmp_path / "best" / "metrics.json").read_text())
+    raw = json.loads((tmp_path / "raw" / "metrics.json").read_text())
+    assert kept["loss"] == pytest.approx(best["loss"], rel=1e-6)
+    assert raw["loss"] != pytest.approx(last["val/loss"], rel=1e-3)
+
+
+def test_a_metric_the_data_does_not_have_is_refused_at_once(tmp_path, dataset, capsys):
+    config = tiny_config(dataset, tmp_path / "run", early_stop={"metric": "val/map"})
+    assert main(["--config", write_config(tmp_path / "c.yaml", config)]) == 2
+    assert (
+        "val/map is not measured on single_label data; choose val/top1" in capsys.readouterr().err
+    )
+
+
 def test_patience_ends_a_stage_early_and_the_next_begins_there(tmp_path, dataset):
     stages = [
         {"name": "still", "steps": 40, "trainable": "head", "lr": 1e-9},

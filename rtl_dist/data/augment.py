@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torchvision.transforms import v2
@@ -48,10 +50,11 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """Resize the short side to ``image_size / crop_pct`` (bilinear, antialiased), centre crop."""
+    """Resize the short side to ``image_size / crop_pct`` (rounded down as timm does; bilinear,
+    antialiased), centre crop."""
 
     def __init__(self, *, image_size: int, crop_pct: float) -> None:
-        resize = v2.Resize(round(image_size / crop_pct), antialias=True)
+        resize = v2.Resize(math.floor(image_size / crop_pct), antialias=True)
         self._transform = v2.Compose([resize, v2.CenterCrop(image_size)])
 
     def __call__(self, image: torch.Tensor, key: int) -> torch.Tensor:

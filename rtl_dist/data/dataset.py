@@ -36,6 +36,7 @@ INDEX_DTYPE = np.dtype(
 )
 
 _TAR_BLOCK = 512
+_MOST_OPEN_FILES = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,15 @@ class Split:
         """Class numbers, int64 (n,); or 0/1 float32 (n, num_classes) for multi-label data."""
         if self.label_matrix is not None:
             return np.asarray(self.label_matrix[samples], dtype=np.float32)
-        return np.asarray(self.index["label"][samples], dtype=np.int64)
+        labels = np.asarray(self.index["label"][samples], dtype=np.int64)
+        # checked here and not when opening, which must not read all of a large index
+        wrong = np.flatnonzero((labels < 0) | (labels >= len(self.class_counts)))
+        if wrong.size:
+            raise DataError(
+                f"label out of range: {self.describe(int(samples[wrong[0]]))} has class"
+                f" {labels[wrong[0]]}, but there are {len(self.class_counts)}; pack again"
+            )
+        return labels
 
     def key(self, sample: int) -> str:
         """The sample's WebDataset key, read from the tar header just before its bytes."""
@@ -116,7 +125,7 @@ class SampleReader:
     """Reads samples' image bytes with ``pread`` and checks each against its crc32.
 
     Decoders do not notice one flipped byte (they return wrong pixels), so the checksum must.
-    Keeps one file descriptor a shard; each loader worker makes its own reader.
+    Keeps some files open; each loader worker makes its own reader.
     """
 
     def __init__(self, split: Split) -> None:
@@ -135,10 +144,7 @@ class SampleReader:
         row = self._split.index[sample]
         shard, offset, size = int(row["shard"]), int(row["offset"]), int(row["size"])
         try:
-            if shard not in self._files:
-                path = self._split.root / self._split.shards[shard].path
-                self._files[shard] = os.open(path, os.O_RDONLY)
-            content = os.pread(self._files[shard], size, offset)
+            content = os.pread(self._open(shard), size, offset)
         except OSError as error:
             path = self._split.root / self._split.shards[shard].path
             raise DataError(f"cannot read {path}: {error.strerror}; is the file there?") from error
@@ -152,6 +158,18 @@ class SampleReader:
                 " damaged since packing; restore the file or pack again"
             )
         return content
+
+    def _open(self, shard: int) -> int:
+        """The shard's file descriptor; the least recently used one is closed when there are many,
+        since a process may have but some hundreds open."""
+        descriptor = self._files.pop(shard, None)
+        if descriptor is None:
+            if len(self._files) >= _MOST_OPEN_FILES:
+                os.close(self._files.pop(next(iter(self._files))))
+            path = self._split.root / self._split.shards[shard].path
+            descriptor = os.open(path, os.O_RDONLY)
+        self._files[shard] = descriptor  # last: most recently used
+        return descriptor
 
     def close(self) -> None:
         for descriptor in self._files.values():
@@ -211,14 +229,13 @@ class Dataset:
                     f"labels of split {name!r} have shape {label_matrix.shape}, "
                     f"expected {expected}; pack {self.root} again"
                 )
-        elif len(index):
-            lowest, highest = int(index["label"].min()), int(index["label"].max())
-            if lowest < 0 or highest >= self.num_classes:
-                raise DataError(
-                    f"label out of range in split {name!r} of {self.root}: found"
-                    f" {lowest if lowest < 0 else highest}, with {self.num_classes} classes"
-                    f" (0 to {self.num_classes - 1}); correct the labels and pack again"
-                )
+        elif len(entry["class_counts"]) != self.num_classes or (
+            sum(entry["class_counts"]) != len(index)
+        ):
+            raise DataError(
+                f"the class counts of split {name!r} in {self.root / DESCRIPTION} do not add up;"
+                " pack again"
+            )
         return Split(
             name=name,
             root=self.root,

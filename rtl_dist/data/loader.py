@@ -191,7 +191,7 @@ def make_loader(
 
 
 class Batches(Iterable[Batch]):
-    """A DataLoader whose workers end at the first error, which is raised as it was in the worker."""
+    """A DataLoader whose workers end at their first error, raised here as it was there."""
 
     def __init__(self, loader: DataLoader[Batch]) -> None:
         self._loader = loader
@@ -233,7 +233,7 @@ def _from_workers(batches: Iterator[Batch]) -> Iterator[Batch]:
             text = str(error.with_traceback(None)).strip()  # a traceback that ends in the message
             text = text.splitlines()[-1].removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")
             raise kind(text) from None
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - raised again, of whatever kind
             del batches
             raise error.with_traceback(None) from None
         yield batch
@@ -242,6 +242,8 @@ def _from_workers(batches: Iterator[Batch]) -> Iterator[Batch]:
 def _kill_workers() -> None:
     # A worker that was not told to end ignores SIGTERM too, and multiprocessing, which sends it at
     # exit, would wait for it for ever. Runs before that, since it is registered later.
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where torch complains of workers that died
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

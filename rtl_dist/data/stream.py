@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from rtl_dist.config import Data
 from rtl_dist.data.decode import decode
+from rtl_dist.data.foreign import require_decodable
 from rtl_dist.data.loader import Batch, Batches, Transform, start_worker
 from rtl_dist.data.order import derive_key
 from rtl_dist.errors import DataError
@@ -120,6 +121,7 @@ class _Decode:
         if not 0 <= label < self._num_classes:
             raise DataError(f"{name}: label {label} out of range, 0 to {self._num_classes - 1}")
         try:
+            require_decodable(content)
             image = decode(content, self._channels)
         except DataError as error:
             raise DataError(f"{name} {error}") from error

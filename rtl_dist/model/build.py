@@ -39,9 +39,18 @@ def build_model(
 
 
 def make_classifier(
-    config: Model, data: Data, *, num_classes: int, seed: int, download: bool = False
+    config: Model,
+    data: Data,
+    *,
+    num_classes: int,
+    seed: int,
+    download: bool = False,
+    mean_std: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
 ) -> Classifier:
-    """The classifier with a fresh head; the trunk is random, or the hub's with ``download``."""
+    """The classifier with a fresh head; the trunk is random, or the hub's with ``download``.
+
+    mean_std: of the pixels, one number a channel; None takes those of the architecture.
+    """
     torch.manual_seed(derive_key(seed, _HEAD_STREAM) >> 1)
     mean: tuple[float, ...] = _IMAGENET_MEAN
     std: tuple[float, ...] = _IMAGENET_STD
@@ -59,6 +68,8 @@ def make_classifier(
         mean, std = trunk.default_cfg["mean"], trunk.default_cfg["std"]
     if data.channels == 1:
         mean, std = (sum(mean) / 3,), (sum(std) / 3,)
+    if mean_std is not None:
+        mean, std = mean_std
     torch.manual_seed(derive_key(seed, _HEAD_STREAM) >> 1)  # the head, whatever the trunk drew
     return Classifier(
         trunk,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rtl_dist import __version__
-from rtl_dist.config import Config, Data, Model, parse_config, read_run_config
+from rtl_dist.config import Config, Model, Precision, parse_config, read_run_config
 from rtl_dist.data.dataset import Dataset
 from rtl_dist.errors import UserError
 from rtl_dist.files import replacing, save_tensors, write_json
@@ -32,18 +32,22 @@ class LoadedModel:
     classes: tuple[str, ...]
     task: str
     dataset_fingerprint: str
+    precision: Precision
     source: Path
 
 
 def write_model_folder(folder: Path, model: Classifier, config: Config, dataset: Dataset) -> None:
     """Writes or replaces a model folder; each file is replaced whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / DESCRIPTION, describe_model(model, config.model, dataset))
+    description = describe_model(model, config.model, dataset, precision=config.precision)
+    write_json(folder / DESCRIPTION, description)
     with replacing(folder / WEIGHTS) as path:
         save_tensors(model.native_state_dict(), path, metadata={"format": "pt"})
 
 
-def describe_model(model: Classifier, config: Model, dataset: Dataset) -> dict[str, Any]:
+def describe_model(
+    model: Classifier, config: Model, dataset: Dataset, *, precision: Precision
+) -> dict[str, Any]:
     """The content of ``config.json``: timm's keys, and ours under ``rtl_dist``."""
     view = model.preprocessing
     first_conv = next(
@@ -70,6 +74,7 @@ def describe_model(model: Classifier, config: Model, dataset: Dataset) -> dict[s
         "rtl_dist": {
             "version": __version__,
             "model": {"name": config.name, "dropout": config.dropout},
+            "precision": precision,
             "task": dataset.task,
             "dataset_fingerprint": dataset.fingerprint,
         },
@@ -112,16 +117,31 @@ def _load_folder(folder: Path) -> LoadedModel:
             }
         )
         task, fingerprint = ours["task"], ours["dataset_fingerprint"]
+        precision = ours["precision"]
+        model = make_classifier(
+            config.model,
+            config.data,
+            num_classes=len(classes),
+            seed=0,
+            mean_std=(tuple(view["mean"]), tuple(view["std"])),
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder / DESCRIPTION} was not written by rtl-dist ({error!r})"
         ) from error
-    state = read_state_dict(folder / WEIGHTS)
-    return _fill(config.model, config.data, state, classes, task, fingerprint, folder)
+    _fill(model, folder)
+    return LoadedModel(
+        model=model,
+        classes=classes,
+        task=task,
+        dataset_fingerprint=fingerprint,
+        precision=precision,
+        source=folder,
+    )
 
 
 def _load_checkpoint(folder: Path) -> LoadedModel:
-    config = read_run_config(folder.parent.parent)
+    config = read_run_config(folder.resolve().parent.parent)
     identity = json.loads((folder / "state.json").read_text(encoding="utf-8"))["identity"]
     model = make_classifier(
         config.model, config.data, num_classes=len(identity["classes"]), seed=config.seed
@@ -132,20 +152,13 @@ def _load_checkpoint(folder: Path) -> LoadedModel:
         classes=tuple(identity["classes"]),
         task=identity["task"],
         dataset_fingerprint=identity["dataset_fingerprint"],
+        precision=config.precision,
         source=folder,
     )
 
 
-def _fill(
-    model_config: Model,
-    data: Data,
-    state: dict[str, torch.Tensor],
-    classes: tuple[str, ...],
-    task: str,
-    fingerprint: str,
-    folder: Path,
-) -> LoadedModel:
-    model = make_classifier(model_config, data, num_classes=len(classes), seed=0)
+def _fill(model: Classifier, folder: Path) -> None:
+    state = read_state_dict(folder / WEIGHTS)
     prefix = f"{model.native_head}."
     head = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     trunk = {k: v for k, v in state.items() if not k.startswith(prefix)}
@@ -155,6 +168,3 @@ def _fill(
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder / WEIGHTS} does not fit its {DESCRIPTION} ({reason})") from error
-    return LoadedModel(
-        model=model, classes=classes, task=task, dataset_fingerprint=fingerprint, source=folder
-    )

@@ -79,6 +79,8 @@ def set_modes(model: Classifier, stage: Stage) -> None:
     """
     chosen = trainable_parts(model, stage)
     model.train()
+    # with the trunk frozen, also its layers without parameters, such as a dropout of its own
+    model.trunk.train(bool(chosen - {"head"}))
     for name, modules in parts_of(model).items():
         for module in modules:
             module.train(name in chosen)

@@ -6,12 +6,10 @@ Nothing is ever unpickled beyond tensors: safetensors, or ``torch.load(weights_o
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from rtl_dist.errors import UserError
@@ -39,7 +37,7 @@ def load_weights(
         UserError: nothing there, not weights, or keys or shapes that do not fit.
     """
     file, source_classes = find_weights(path)
-    state = read_state_dict(file)
+    state = _native_names(read_state_dict(file), model.native_head)
     head_state, trunk_state = {}, {}
     for key, value in state.items():
         if key.startswith(f"{model.native_head}."):
@@ -88,15 +86,8 @@ def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
             state = load_file(file)
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        SafetensorError,
-        pickle.UnpicklingError,
-    ) as e:
-        reason = " ".join(str(e).split())[:200]
+    except Exception as e:  # a damaged pickle raises anything: IndexError, struct.error, ...
+        reason = " ".join((str(e) or repr(e)).split())[:200]
         raise UserError(
             f"model.weights: {file} cannot be read as plain tensors ({reason}); save it again with"
             " safetensors, or torch.save(model.state_dict(), file)"
@@ -110,20 +101,29 @@ def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
         tensors = {str(k): v for k, v in state.items() if isinstance(v, torch.Tensor)}
     if not tensors:
         raise UserError(f"model.weights: {file} holds no state dict of tensors")
-    for prefix in _PREFIXES:
-        if all(key.startswith(prefix) for key in tensors):
-            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in tensors)), None):
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     return tensors
 
 
+def _native_names(state: dict[str, torch.Tensor], native_head: str) -> dict[str, torch.Tensor]:
+    """A checkpoint of ours holds the names of ``Classifier``; any other file is as it should be."""
+    if not all(key.startswith(("trunk.", "head.")) for key in state):
+        return state
+    names = {key: key.removeprefix("trunk.") for key in state if key.startswith("trunk.")}
+    names |= {key: native_head + key.removeprefix("head") for key in state if key not in names}
+    return {names[key]: value for key, value in state.items()}
+
+
 def _classes_beside(file: Path) -> tuple[str, ...] | None:
-    config = file.parent / "config.json"
-    if not config.is_file():
-        return None
+    """The classes of the head, from the description of a model folder or a checkpoint."""
     try:
+        if (state := file.parent / "state.json").is_file():
+            return tuple(json.loads(state.read_text(encoding="utf-8"))["identity"]["classes"])
+        config = file.parent / "config.json"
         return tuple(json.loads(config.read_text(encoding="utf-8"))["label_names"])
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # somebody else's config.json; the head is then of unknown classes
+        return None  # none, or somebody else's; the head is then of unknown classes
 
 
 def _load_trunk(model: Classifier, state: dict[str, torch.Tensor], file: Path) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 import re
-import warnings
 
 import numpy as np
 from PIL import Image
 
-from rtl_dist.data.decode import MAX_PIXELS, decode
-from rtl_dist.data.png_check import SIGNATURE, check_png
+from rtl_dist.data.decode import decode
+from rtl_dist.data.foreign import PIL_FORMATS, require_decodable
 from rtl_dist.errors import DataError
 
 # A file may be this large; its bytes are held in memory, once a worker.
@@ -18,34 +17,6 @@ MAX_FILE_BYTES = 1 << 30
 JPEG_QUALITY = 92
 
 _GREY_MODES = ("1", "L", "LA", "I", "I;16", "F")
-_PIL_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
-_FOREIGN = {
-    b"GIF8": "a GIF",
-    b"BM": "a BMP",
-    b"II*\0": "a TIFF",
-    b"MM\0*": "a TIFF",
-    b"%PDF": "a PDF",
-}
-
-
-def suffix_of(head: bytes) -> str:
-    """``jpg``, ``png`` or ``webp`` by a file's first 16 bytes, whatever its name says.
-
-    Raises:
-        DataError: it is something else; the message says what when that is known.
-    """
-    if head.startswith(b"\xff\xd8\xff"):
-        return "jpg"
-    if head.startswith(SIGNATURE):
-        return "png"
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return "webp"
-    if not head:
-        raise DataError("is empty")
-    for magic, what in _FOREIGN.items():
-        if head.startswith(magic):
-            raise DataError(f"is {what} file, not a JPEG, PNG or WebP")
-    raise DataError("is not a JPEG, PNG or WebP")
 
 
 def checked_image(content: bytes | np.ndarray, short_side: int | None) -> tuple[str, bytes]:
@@ -60,13 +31,8 @@ def checked_image(content: bytes | np.ndarray, short_side: int | None) -> tuple[
     """
     if isinstance(content, np.ndarray):
         content = _encode(Image.fromarray(content), "png")
-    suffix = suffix_of(content[:16])
-    (width, height), mode = _header(content)
-    if width * height > MAX_PIXELS:  # before decoding: a few kilobytes can ask for gigabytes
-        raise DataError(f"has {width} x {height} pixels, more than the {MAX_PIXELS:,} allowed")
-    shrink = short_side is not None and min(width, height) > short_side
-    if suffix == "png":
-        check_png(content)
+    suffix, size, mode = require_decodable(content)
+    shrink = short_side is not None and min(size) > short_side
     # Shrinking starts from the pixels that training would have seen, grey images staying grey;
     # the WebP decoder knows only colour.
     grey = shrink and mode in _GREY_MODES and suffix != "webp"
@@ -81,20 +47,6 @@ def checked_image(content: bytes | np.ndarray, short_side: int | None) -> tuple[
     return suffix, _encode(_shrunk(array[:, :, 0] if grey else array, short_side or 0), suffix)
 
 
-def _header(content: bytes) -> tuple[tuple[int, int], str]:
-    """((width, height), Pillow mode) without decoding."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of sizes below our bound, and of EXIF
-            with Image.open(io.BytesIO(content), formats=list(_PIL_FORMATS.values())) as image:
-                return image.size, image.mode
-    except Image.DecompressionBombError as error:
-        raise DataError(f"has more than the {MAX_PIXELS:,} pixels allowed") from error
-    # Pillow's readers let a broken header out as any of these
-    except (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError) as error:
-        raise DataError("has a header that cannot be read") from error
-
-
 def _shrunk(pixels: np.ndarray, short_side: int) -> Image.Image:
     height, width = pixels.shape[:2]
     scale = short_side / min(width, height)
@@ -105,5 +57,5 @@ def _shrunk(pixels: np.ndarray, short_side: int) -> Image.Image:
 def _encode(image: Image.Image, suffix: str) -> bytes:
     file = io.BytesIO()
     options = {} if suffix == "png" else {"quality": JPEG_QUALITY}
-    image.save(file, _PIL_FORMATS[suffix], **options)
+    image.save(file, PIL_FORMATS[suffix], **options)
     return file.getvalue()

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from rtl_dist.data.dataset import MULTI_LABEL
-from rtl_dist.data.packing.images import MAX_FILE_BYTES, checked_image, suffix_of
+from rtl_dist.data.foreign import suffix_of
+from rtl_dist.data.packing.images import MAX_FILE_BYTES, checked_image
 from rtl_dist.data.packing.plan import Plan, ShardPlan
 from rtl_dist.data.packing.work import ShardRecord, is_finished, publishing, record_shard
 from rtl_dist.data.sources.items import Item
