@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -20,13 +19,13 @@ from typing import BinaryIO
 
 from rtl_dist.data.dataset import DESCRIPTION, INDEX_FOLDER
 from rtl_dist.errors import UserError
+from rtl_dist.files import flush_to_disk, sha256_of
 
 WORK_FOLDER = ".pack"
 LEFT_OUT_FILE = "left_out.csv"
 PACKER_KEY = "packer"  # in dataset.json; tells our own data sets from those `index` described
 
 _PLAN, _LOCK = "plan.json", "lock"
-_HASH_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,14 +122,9 @@ def read_record(out: Path, path: str) -> ShardRecord:
 def is_finished(out: Path, path: str) -> bool:
     """Whether a shard is already there and whole: its bytes are hashed again."""
     try:
-        record = read_record(out, path)
-        with open(out / path, "rb") as shard:
-            digest = hashlib.sha256()
-            while chunk := shard.read(_HASH_CHUNK):
-                digest.update(chunk)
+        return sha256_of(out / path) == read_record(out, path).sha256
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return digest.hexdigest() == record.sha256
 
 
 def record_shard(out: Path, record: ShardRecord) -> None:
@@ -156,7 +150,7 @@ def publishing(out: Path, final: Path) -> Iterator[BinaryIO]:
         raise
     final.parent.mkdir(parents=True, exist_ok=True)
     os.replace(temporary, final)
-    _sync_folder(final.parent)
+    flush_to_disk(final.parent)
 
 
 def _already_finished(out: Path) -> UserError:
@@ -223,11 +217,3 @@ def _is_inside(name: str) -> bool:
 def _remove_unfinished(work: Path) -> None:
     for path in work.glob("*.tmp"):
         path.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
