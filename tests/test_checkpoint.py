@@ -203,3 +203,18 @@ def test_tensors_in_any_memory_layout_go_on_bit_for_bit(tmp_path):
     train(other, optimizer, range(3, 6))
     for name, value in net.state_dict().items():
         assert torch.equal(other.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+def test_one_changed_number_is_damage(tmp_path, name):
+    """What still reads well is found by the checksum alone."""
+    save_checkpoint(tmp_path, snapshot(1), keep=2)
+    file = save_checkpoint(tmp_path, snapshot(2), keep=2) / name
+    content = file.read_bytes()
+    if name == "state.json":
+        changed = content.replace(b'"step": 2', b'"step": 9')
+    else:
+        changed = content[:-1] + bytes([content[-1] ^ 1])
+    assert changed != content
+    file.write_bytes(changed)
+    assert load_newest_checkpoint(tmp_path).state.step == 1

@@ -228,7 +228,7 @@ def test_a_stop_request_to_one_rank_stops_all_and_one_process_goes_on(config, al
     for code, output in [finish(process) for process in ranks]:
         assert code == 75, output
         assert "saved; start the same command to go on" in output
-    assert not (run / "results.json").exists()
+    assert Outcome(run, "").results["status"] == "stopped"
     assert main(arguments) == 0
     resumed = Outcome(run, "")
     assert resumed.ledger == alone.ledger

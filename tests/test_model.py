@@ -181,6 +181,16 @@ def test_a_part_the_model_lacks_is_refused_with_the_nearest():
     assert trainable_parts(model, stage(trainable=["head", "layer4"])) == {"head", "layer4"}
 
 
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
+def test_a_network_that_does_not_fall_into_parts_is_refused(name):
+    """Else what lies outside of them would be trained though frozen, or the other way round."""
+    model = make_classifier(
+        Model(name=name, weights="none"), Data(path="", image_size=160), num_classes=3, seed=0
+    )
+    with pytest.raises(UserError, match=r"model.name: .* outside of its parts \(trunk\.(cls|head)"):
+        trainable_parts(model, stage(trainable="head"))
+
+
 def batchnorms(model):
     return {
         "head" if name.startswith("head") else name.removeprefix("trunk."): layer

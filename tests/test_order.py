@@ -183,6 +183,17 @@ def test_golden_augmentation_keys():
     ]
 
 
+def test_every_sample_view_and_seed_has_a_key_of_its_own():
+    samples, epochs = np.tile(np.arange(300), 5), np.repeat(np.arange(5), 300)
+    keys = np.concatenate(
+        [augmentation_keys(samples, epochs, seed=seed, views=None) for seed in (0, 1)]
+    )
+    assert len(np.unique(keys)) == 3000
+    assert keys.min() >= 0
+    cycled = augmentation_keys(samples, epochs, seed=0, views=2)
+    assert cycled[600:1200].tolist() == cycled[:600].tolist() == keys[:600].tolist()
+
+
 # --- microbatches --------------------------------------------------------------------------------
 
 

@@ -12,9 +12,9 @@ import webdataset
 from pack_images import REAL_DATA, class_folders, files_of, image_bytes
 from PIL import Image
 
+from rtl_dist.data import foreign
 from rtl_dist.data.dataset import SampleReader, open_dataset
 from rtl_dist.data.pack import pack
-from rtl_dist.data.packing import images
 from rtl_dist.errors import DataError, UserError
 
 
@@ -156,7 +156,7 @@ def test_what_is_no_whole_image_is_left_out_by_name(source, tmp_path):
 
 @pytest.mark.parametrize("side", [20_000, 5_000])  # beyond Pillow's own bound, and ours alone
 def test_decompression_bomb_is_left_out_before_it_is_decoded(side, source, tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "MAX_PIXELS", 1_000_000)
+    monkeypatch.setattr(foreign, "MAX_PIXELS", 1_000_000)
     header = image_bytes(1, kind="PNG")
     size = side.to_bytes(4, "big") * 2
     chunk = b"IHDR" + size + header[24:29]

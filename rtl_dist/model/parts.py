@@ -22,6 +22,9 @@ def parts_of(model: Classifier) -> dict[str, list[nn.Module]]:
 
     A part is a child of the trunk that holds parameters; the children before the first one named
     ``layer...`` are together the ``stem``.
+
+    Raises:
+        UserError: some parameter lies in no part, as a vision transformer's class token does.
     """
     children = [
         (n, m) for n, m in model.trunk.named_children() if any(True for _ in m.parameters())
@@ -31,7 +34,18 @@ def parts_of(model: Classifier) -> dict[str, list[nn.Module]]:
     for i, (name, module) in enumerate(children):
         parts.setdefault("stem" if i < first_layer else name, []).append(module)
     parts["head"] = [model.head]
+    _require_every_parameter(model, parts)
     return parts
+
+
+def _require_every_parameter(model: Classifier, parts: dict[str, list[nn.Module]]) -> None:
+    covered = {id(p) for modules in parts.values() for m in modules for p in m.parameters()}
+    left_out = [name for name, p in model.named_parameters() if id(p) not in covered]
+    if left_out:
+        raise UserError(
+            f"model.name: this network has parameters outside of its parts ({left_out[0]}), so it"
+            " cannot be frozen part by part; choose a ResNet"
+        )
 
 
 def trainable_parts(model: Classifier, stage: Stage) -> set[str]:
