@@ -15,6 +15,7 @@ from PIL import Image
 from rtl_dist.data import foreign
 from rtl_dist.data.dataset import SampleReader, open_dataset
 from rtl_dist.data.pack import pack
+from rtl_dist.data.packing import images
 from rtl_dist.errors import DataError, UserError
 
 
