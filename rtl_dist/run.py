@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,14 @@ import torch
 
 from rtl_dist.checkpoint import Snapshot
 from rtl_dist.config import Config, Stage
-from rtl_dist.data.dataset import DESCRIPTION, MULTI_LABEL, SINGLE_LABEL, Dataset, open_dataset
+from rtl_dist.data.dataset import (
+    DESCRIPTION,
+    MULTI_LABEL,
+    SINGLE_LABEL,
+    Dataset,
+    check_index,
+    open_dataset,
+)
 from rtl_dist.data.loader import resolve_workers
 from rtl_dist.ema import Average
 from rtl_dist.errors import DataError, RtlDistError, StopRequested, UserError
@@ -73,6 +81,8 @@ def open_job(
     config = _resolve(config, runtime, dataset)
     train, val = dataset.split(config.data.train), dataset.split(config.data.val)
     _check_classes(dataset, config.data.train, train.class_counts)
+    for name in (config.data.train, config.data.val):
+        runtime.from_main(functools.partial(check_index, dataset, name))
     restored = restore(run, config, dataset, runtime)
     if restored is None:
         model, origin = build_model(
@@ -85,7 +95,14 @@ def open_job(
         model.load_state_dict(restored.model)
         origin = f"going on from step {restored.state.step}"
     for stage in config.stages:
-        trainable_parts(model, stage)  # a misspelt part is refused now, not after hours
+        parts = trainable_parts(model, stage)  # a misspelt part is refused now, not after hours
+        if config.model.weights == "none" and parts - {"head"} and stage.batchnorm != "train":
+            LOG.warning(
+                "stage %s trains a network without weights under batchnorm: %s, which holds back"
+                " what it can learn; set batchnorm: train",
+                stage.name,
+                stage.batchnorm,
+            )
     model.to(device=runtime.device, dtype=runtime.dtype, memory_format=torch.channels_last)
     average = Average(model, config.optim.ema) if config.optim.ema else None
     if average and restored is not None:

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_runs import make_dataset, tiny_config, write_config, write_images
@@ -118,6 +119,15 @@ def test_label_out_of_range(tmp_path, copy, capsys):
     line = one_line(capsys)
     assert "label out of range: sample " in line
     assert "of split 'train'" in line
+
+
+def test_altered_index(tmp_path, copy, capsys):
+    path = copy / "index" / "train.npy"
+    index = np.load(path)
+    index["label"][5] = (index["label"][5] + 1) % 3
+    np.save(path, index)
+    refused(tmp_path, copy, code=3)
+    assert "train.npy was altered since packing" in one_line(capsys)
 
 
 def test_edited_description(tmp_path, copy, capsys):

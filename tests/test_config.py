@@ -324,6 +324,27 @@ def test_what_is_no_config_file_is_refused_in_one_line(refusal, tmp_path):
         load_config(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["seed: 1\nseed: 2", "optim: {ema: 0}\noptim: {warmup: 1}"])
+def test_a_key_given_twice_is_refused(refusal, text):
+    key = text.split(":")[0]
+    message = refusal(MINIMAL + text)
+    assert f"the key '{key}' is given twice" in message
+    assert "line 4" in message
+    nested = MINIMAL.replace("epochs: 2", "epochs: 2, epochs: 3")
+    assert "the key 'epochs' is given twice" in refusal(nested)
+
+
+def test_anchors_and_merges_work(load):
+    config = load(
+        "data: {path: d}\n"
+        "stages:\n"
+        "  - &head {name: head, epochs: 2, lr: 1e-3, trainable: head}\n"
+        "  - {<<: *head, name: all, trainable: all}\n"
+    )
+    assert [stage.name for stage in config.stages] == ["head", "all"]
+    assert [stage.epochs for stage in config.stages] == [2, 2]
+
+
 def everything_set():
     """A config in which each key has another value than its default."""
     return parse_config(

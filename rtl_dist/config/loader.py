@@ -21,6 +21,20 @@ from rtl_dist.errors import UserError
 from rtl_dist.schedule import Every
 
 
+class _NoKeyTwice(yaml.SafeLoader):
+    """``yaml.safe_load``, but a key given twice is refused; PyYAML would forget the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is given twice", key.start_mark
+                )
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Reads a YAML file and applies ``key=value`` overrides to it.
 
@@ -28,7 +42,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         UserError: no such file, not YAML, an unknown key, a wrong type, an impossible combination.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_NoKeyTwice)
     except FileNotFoundError:
         raise UserError(f"no config file {path}; shipped ones are in configs/") from None
     except (OSError, UnicodeDecodeError) as error:

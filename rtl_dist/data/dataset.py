@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from rtl_dist.errors import DataError
+from rtl_dist.files import sha256_of
 
 FORMAT = "rtl_dist/1"
 DESCRIPTION = "dataset.json"
@@ -37,6 +38,7 @@ INDEX_DTYPE = np.dtype(
 
 _TAR_BLOCK = 512
 _MOST_OPEN_FILES = 256
+_CHECKED_INDEX_BYTES = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +246,22 @@ class Dataset:
             index=index,
             label_matrix=label_matrix,
         )
+
+
+def check_index(dataset: Dataset, split: str) -> None:
+    """Compares a split's index with its checksum; one too large to read at every start is left to
+    the size checks.
+
+    Raises:
+        DataError: it was altered since packing.
+    """
+    entry = dataset.description["splits"][split]
+    for suffix, key in ((".npy", "index_sha256"), (".labels.npy", "labels_sha256")):
+        path = dataset.root / INDEX_FOLDER / f"{split}{suffix}"
+        if key not in entry or path.stat().st_size > _CHECKED_INDEX_BYTES:
+            continue
+        if sha256_of(path) != entry[key]:
+            raise DataError(f"the index {path} was altered since packing; restore it or pack again")
 
 
 def open_dataset(path: str | Path) -> Dataset:
