@@ -101,10 +101,13 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser = commands.add_parser(
         "evaluate",
         help="exact metrics, confusion matrix, precision-recall, calibration, mistakes",
+        description="Evaluates a trained model on a split of a packed data set: metrics.json,"
+        " tables, pictures and report.html in OUT. Several processes (torchrun -m rtl_dist.cli"
+        " evaluate ...) give the same figures.",
     )
     parser.add_argument("model", help="a run folder (its best weights), checkpoint or model folder")
     parser.add_argument("--data", required=True, help="folder of a packed data set")
-    parser.add_argument("--split", default="test", help="default: test")
+    parser.add_argument("--split", help="default: test where there is one, else val")
     parser.add_argument("--out", type=Path, help="default: MODEL/evaluation/SPLIT")
     parser.add_argument("--workers", type=int, metavar="N", help="loader processes")
     parser.add_argument(
@@ -121,7 +124,7 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
             arguments.model,
             arguments.data,
             arguments.split,
-            out=arguments.out or Path(arguments.model) / "evaluation" / arguments.split,
+            out=arguments.out,
             workers="auto" if arguments.workers is None else arguments.workers,
             precision=arguments.precision,
         )
@@ -130,8 +133,12 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 
 
 def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("report", help="(re)draw a run's plots and report.html")
-    parser.add_argument("run_folder", metavar="RUN", type=Path)
+    parser = commands.add_parser(
+        "report",
+        help="(re)draw a run's plots and report.html",
+        description="Draws plots/ and report.html of a run from its files, evaluations included.",
+    )
+    parser.add_argument("run_folder", metavar="RUN", type=Path, help="a run folder (run.dir)")
     add_debug(parser)
 
     def run(arguments: argparse.Namespace) -> str:

@@ -21,13 +21,17 @@ from rtl_dist.runtime import Runtime, configure_logging
 def evaluate(
     model_path: str,
     data_path: str,
-    split_name: str,
+    split_name: str | None,
     *,
-    out: Path,
+    out: Path | None = None,
     workers: Literal["auto"] | int = "auto",
     precision: Precision | None = None,
 ) -> str:
     """Evaluates a model and writes tables and pictures into ``out``.
+
+    Args:
+        split_name: None takes test where there is one, else val.
+        out: None takes ``evaluation/<split>`` in the model's folder.
 
     Works on one process or, under a launcher, on many, with the same figures.
 
@@ -41,7 +45,9 @@ def evaluate(
     loaded = load_model(model_path)
     dataset = open_dataset(data_path)
     _require_same_classes(loaded, dataset)
+    split_name = split_name or ("test" if "test" in dataset.split_names else "val")
     split = dataset.split(split_name)
+    out = out or Path(model_path) / "evaluation" / split_name
     with Runtime(precision or _precision_of(loaded)) as runtime:
         configure_logging(is_main=runtime.is_main)
         model = loaded.model.to(runtime.device, runtime.dtype, memory_format=torch.channels_last)

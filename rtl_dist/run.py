@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rtl_dist.checkpoint import Snapshot
+from rtl_dist.checkpoint import Snapshot, load_newest_checkpoint
 from rtl_dist.config import Config, Stage
 from rtl_dist.data.dataset import (
     DESCRIPTION,
@@ -32,13 +32,14 @@ from rtl_dist.metrics import compute_metrics
 from rtl_dist.model.build import build_model
 from rtl_dist.model.folder import WEIGHTS, load_model
 from rtl_dist.model.parts import digest, trainable_parts
-from rtl_dist.run_folder import describe_run, restore
+from rtl_dist.run_folder import describe_run, read_results, restore, run_identity
 from rtl_dist.runtime import Runtime, configure_logging, resolve_micro_batch_size
 from rtl_dist.schedule import StageSpan, stage_spans
 from rtl_dist.state import TrainState
 from rtl_dist.tracking import build_tracker
 
 LOG = logging.getLogger("rtl_dist")
+_FEW_SAMPLES = 100
 _METRICS = {
     SINGLE_LABEL: ("val/top1", "val/top5", "val/macro_f1", "val/loss"),
     MULTI_LABEL: ("val/map", "val/micro_f1", "val/macro_f1", "val/exact_match", "val/loss"),
@@ -65,6 +66,25 @@ def open_data(config: Config, runtime: Runtime) -> Dataset:
     with runtime.default_signals():  # the packer can be killed at any moment and goes on from there
         runtime.from_main(pack_if_missing)
     return open_dataset(config.data.path)
+
+
+def already_done(config: Config, runtime: Runtime, run: Path, dataset: Dataset) -> str | None:
+    """What to say of a run that this very config has finished before; None of any other."""
+    config = _resolve(config, runtime, dataset)
+
+    def look() -> str | None:
+        results = read_results(run)
+        if results.get("status") != "done":
+            return None
+        snapshot = load_newest_checkpoint(run)
+        if snapshot is None or snapshot.identity != run_identity(config, dataset):
+            return None
+        best = results.get("best")
+        reached = f" (best {best['metric']} {best['value']:.4f})" if best else ""
+        return f"{run} is already done{reached}: nothing to do. See {run}/report.html"
+
+    line: str | None = runtime.from_main(look)
+    return line
 
 
 @contextmanager
@@ -110,7 +130,7 @@ def open_job(
     state = restored.state if restored else TrainState()
     runtime.from_main(lambda: describe_run(run, config, runtime))
     LOG.info(
-        "%s: %s, %d classes, %s training and %s validation images, %d process(es), %s",
+        "%s: %s; %d classes, %s training and %s validation images; %d process(es), precision %s",
         config.model.name,
         origin,
         dataset.num_classes,
@@ -119,6 +139,13 @@ def open_job(
         runtime.world_size,
         runtime.precision,
     )
+    if val.num_samples < _FEW_SAMPLES:
+        LOG.info(
+            "split %s has %d images: one of them is %.1f points, so read its figures with care",
+            val.name,
+            val.num_samples,
+            100 / val.num_samples,
+        )
     tracker = build_tracker(run, config, state, runtime)
     job = Job(
         config=config,
@@ -174,6 +201,7 @@ def finish(job: Job) -> str:
         job.tracker.summarise(results)
         from rtl_dist.report.run import draw_run
 
+        LOG.info("drawing plots and report.html")
         draw_run(job.run)
     return _last_word(job, test) if job.runtime.is_main else ""
 
@@ -201,6 +229,7 @@ def _evaluate_test(job: Job, best: Path) -> dict[str, float] | None:
         device=job.runtime.device, dtype=job.runtime.dtype, memory_format=torch.channels_last
     )
     split = job.dataset.split(name)
+    LOG.info("evaluating the best weights on %s", name)
     predictions = predict_split(model, job.dataset, split, runtime=job.runtime, workers=job.workers)
 
     def write() -> dict[str, float]:
@@ -229,10 +258,9 @@ def _last_word(job: Job, test: dict[str, float] | None) -> str:
     if test is not None:
         name = "map" if job.dataset.task == MULTI_LABEL else "top1"
         reached += f", {data.test}/{name} {test[name]:.4f} on {test['num_samples']:,} images"
-    split = data.val if test is None else data.test
     return (
         f"done: {reached} in {job.state.elapsed_s:.0f} s. See {job.run}/report.html; next:"
-        f" rtl-dist evaluate {job.run} --data {data.path} --split {split}"
+        f" rtl-dist evaluate {job.run} --data {data.path} --split {data.val}"
     )
 
 

@@ -124,12 +124,12 @@ def _claim(run: Path, lock: _Lock, resume: str) -> None:
         raise UserError(
             f"cannot write the run folder {run}: {error.strerror}; choose another run.dir"
         ) from error
-    if resume == "never" and (has_checkpoint(run) or _status(run) is not None):
+    if resume == "never" and (has_checkpoint(run) or read_results(run)):
         raise UserError(
             f"run.resume: never, but {run} already holds a run; choose another run.dir, or"
             " run.resume=auto to go on with it"
         )
-    if not has_checkpoint(run) and _status(run) == "done":
+    if not has_checkpoint(run) and read_results(run).get("status") == "done":
         raise UserError(
             f"{run} holds the results of a finished run but no checkpoint to go on from; choose"
             f" another run.dir, or delete {run / 'results.json'} to train anew"
@@ -138,13 +138,13 @@ def _claim(run: Path, lock: _Lock, resume: str) -> None:
         raise UserError(f"run.resume: must, but {run} holds no checkpoint to go on from")
 
 
-def _status(run: Path) -> str | None:
-    """What ``results.json`` says of the run: done, stopped or failed; None without one."""
+def read_results(run: Path) -> dict[str, Any]:
+    """``results.json``, or {} where the run has none yet; ``status`` is done, stopped or failed."""
     try:
-        status = json.loads((run / "results.json").read_text(encoding="utf-8"))["status"]
-    except (OSError, ValueError, KeyError):
-        return None
-    return str(status)
+        results: dict[str, Any] = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return results
 
 
 def _refuse_other_identity(run: Path, then: dict[str, Any], now: dict[str, Any]) -> None:

@@ -65,6 +65,7 @@ class Runtime:
         self.dtype = torch.float64 if self.precision == "fp64" else torch.float32
         self._old_handlers: dict[int, Any] = {}
         self._stop_signal: str | None = None
+        self._launcher = os.getppid() if _was_launched() else None
         self._control: dist.ProcessGroup | None = None
         if world != self.world_size:
             self.close()
@@ -143,16 +144,18 @@ class Runtime:
 
     @property
     def was_asked_to_stop(self) -> bool:
-        """Whether this rank was; act on it only where all ranks do (``stop_requested``)."""
-        return self._stop_signal is not None
+        """Whether this rank was, or its launcher is gone: accelerate's ends at a SIGTERM without
+        passing it on. Act on it only where all ranks do (``stop_requested``)."""
+        orphaned = self._launcher is not None and os.getppid() != self._launcher
+        return self._stop_signal is not None or orphaned
 
     def stop_requested(self) -> bool:
         """Whether any rank has been asked to stop; the same answer on every rank."""
-        return self.sum_over_ranks(torch.tensor([int(self._stop_signal is not None)]))[0] > 0
+        return bool(self.sum_over_ranks(torch.tensor([int(self.was_asked_to_stop)]))[0] > 0)
 
     def agree(self, *, bad_samples: int) -> tuple[bool, int]:
         """One exchange a step: (whether any rank was asked to stop, bad samples of all ranks)."""
-        mine = torch.tensor([int(self._stop_signal is not None), bad_samples])
+        mine = torch.tensor([int(self.was_asked_to_stop), bad_samples])
         stop, bad = self.sum_over_ranks(mine).tolist()
         return stop > 0, bad
 
@@ -287,11 +290,13 @@ def _or(numbers: list[int]) -> str:
 
 def _user_chose_threads() -> bool:
     """Whether OMP_NUM_THREADS is the user's: accelerate and torchrun set it to 1 by themselves."""
-    launchers = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
-    by_launcher = os.environ.get("OMP_NUM_THREADS") == "1" and any(
-        name in os.environ for name in launchers
-    )
+    by_launcher = os.environ.get("OMP_NUM_THREADS") == "1" and _was_launched()
     return "OMP_NUM_THREADS" in os.environ and not by_launcher
+
+
+def _was_launched() -> bool:
+    """Whether accelerate or torchrun started this process."""
+    return any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"))
 
 
 def _cpu_has_bf16() -> bool:

@@ -5,11 +5,14 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from tiny_runs import (
+    ROOT,
     make_dataset,
     metric_rows,
     newest_checkpoint,
@@ -241,6 +244,54 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
     assert main(["--config", config]) == 0
     assert "falling back to an older one" in capsys.readouterr().err
     require_equal_runs(undisturbed, run)
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path, dataset, capsys):
+    stages = [{"name": "head", "steps": 2, "trainable": "head", "lr": 1e-2}]
+    run = tmp_path / "run"
+    config = write_config(tmp_path / "c.yaml", tiny_config(dataset, run, stages=stages))
+    assert main(["--config", config]) == 0
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
+    capsys.readouterr()
+    assert main(["--config", config]) == 0
+    assert "is already done (best val/top1" in capsys.readouterr().out
+    now = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
+    assert {path for path in before if before[path] != now.get(path)} <= {run}
+    assert before.keys() == now.keys()
+
+
+@pytest.mark.launch
+def test_a_run_whose_launcher_was_ended_saves_and_stops(tmp_path, dataset):
+    """accelerate's single-process launcher dies of a SIGTERM and leaves its child running."""
+    run = tmp_path / "run"
+    stages = [
+        {"name": "all", "steps": 100_000, "trainable": "all", "lr": 1e-3, "batchnorm": "train"}
+    ]
+    config = write_config(tmp_path / "c.yaml", tiny_config(dataset, run, stages=stages))
+    launcher = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.accelerate_cli",
+            "launch",
+            str(ROOT / "rtl_dist" / "train.py"),
+            "--config",
+            config,
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").stat().st_size:
+        assert launcher.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    launcher.terminate()
+    launcher.wait(timeout=30)
+    while not (run / "results.json").exists():
+        assert time.monotonic() < deadline, "the orphaned run goes on"
+        time.sleep(0.05)
+    assert json.loads((run / "results.json").read_text())["status"] == "stopped"
 
 
 def test_resume_never_and_must(tmp_path, dataset, capsys):

@@ -206,7 +206,8 @@ class Dataset:
         splits = self.description["splits"]
         if name not in splits:
             raise DataError(
-                f"{self.root / DESCRIPTION} has no split {name!r}; it has: {', '.join(splits)}"
+                f"{self.root / DESCRIPTION} has no split {name!r}; it has: {', '.join(splits)}."
+                " Name one of these, or pack again (--val-fraction 0.2 makes a val of train)"
             )
         entry = splits[name]
         shards = tuple(

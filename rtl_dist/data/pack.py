@@ -54,10 +54,13 @@ class PackReport:
         if len(self.left_out) > _LEFT_OUT_SHOWN:
             more = len(self.left_out) - _LEFT_OUT_SHOWN
             lines.append(f"left out: {more:,} more, all in {self.out / 'left_out.csv'}")
+        if "val" not in self.num_samples:
+            lines.append("no val split to choose the best weights by: see --val-fraction")
         kept = f" ({self.shards_kept} shards were already there)" if self.resumed else ""
         lines.append(
             f"packed {len(self.classes):,} classes, {counts} images into {self.out} in"
-            f" {self.seconds:.0f} s{kept}; next: data.path={self.out} in a config"
+            f" {self.seconds:.0f} s{kept}; next: rtl-dist train --config"
+            f" configs/transfer.yaml data.path={self.out} run.dir=runs/{self.out.name}"
         )
         return "\n".join(lines)
 

@@ -59,7 +59,7 @@ def load_weights(
     if head == "keep" or (head == "auto" and fits and same_classes):
         model.head.load_state_dict(head_state)
         return f"weights and head from {file}"
-    return f"weights from {file}, a new head for {len(classes)} classes"
+    return f"weights from {file}, a new head"
 
 
 def find_weights(path: str) -> tuple[Path, tuple[str, ...] | None]:
