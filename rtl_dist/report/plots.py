@@ -38,6 +38,9 @@ _MAX_POINTS = 1500
 _NAMES = {"top1": "top-1 accuracy", "map": "mean average precision", "micro_f1": "micro F1"}
 
 
+_WIDE = 20  # speeds further apart than this are drawn on a logarithmic axis
+
+
 def loss_figure(history: History) -> Figure:
     """Training and validation loss."""
     figure = new_figure(9.0, 4.6)
@@ -141,13 +144,10 @@ def throughput_figure(history: History) -> Figure:
             continue
         axes.plot(*_thin(epochs, values), color=color, linewidth=1.4, marker=_dot(values))
         axes.set_ylim(0, 1.12 * float(values.max()) or 1.0)
-    values = history.series("speed/images_per_second")[1]
-    if len(values):
-        median = float(np.median(values))
-        top.axhline(
-            median, color=GREY, linestyle="--", linewidth=1.0, label=f"median {median:,.0f}"
-        )
-        outside_legend(top)
+        if axes is top and values.max() > _WIDE * values.min() > 0:
+            # a stage on cached features beside one on pixels: each must stay readable
+            axes.set_ylim(0.5 * float(values.min()), 2 * float(values.max()))
+            axes.set_yscale("log")
     _mark_stages(top, history)
     _mark_stages(bottom, history, named=False)
     return figure
