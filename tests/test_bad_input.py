@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny_runs import make_dataset, tiny_config, write_config, write_images
+from tiny_runs import damage, make_dataset, tiny_config, write_config, write_images
 
 from rtl_dist.cli import main as cli
 from rtl_dist.data.dataset import DESCRIPTION, fingerprint_of, open_dataset
@@ -73,12 +73,7 @@ def test_missing_shard(tmp_path, copy, capsys):
 
 
 def test_damaged_sample_in_the_middle_of_training(tmp_path, copy, capsys):
-    split = open_dataset(copy).split("train")
-    row = split.index[0]
-    shard = copy / split.shards[row["shard"]].path
-    content = bytearray(shard.read_bytes())
-    content[int(row["offset"]) + 40] ^= 0xFF
-    shard.write_bytes(content)
+    damage(copy, "train", 0)
     stages = [{"name": "all", "epochs": 2, "trainable": "all", "lr": 1e-3}]
     refused(tmp_path, copy, code=3, stages=stages, checkpoint={"every": "9 epochs"})
     line = one_line(capsys)
@@ -87,12 +82,7 @@ def test_damaged_sample_in_the_middle_of_training(tmp_path, copy, capsys):
 
 
 def test_damaged_sample_in_evaluation_is_never_skipped(tmp_path, copy, capsys):
-    split = open_dataset(copy).split("val")
-    row = split.index[2]
-    shard = copy / split.shards[row["shard"]].path
-    content = bytearray(shard.read_bytes())
-    content[int(row["offset"]) + 40] ^= 0xFF
-    shard.write_bytes(content)
+    damage(copy, "val", 2)
     config = write_config(tmp_path / "c.yaml", tiny_config(copy, tmp_path / "run"))
     assert main(["--config", config]) == 3
     assert "cannot evaluate exactly: sample 2 of split 'val'" in one_line(capsys)

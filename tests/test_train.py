@@ -10,6 +10,7 @@ import yaml
 from safetensors.torch import load_file
 from tiny_runs import (
     CLASSES,
+    damage,
     make_dataset,
     metric_rows,
     newest_checkpoint,
@@ -283,7 +284,7 @@ def test_the_source_is_packed_by_the_job_itself(tmp_path):
 
 def test_damaged_samples_within_the_budget_are_replaced_and_named(tmp_path, capsys):
     data = make_dataset(tmp_path)
-    damage(data, sample=3)
+    damage(data, "train", 3)
     stages = [{"name": "all", "epochs": 2, "trainable": "all", "lr": 1e-3}]
     config = tiny_config(data, tmp_path / "strict", stages=stages)
     assert main(["--config", write_config(tmp_path / "strict.yaml", config)]) == 3
@@ -292,16 +293,6 @@ def test_damaged_samples_within_the_budget_are_replaced_and_named(tmp_path, caps
     bad = json.loads((run / "results.json").read_text())["bad_samples"]
     assert bad["count"] == 1
     assert "sample 3 of split 'train'" in bad["names"][0]
-
-
-def damage(dataset: Path, *, sample: int) -> None:
-    """Flips one byte in the middle of a training sample."""
-    split = open_dataset(dataset).split("train")
-    row = split.index[sample]
-    path = dataset / split.shards[row["shard"]].path
-    content = bytearray(path.read_bytes())
-    content[int(row["offset"]) + int(row["size"]) // 2] ^= 0xFF
-    path.write_bytes(content)
 
 
 def test_a_diverging_loss_ends_the_run_before_it_is_saved(tmp_path, dataset, capsys):

@@ -13,6 +13,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from rtl_dist.data.dataset import open_dataset
 from rtl_dist.data.pack import pack
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,6 +40,16 @@ def make_dataset(folder: Path) -> Path:
     images = write_images(folder / "images", {"train": 19, "val": 7, "test": 5})
     pack(str(images), folder / "packed", shard_size=20, workers=1, show_progress=False)
     return folder / "packed"
+
+
+def damage(dataset: Path, split: str, sample: int) -> None:
+    """Flips one byte in the middle of a sample."""
+    opened = open_dataset(dataset).split(split)
+    row = opened.index[sample]
+    path = dataset / opened.shards[row["shard"]].path
+    content = bytearray(path.read_bytes())
+    content[int(row["offset"]) + int(row["size"]) // 2] ^= 0xFF
+    path.write_bytes(content)
 
 
 def tiny_config(dataset: Path, run: Path, **changes: Any) -> dict[str, Any]:
