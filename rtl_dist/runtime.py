@@ -111,14 +111,17 @@ class Runtime:
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
         self._old_handlers.clear()
-        if self.world_size > 1 and not (error is None or isinstance(error, StopRequested)):
-            # taking the group down would wait for ranks that may be waiting for this one
-            if isinstance(error, RuntimeError) and "onnection" in str(error):
-                raise RtlDistError(
-                    "another process of this job ended; its own last message says why"
-                ) from error
-            return
-        self.close()
+        agreed = error is None or isinstance(error, StopRequested)
+        if self.device.type == "cuda" and self._control is not None and not agreed:
+            # NCCL's group would wait, on its way down, for ranks that may be waiting for this one
+            dist.destroy_process_group(self._control)
+        else:
+            self.close()  # gloo's group must go, or its threads abort the process at its exit
+        lost_a_rank = isinstance(error, RuntimeError) and "onnection" in str(error)
+        if self.world_size > 1 and lost_a_rank:
+            raise RtlDistError(
+                "another process of this job ended; its own last message says why"
+            ) from error
 
     def close(self) -> None:
         self.accelerator.free_memory()
@@ -151,7 +154,7 @@ class Runtime:
 
     def stop_requested(self) -> bool:
         """Whether any rank has been asked to stop; the same answer on every rank."""
-        return bool(self.sum_over_ranks(torch.tensor([int(self.was_asked_to_stop)]))[0] > 0)
+        return self.agree(bad_samples=0)[0]
 
     def agree(self, *, bad_samples: int) -> tuple[bool, int]:
         """One exchange a step: (whether any rank was asked to stop, bad samples of all ranks)."""
@@ -159,21 +162,17 @@ class Runtime:
         stop, bad = self.sum_over_ranks(mine).tolist()
         return stop > 0, bad
 
-    def sum_over_ranks(self, counts: torch.Tensor) -> torch.Tensor:
-        """Exact sum of int64 counts on the host."""
+    def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of a tensor on the host, in place; of whole numbers it is exact."""
         if self._control is not None:
-            dist.all_reduce(counts, group=self._control)
-        return counts
-
-    def sum_in_place(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum of a tensor on the device over the ranks."""
-        if self.world_size > 1:
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self._control)
         return values
 
     def mean_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
-        """Mean of a tensor on the device."""
-        return self.sum_in_place(values) / self.world_size
+        """Mean of a tensor on the device, which it overwrites."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values / self.world_size
 
     def gather(self, item: Any) -> list[Any]:
         """``item`` of every rank, in order of rank, on every rank."""
