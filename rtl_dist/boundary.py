@@ -129,7 +129,6 @@ class Boundary:
     def _stop(self) -> None:
         state = self._job.state
         if state.last_checkpoint != state.step:
-            self._fold_totals()
             self._save()
         raise StopRequested(
             f"stopped at step {state.step} and saved; start the same command to go on"
@@ -150,11 +149,11 @@ class Boundary:
     def _save_if_due(self) -> None:
         job = self._job
         if self.at_stage_end or job.is_due(job.config.checkpoint.every, job.state.last_checkpoint):
-            self._fold_totals()
             self._save()
 
     def _save(self) -> None:
         job, state = self._job, self._job.state
+        self._fold_totals()
         self._trainer.require_sound()
         state.last_checkpoint = state.step
 

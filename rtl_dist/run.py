@@ -68,9 +68,35 @@ def open_data(config: Config, runtime: Runtime) -> Dataset:
     return open_dataset(config.data.path)
 
 
+def resolve(config: Config, runtime: Runtime, dataset: Dataset) -> Config:
+    """The config with every auto that is part of the run's identity made definite.
+
+    Raises:
+        UserError: the processes, the metric or the mixing do not fit the data or the batch.
+    """
+    micro = resolve_micro_batch_size(
+        config, world_size=runtime.world_size, device_type=runtime.device.type
+    )
+    metric = config.early_stop.metric
+    if metric == "auto":
+        metric = "val/map" if dataset.task == MULTI_LABEL else "val/top1"
+    if metric not in _METRICS[dataset.task]:
+        raise UserError(
+            f"early_stop.metric: {metric} is not measured on {dataset.task} data; choose"
+            f" {', '.join(_METRICS[dataset.task])}"
+        )
+    if dataset.task == MULTI_LABEL and (config.augment.mixup or config.augment.cutmix):
+        raise UserError("augment.mixup: and cutmix need single-label data; set them to 0")
+    return replace(
+        config,
+        batch=replace(config.batch, micro=micro),
+        precision=runtime.precision,
+        early_stop=replace(config.early_stop, metric=metric),
+    )
+
+
 def already_done(config: Config, runtime: Runtime, run: Path, dataset: Dataset) -> str | None:
-    """What to say of a run that this very config has finished before; None of any other."""
-    config = _resolve(config, runtime, dataset)
+    """What to say of a run that this very config, resolved, has finished; None of any other."""
 
     def look() -> str | None:
         results = read_results(run)
@@ -95,10 +121,12 @@ def open_job(
 
     The order of initialisation: the run's own checkpoint, else the weights the config names.
 
+    Args:
+        config: resolved by ``resolve``.
+
     Raises:
         UserError, DataError: on every rank, before anything is trained.
     """
-    config = _resolve(config, runtime, dataset)
     train, val = dataset.split(config.data.train), dataset.split(config.data.val)
     _check_classes(dataset, config.data.train, train.class_counts)
     for name in (config.data.train, config.data.val):
@@ -261,29 +289,6 @@ def _last_word(job: Job, test: dict[str, float] | None) -> str:
     return (
         f"done: {reached} in {job.state.elapsed_s:.0f} s. See {job.run}/report.html; next:"
         f" rtl-dist evaluate {job.run} --data {data.path} --split {data.val}"
-    )
-
-
-def _resolve(config: Config, runtime: Runtime, dataset: Dataset) -> Config:
-    """The config with every auto that is part of the run's identity made definite."""
-    micro = resolve_micro_batch_size(
-        config, world_size=runtime.world_size, device_type=runtime.device.type
-    )
-    metric = config.early_stop.metric
-    if metric == "auto":
-        metric = "val/map" if dataset.task == MULTI_LABEL else "val/top1"
-    if metric not in _METRICS[dataset.task]:
-        raise UserError(
-            f"early_stop.metric: {metric} is not measured on {dataset.task} data; choose"
-            f" {', '.join(_METRICS[dataset.task])}"
-        )
-    if dataset.task == MULTI_LABEL and (config.augment.mixup or config.augment.cutmix):
-        raise UserError("augment.mixup: and cutmix need single-label data; set them to 0")
-    return replace(
-        config,
-        batch=replace(config.batch, micro=micro),
-        precision=runtime.precision,
-        early_stop=replace(config.early_stop, metric=metric),
     )
 
 

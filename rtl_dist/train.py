@@ -25,13 +25,14 @@ def train(config: Config) -> str:
         RtlDistError: with the exit code to leave with; see ``errors``.
     """
     from rtl_dist.engine import fit
-    from rtl_dist.run import already_done, finish, open_data, open_job
+    from rtl_dist.run import already_done, finish, open_data, open_job, resolve
     from rtl_dist.run_folder import keep_resolved, owned_run_folder
     from rtl_dist.runtime import Runtime
 
     config = keep_resolved(config)
     with Runtime(config.precision) as runtime, owned_run_folder(config, runtime) as run:
         dataset = open_data(config, runtime)
+        config = resolve(config, runtime, dataset)
         if line := already_done(config, runtime, run, dataset):
             return line
         with open_job(config, runtime, run, dataset) as (job, remaining, restored):

@@ -47,6 +47,14 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
+def evaluate(model: Path, dataset: Path, out: Path, *options: str) -> dict[str, float]:
+    """What ``rtl-dist evaluate`` writes of the val split."""
+    where = ["--data", str(dataset), "--split", "val", "--out", str(out), "--workers", "0"]
+    assert cli(["evaluate", str(model), *where, *options]) == 0
+    metrics: dict[str, float] = json.loads((out / "metrics.json").read_text())
+    return metrics
+
+
 def test_a_run_learns_and_leaves_the_promised_folder(tmp_path, dataset, capsys):
     run = train(tmp_path, dataset, data__test="test")
     last_line = capsys.readouterr().out.strip().splitlines()[-1]
@@ -78,26 +86,7 @@ def test_a_run_learns_and_leaves_the_promised_folder(tmp_path, dataset, capsys):
 def test_best_weights_give_the_metrics_that_were_reported(tmp_path, dataset, capsys):
     run = train(tmp_path, dataset)
     results = json.loads((run / "results.json").read_text())
-    assert (
-        cli(
-            [
-                "evaluate",
-                str(run),
-                "--data",
-                str(dataset),
-                "--split",
-                "val",
-                "--out",
-                str(tmp_path / "out"),
-                "--precision",
-                "no",
-                "--workers",
-                "0",
-            ]
-        )
-        == 0
-    )
-    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    metrics = evaluate(run, dataset, tmp_path / "out", "--precision", "no")
     assert metrics["num_samples"] == 21
     assert metrics["top1"] == pytest.approx(results["best"]["value"])
     for name in ("per_class.csv", "confusion_matrix.csv", "predictions.csv", "report.html"):
@@ -188,43 +177,9 @@ def test_an_average_is_judged_as_it_is_kept_in_a_cached_stage_too(tmp_path, data
     run = train(tmp_path, dataset, stages=stages, optim={"ema": 0.95}, eval={"every": "6 steps"})
     last = metric_rows(run)[-1]
     assert last["stage"] == "head"
-    assert (
-        cli(
-            [
-                "evaluate",
-                str(newest_checkpoint(run)),
-                "--data",
-                str(dataset),
-                "--split",
-                "val",
-                "--out",
-                str(tmp_path / "raw"),
-                "--workers",
-                "0",
-            ]
-        )
-        == 0
-    )
+    raw = evaluate(newest_checkpoint(run), dataset, tmp_path / "raw")
     best = json.loads((run / "results.json").read_text())["best"]
-    assert (
-        cli(
-            [
-                "evaluate",
-                str(run),
-                "--data",
-                str(dataset),
-                "--split",
-                "val",
-                "--out",
-                str(tmp_path / "best"),
-                "--workers",
-                "0",
-            ]
-        )
-        == 0
-    )
-    kept = json.loads((tmp_path / "best" / "metrics.json").read_text())
-    raw = json.loads((tmp_path / "raw" / "metrics.json").read_text())
+    kept = evaluate(run, dataset, tmp_path / "best")
     assert kept["loss"] == pytest.approx(best["loss"], rel=1e-6)
     assert raw["loss"] != pytest.approx(last["val/loss"], rel=1e-3)
 
