@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
+
 from rtl_dist.config import Config, Stage
 from rtl_dist.data.augment import TrainTransform
-from rtl_dist.data.dataset import Split
-from rtl_dist.data.loader import (
-    Batch,
-    TrainingMicrobatches,
-    make_loader,
-    microbatch_positions,
-)
+from rtl_dist.data.loader import make_loader, to_device
+from rtl_dist.data.microbatches import TrainingMicrobatches, microbatch_positions
+from rtl_dist.data.order import Order
+from rtl_dist.data.ring import Batch
+from rtl_dist.data.split import Split
 from rtl_dist.data.stream import stream_microbatches
 from rtl_dist.features import can_cache, compute_features, views_of_stage
 from rtl_dist.model.classifier import Classifier
@@ -22,15 +22,25 @@ from rtl_dist.runtime import Runtime
 
 @dataclass(kw_only=True)
 class StageBatches:
-    """This rank's microbatches of a stage, in order. bad: damaged samples met in opening it."""
+    """This rank's microbatches of a stage, in order.
+
+    stand_in: one of the same shapes that holds nothing. bad: damaged samples met in opening it.
+    """
 
     iterator: Iterator[Batch]
+    stand_in: Batch
     are_features: bool = False
     bad: list[str] = field(default_factory=list)
 
     def close(self) -> None:
         """Ends the workers."""
         self.iterator = iter(())
+
+
+def training_order(split: Split, config: Config) -> Order:
+    """The stream that a config trains on."""
+    window = config.data.window if config.data.shuffle == "window" else None
+    return split.order(config.seed, window=window)
 
 
 def open_stage_batches(
@@ -48,10 +58,12 @@ def open_stage_batches(
     """Opens the microbatches of steps ``[first_step, end_step)`` for this rank.
 
     Raises:
-        StopRequested: while features were computed.
+        StopRequested: while features were computed. RtlDistError: a rank's loader failed then.
     """
+    size = config.data.image_size
+    stand_in = _stand_in((micro_batch_size, config.data.channels, size, size), split, runtime)
     if first_step >= end_step:
-        return StageBatches(iterator=iter(()))
+        return StageBatches(iterator=iter(()), stand_in=stand_in)
     global_batch_size = config.batch.global_
     positions = microbatch_positions(
         first_step,
@@ -61,6 +73,7 @@ def open_stage_batches(
         rank=runtime.rank,
         world_size=runtime.world_size,
     )
+    order = training_order(split, config)
     if can_cache(config, stage, split, num_features=model.head.in_features):
         assert stage.views is not None
         views = views_of_stage(
@@ -79,12 +92,18 @@ def open_stage_batches(
             micro_batch_size=micro_batch_size,
             workers=workers,
         )
-        iterator = cache.batches(
-            positions, size=micro_batch_size, split=split, seed=config.seed, num_views=stage.views
+        batches = cache.batches(
+            positions, size=micro_batch_size, split=split, order=order, num_views=stage.views
         )
-        return StageBatches(iterator=iterator, are_features=True, bad=cache.bad)
-    transform = TrainTransform(config.augment, image_size=config.data.image_size)
-    pin_memory = runtime.device.type == "cuda"
+        return StageBatches(
+            iterator=(to_device(batch, runtime.device) for batch in batches),
+            stand_in=_stand_in((micro_batch_size, model.head.in_features), split, runtime),
+            are_features=True,
+            bad=cache.bad,
+        )
+    transform = TrainTransform(
+        config.augment, image_size=config.data.image_size, channels=config.data.channels
+    )
     if config.data.backend == "stream":
         stream = stream_microbatches(
             config.data,
@@ -95,16 +114,23 @@ def open_stage_batches(
             rank=runtime.rank,
             num_classes=model.head.out_features,
             workers=workers,
-            pin_memory=pin_memory,
+            device=runtime.device,
         )
-        return StageBatches(iterator=iter(stream))
+        return StageBatches(iterator=iter(stream), stand_in=stand_in)
     microbatches = TrainingMicrobatches(
         split,
         transform,
+        order=order,
         size=micro_batch_size,
-        channels=config.data.channels,
-        seed=config.seed,
         views=stage.views,
     )
-    loader = make_loader(microbatches, positions, workers=workers, pin_memory=pin_memory)
-    return StageBatches(iterator=iter(loader))
+    loader = make_loader(microbatches, positions, workers=workers, device=runtime.device)
+    return StageBatches(iterator=iter(loader), stand_in=stand_in)
+
+
+def _stand_in(shape: tuple[int, ...], split: Split, runtime: Runtime) -> Batch:
+    """Black images, or features of zero, of whatever the first sample is."""
+    samples = torch.zeros(shape[0], dtype=torch.int64)
+    dtype = torch.uint8 if len(shape) == 4 else runtime.dtype
+    labels = torch.from_numpy(split.labels(samples.numpy()))
+    return to_device(Batch(torch.zeros(shape, dtype=dtype), labels, samples, []), runtime.device)

@@ -51,7 +51,8 @@ class Boundary:
 
         Raises:
             StopRequested: on every rank, after saving. DataError: too many damaged samples.
-            RtlDistError: the loss is no longer finite; nothing was saved since.
+            RtlDistError: a rank's loader failed, or the loss is no longer finite; nothing was saved
+                since.
         """
         self._job.state.elapsed_s = self._elapsed_s()
         stop = self._act_on_agreement()
@@ -119,7 +120,9 @@ class Boundary:
     def _act_on_agreement(self) -> bool:
         """One exchange a step decides for all ranks; returns whether to stop."""
         job = self._job
-        stop, num_bad = job.runtime.agree(bad_samples=len(self._trainer.bad))
+        stop, num_bad = job.runtime.agree(
+            bad_samples=len(self._trainer.bad), failure=self._trainer.failure
+        )
         if num_bad:
             self._count_bad()
         if self._trainer.ledger:
@@ -236,12 +239,19 @@ class Boundary:
         return self._elapsed_before_s + time.perf_counter() - self._opened_at
 
     def _row(self) -> dict[str, Any]:
-        return {
-            "step": self._job.state.step,
+        state = self._job.state
+        row = {
+            "step": state.step,
             "epoch": round(self._job.epoch, 6),
             "stage": self._stage.name,
             "elapsed_s": round(self._elapsed_s(), 3),
         }
+        if state.bad_samples:
+            row["data/bad_samples"] = state.bad_samples
+        if new := state.bad_names[state.bad_logged :]:
+            row["data/bad_names"] = "; ".join(new)
+            state.bad_logged = len(state.bad_names)
+        return row
 
     def _speed(self) -> dict[str, float]:
         """Since the last row; ``data_wait`` is the share of time spent waiting for the loader."""

@@ -18,6 +18,8 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_pack(commands)
+    _add_index(commands)
+    _add_verify(commands)
     _add_evaluate(commands)
     _add_report(commands)
     arguments = parser.parse_args(argv)
@@ -97,6 +99,115 @@ def _add_pack(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.set_defaults(run=run)
 
 
+def _add_index(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "index",
+        help="WebDataset shards made by anyone, where they are",
+        description="Makes a data set of WebDataset shards made by anyone; nothing is copied.",
+    )
+    parser.add_argument(
+        "shards",
+        nargs="+",
+        metavar="SHARDS",
+        help="tars, folders of them, patterns such as 'shards/train-{000..099}.tar', URLs; split by"
+        " their names, or said: train=PATTERN val=PATTERN",
+    )
+    parser.add_argument("out", type=Path, help="folder of the data set to make, or the shards' own")
+    parser.add_argument(
+        "--image", metavar="EXT", help="the image member, where samples have several: jpg, left.png"
+    )
+    parser.add_argument(
+        "--label", metavar="EXT", help="the label member (default: cls, json, txt or label)"
+    )
+    parser.add_argument(
+        "--field", metavar="NAME", help="the label in a .json member, as in label or meta.species"
+    )
+    parser.add_argument(
+        "--classes",
+        metavar="FILE|A,B,...",
+        help="the order of the class names, or the names of the class numbers; a file has one a"
+        " line",
+    )
+    parser.add_argument(
+        "--val-fraction",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="part of train that becomes val, the same share of every class",
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: the CPUs)")
+    parser.add_argument(
+        "--allow-missing-classes",
+        action="store_true",
+        help="accept a split without any image of some class",
+    )
+    parser.add_argument(
+        "--skip-decode", action="store_true", help="do not decode every image to see that it can be"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the description and index in OUT"
+    )
+    add_debug(parser)
+
+    def run(arguments: argparse.Namespace) -> str:
+        from rtl_dist.data.index import index
+
+        report = index(
+            arguments.shards,
+            arguments.out,
+            image=arguments.image,
+            label=arguments.label,
+            field=arguments.field,
+            classes=arguments.classes,
+            val_fraction=arguments.val_fraction,
+            workers=arguments.workers,
+            allow_missing_classes=arguments.allow_missing_classes,
+            skip_decode=arguments.skip_decode,
+            overwrite=arguments.overwrite,
+        )
+        return str(report)
+
+    parser.set_defaults(run=run)
+
+
+def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "verify",
+        help="hash every shard, decode every sample, find duplicates and label conflicts",
+        description="Checks a packed data set against its description and tells of exact"
+        " duplicates within and across splits, images under two labels, unequal classes and odd"
+        " sizes: a summary, and verify.json. Changes nothing in the data set. Exit code 0: sound,"
+        " 3: damaged.",
+    )
+    parser.add_argument("dataset", help="folder or URL of a packed or indexed data set")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="the report (default: DATASET/verify.json)"
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: the CPUs)")
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="duplicates across splits and label conflicts are errors, too",
+    )
+    _add_cache(parser)
+    add_debug(parser)
+
+    def run(arguments: argparse.Namespace) -> str:
+        from rtl_dist.data.verify import verify_and_report
+
+        return verify_and_report(
+            arguments.dataset,
+            out=arguments.out,
+            workers=arguments.workers,
+            strict=arguments.strict,
+            show=sys.stdout.write,
+            cache_dir=arguments.cache_dir,
+            cache_gb=arguments.cache_gb,
+        )
+
+    parser.set_defaults(run=run)
+
+
 def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "evaluate",
@@ -106,7 +217,7 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         " evaluate ...) give the same figures.",
     )
     parser.add_argument("model", help="a run folder (its best weights), checkpoint or model folder")
-    parser.add_argument("--data", required=True, help="folder of a packed data set")
+    parser.add_argument("--data", required=True, help="folder or URL of a data set")
     parser.add_argument("--split", help="default: test where there is one, else val")
     parser.add_argument("--out", type=Path, help="default: MODEL/evaluation/SPLIT")
     parser.add_argument("--workers", type=int, metavar="N", help="loader processes")
@@ -115,6 +226,7 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         choices=("auto", "no", "fp16", "bf16", "fp64"),
         help="default: that of the training",
     )
+    _add_cache(parser)
     add_debug(parser)
 
     def run(arguments: argparse.Namespace) -> str:
@@ -127,6 +239,8 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
             out=arguments.out,
             workers="auto" if arguments.workers is None else arguments.workers,
             precision=arguments.precision,
+            cache_dir=arguments.cache_dir,
+            cache_gb=arguments.cache_gb,
         )
 
     parser.set_defaults(run=run)
@@ -147,6 +261,11 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         return f"drew {draw_run(arguments.run_folder)}"
 
     parser.set_defaults(run=run)
+
+
+def _add_cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cache-dir", help="remote data: where shards are kept, on a local disk")
+    parser.add_argument("--cache-gb", type=float, metavar="N", help="remote data: at most N GB")
 
 
 if __name__ == "__main__":

@@ -27,3 +27,15 @@ class StopRequested(RtlDistError):
     """The run was asked to stop, saved itself, and can be resumed by the same command."""
 
     exit_code = 75
+
+
+class ShardError(DataError):
+    """A whole shard is missing, unreadable or altered: no sample of it is ever substituted."""
+
+
+class RemoteError(RtlDistError):
+    """A remote place cannot be reached: no fault of the data's, and a new start may help."""
+
+
+class WorkerError(RtlDistError):
+    """A loader process ended by itself."""

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from rtl_dist.config import Precision
-from rtl_dist.data.dataset import MULTI_LABEL, Dataset, open_dataset
+from rtl_dist.data.dataset import MULTI_LABEL, Dataset, check_split, open_dataset
 from rtl_dist.data.loader import resolve_workers
 from rtl_dist.errors import UserError
 from rtl_dist.evaluation import predict_split
@@ -26,12 +26,15 @@ def evaluate(
     out: Path | None = None,
     workers: Literal["auto"] | int = "auto",
     precision: Precision | None = None,
+    cache_dir: str | None = None,
+    cache_gb: float | None = None,
 ) -> str:
     """Evaluates a model and writes tables and pictures into ``out``.
 
     Args:
         split_name: None takes test where there is one, else val.
         out: None takes ``evaluation/<split>`` in the model's folder.
+        cache_dir, cache_gb: of remote data; see ``Cache``.
 
     Works on one process or, under a launcher, on many, with the same figures.
 
@@ -43,7 +46,7 @@ def evaluate(
         DataError: no such data or split, or a damaged sample.
     """
     loaded = load_model(model_path)
-    dataset = open_dataset(data_path)
+    dataset = open_dataset(data_path, cache_dir=cache_dir, cache_gb=cache_gb)
     _require_same_classes(loaded, dataset)
     split_name = split_name or ("test" if "test" in dataset.split_names else "val")
     split = dataset.split(split_name)
@@ -51,6 +54,7 @@ def evaluate(
     with Runtime(precision or _precision_of(loaded)) as runtime:
         configure_logging(is_main=runtime.is_main)
         model = loaded.model.to(runtime.device, runtime.dtype, memory_format=torch.channels_last)
+        runtime.from_main(lambda: check_split(dataset, split))
         number = resolve_workers(workers, local_world_size=runtime.local_world_size)
         predictions = predict_split(model, dataset, split, runtime=runtime, workers=number)
 
@@ -75,12 +79,12 @@ def _precision_of(loaded: LoadedModel) -> Precision:
 def _require_same_classes(loaded: LoadedModel, dataset: Dataset) -> None:
     if loaded.task != dataset.task:
         raise UserError(
-            f"{loaded.source} was trained on {loaded.task} data, {dataset.root} is {dataset.task}"
+            f"{loaded.source} was trained on {loaded.task} data, {dataset.where} is {dataset.task}"
         )
     if loaded.classes != dataset.classes:
         raise UserError(
             f"the head in {loaded.source} is for {len(loaded.classes)} classes"
-            f" ({_some(loaded.classes)}), the data in {dataset.root} has {dataset.num_classes}"
+            f" ({_some(loaded.classes)}), the data in {dataset.where} has {dataset.num_classes}"
             f" ({_some(dataset.classes)}); evaluate on data packed with the same classes"
         )
 

@@ -8,9 +8,11 @@ import numpy as np
 import torch
 
 from rtl_dist.data.augment import EvalTransform
-from rtl_dist.data.dataset import MULTI_LABEL, Dataset, Split
-from rtl_dist.data.loader import SplitMicrobatches, make_loader
-from rtl_dist.errors import DataError, StopRequested
+from rtl_dist.data.dataset import MULTI_LABEL, Dataset
+from rtl_dist.data.loader import make_loader
+from rtl_dist.data.microbatches import SplitMicrobatches
+from rtl_dist.data.split import Split
+from rtl_dist.errors import DataError, RtlDistError, StopRequested
 from rtl_dist.metrics import Predictions, compute_metrics
 from rtl_dist.model.classifier import Classifier
 from rtl_dist.runtime import Runtime
@@ -41,6 +43,7 @@ def predict_split(
 
     Raises:
         DataError: on every rank, if a sample is damaged.
+        RtlDistError: on every rank, if the loader of one failed.
         StopRequested: on every rank, if one was asked to stop.
         RuntimeError: a sample was not counted exactly once.
     """
@@ -114,29 +117,35 @@ def _forward(
     loader = make_loader(
         SplitMicrobatches(
             split,
-            EvalTransform(image_size=preprocessing.image_size, crop_pct=preprocessing.crop_pct),
+            EvalTransform(
+                image_size=preprocessing.image_size,
+                crop_pct=preprocessing.crop_pct,
+                channels=preprocessing.channels,
+            ),
             size=_BATCH_SIZE,
-            channels=preprocessing.channels,
         ),
         blocks,
         workers=min(workers, len(blocks)),
-        pin_memory=runtime.device.type == "cuda",
+        device=runtime.device,
     )
     bad: list[str] = []
+    failure: RtlDistError | None = None
     what = f"evaluating {split.name}"
     with runtime.progress(total=len(blocks), what=what, unit="batch") as bar:
-        for batch in loader:
-            bar.update()
-            if runtime.was_asked_to_stop:
-                break
-            if batch.bad:
-                bad += batch.bad
-                continue
-            images = batch.inputs.to(runtime.device, non_blocking=True)
-            with runtime.accelerator.autocast():
-                out = function(images)
-            yield batch.samples.numpy().copy(), out
-    if runtime.stop_requested():
+        try:
+            for batch in loader:
+                bar.update()
+                if runtime.was_asked_to_stop:
+                    break
+                if batch.bad:
+                    bad += batch.bad
+                    continue
+                with runtime.accelerator.autocast():
+                    out = function(batch.inputs)
+                yield batch.samples.numpy(), out
+        except RtlDistError as error:
+            failure = error  # the other ranks are told below
+    if runtime.agree(bad_samples=0, failure=failure)[0]:
         raise StopRequested(f"stopped while evaluating {split.name}; start the same command again")
     _refuse_bad(runtime, bad)
 

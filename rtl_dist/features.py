@@ -11,10 +11,12 @@ import torch
 
 from rtl_dist.config import Config, Stage
 from rtl_dist.data.augment import TrainTransform
-from rtl_dist.data.dataset import Split
-from rtl_dist.data.loader import Batch, SplitMicrobatches, make_loader
-from rtl_dist.data.order import samples_at
-from rtl_dist.errors import StopRequested
+from rtl_dist.data.loader import make_loader
+from rtl_dist.data.microbatches import SplitMicrobatches
+from rtl_dist.data.order import Order
+from rtl_dist.data.ring import Batch
+from rtl_dist.data.split import Split
+from rtl_dist.errors import RtlDistError, StopRequested
 from rtl_dist.model.classifier import Classifier
 from rtl_dist.runtime import Runtime
 
@@ -33,12 +35,12 @@ class FeatureCache:
     bad: list[str]
 
     def batches(
-        self, positions: Iterator[int], *, size: int, split: Split, seed: int, num_views: int
+        self, positions: Iterator[int], *, size: int, split: Split, order: Order, num_views: int
     ) -> Iterator[Batch]:
         """The batches that ``TrainingMicrobatches`` would yield, as features."""
         row_of = {view: row for row, view in enumerate(self.views)}
         for position in positions:
-            samples, epochs = samples_at(position, size, num_samples=split.num_samples, seed=seed)
+            samples, epochs = order.samples_at(position, size)
             rows = torch.tensor([row_of[int(e) % num_views] for e in epochs])
             used = self.used[rows, torch.from_numpy(samples)]
             labels = torch.from_numpy(split.labels(used.numpy()))
@@ -89,6 +91,7 @@ def compute_features(
 
     Raises:
         StopRequested: on every rank, if one was asked to stop.
+        RtlDistError: on every rank, if the loader of one failed.
     """
     shape = (len(views), split.num_samples)
     features = torch.zeros(*shape, model.head.in_features, dtype=runtime.dtype)
@@ -97,7 +100,9 @@ def compute_features(
     blocks = range(0, split.num_samples, micro_batch_size)
     mine = blocks[runtime.rank :: runtime.world_size]
     rounds = math.ceil(len(blocks) / runtime.world_size)
-    transform = TrainTransform(config.augment, image_size=config.data.image_size)
+    transform = TrainTransform(
+        config.augment, image_size=config.data.image_size, channels=config.data.channels
+    )
     with runtime.progress(total=rounds * len(views), what="features", unit="batch") as bar:
         for row, view in enumerate(views):
             loader = make_loader(
@@ -106,26 +111,28 @@ def compute_features(
                     transform,
                     size=micro_batch_size,
                     seed=config.seed,
-                    channels=config.data.channels,
                     view=view,
                 ),
                 mine,
                 workers=min(workers, len(mine)),
-                pin_memory=runtime.device.type == "cuda",
+                device=runtime.device,
             )
-            batches = iter(loader)
+            batches, failure = iter(loader), None
             for turn in range(rounds):
-                if turn < len(mine):
-                    batch = next(batches)
+                try:
+                    batch = next(batches) if turn < len(mine) else None
+                except RtlDistError as error:
+                    batch, failure = None, error
+                if batch is not None:
                     with runtime.accelerator.autocast():
-                        out = model.features(batch.inputs.to(runtime.device, non_blocking=True))
+                        out = model.features(batch.inputs)
                     rows = torch.arange(mine[turn], mine[turn] + micro_batch_size)
                     rows = rows[: split.num_samples - mine[turn]]
                     features[row, rows] = out[: len(rows)].to("cpu", runtime.dtype)
                     used[row, rows] = batch.samples[: len(rows)]
                     bad += batch.bad
                 bar.update()
-                if runtime.stop_requested():
+                if runtime.agree(bad_samples=0, failure=failure)[0]:
                     raise StopRequested(
                         "stopped while features were computed; start again to go on"
                     )

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rtl_dist.config import Config
-from rtl_dist.data.dataset import Dataset, Split
+from rtl_dist.data.dataset import Dataset
+from rtl_dist.data.split import Split
 from rtl_dist.ema import Average
 from rtl_dist.model.classifier import Classifier
 from rtl_dist.runtime import Runtime

@@ -12,7 +12,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from rtl_dist.data.loader import Batch
+from rtl_dist.data.ring import Batch
 from rtl_dist.runtime import Runtime
 from rtl_dist.state import TrainState
 

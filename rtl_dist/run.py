@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from rtl_dist.batches import training_order
 from rtl_dist.checkpoint import Snapshot, load_newest_checkpoint
 from rtl_dist.config import Config, Stage
 from rtl_dist.data.dataset import (
@@ -19,7 +20,7 @@ from rtl_dist.data.dataset import (
     MULTI_LABEL,
     SINGLE_LABEL,
     Dataset,
-    check_index,
+    check_split,
     open_dataset,
 )
 from rtl_dist.data.loader import resolve_workers
@@ -65,7 +66,10 @@ def open_data(config: Config, runtime: Runtime) -> Dataset:
 
     with runtime.default_signals():  # the packer can be killed at any moment and goes on from there
         runtime.from_main(pack_if_missing)
-    return open_dataset(config.data.path)
+    data = config.data
+    return runtime.on_every_rank(
+        lambda: open_dataset(data.path, cache_dir=data.cache_dir, cache_gb=data.cache_gb)
+    )
 
 
 def resolve(config: Config, runtime: Runtime, dataset: Dataset) -> Config:
@@ -127,10 +131,14 @@ def open_job(
     Raises:
         UserError, DataError: on every rank, before anything is trained.
     """
-    train, val = dataset.split(config.data.train), dataset.split(config.data.val)
+    train, val = runtime.on_every_rank(
+        lambda: (dataset.split(config.data.train), dataset.split(config.data.val))
+    )
     _check_classes(dataset, config.data.train, train.class_counts)
-    for name in (config.data.train, config.data.val):
-        runtime.from_main(functools.partial(check_index, dataset, name))
+    for split in (train, val):
+        runtime.from_main(functools.partial(check_split, dataset, split))
+    most_shards = training_order(train, config).most_shards_at_once()
+    runtime.on_every_rank(lambda: train.files.require_room(most_shards))
     restored = restore(run, config, dataset, runtime)
     if restored is None:
         model, origin = build_model(
@@ -256,7 +264,8 @@ def _evaluate_test(job: Job, best: Path) -> dict[str, float] | None:
     model = load_model(best).model.to(
         device=job.runtime.device, dtype=job.runtime.dtype, memory_format=torch.channels_last
     )
-    split = job.dataset.split(name)
+    split = job.runtime.on_every_rank(lambda: job.dataset.split(name))
+    job.runtime.from_main(lambda: check_split(job.dataset, split))
     LOG.info("evaluating the best weights on %s", name)
     predictions = predict_split(model, job.dataset, split, runtime=job.runtime, workers=job.workers)
 
@@ -296,7 +305,7 @@ def _check_classes(dataset: Dataset, split: str, counts: tuple[int, ...]) -> Non
     missing = [name for name, n in zip(dataset.classes, counts, strict=True) if n == 0]
     if missing:
         raise DataError(
-            f"split {split!r} of {dataset.root} has no image of class {missing[0]!r}"
+            f"split {split!r} of {dataset.where} has no image of class {missing[0]!r}"
             f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}; add some, or pack"
             " without that class"
         )

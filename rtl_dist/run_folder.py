@@ -32,7 +32,16 @@ LOG = logging.getLogger("rtl_dist")
 # What may differ between a run and its continuation: where things are and what is reported.
 _FREE = ("run", "track", "checkpoint", "eval", "early_stop", "compile")
 _FREE_KEYS = {
-    "data": ("path", "source", "val_fraction", "test", "workers", "cache_dir", "bad_samples"),
+    "data": (
+        "path",
+        "source",
+        "val_fraction",
+        "test",
+        "workers",
+        "cache_dir",
+        "cache_gb",
+        "bad_samples",
+    ),
     "model": ("weights", "head"),
 }
 

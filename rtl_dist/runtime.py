@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ from rtl_dist.errors import RtlDistError, StopRequested, UserError
 from rtl_dist.launched import launched_world_size
 
 LOG = logging.getLogger("rtl_dist")
+T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 _AUTO_MICRO_LIMIT = {"cpu": 32, "cuda": 128}
@@ -154,12 +155,18 @@ class Runtime:
 
     def stop_requested(self) -> bool:
         """Whether any rank has been asked to stop; the same answer on every rank."""
-        return self.agree(bad_samples=0)[0]
+        return self.agree(bad_samples=0, failure=None)[0]
 
-    def agree(self, *, bad_samples: int) -> tuple[bool, int]:
-        """One exchange a step: (whether any rank was asked to stop, bad samples of all ranks)."""
-        mine = torch.tensor([int(self.was_asked_to_stop), bad_samples])
-        stop, bad = self.sum_over_ranks(mine).tolist()
+    def agree(self, *, bad_samples: int, failure: RtlDistError | None) -> tuple[bool, int]:
+        """One exchange a step: (whether any rank was asked to stop, bad samples of all ranks).
+
+        Raises:
+            RtlDistError: ``failure`` of the lowest rank that has one, on every rank.
+        """
+        mine = torch.tensor([int(self.was_asked_to_stop), bad_samples, int(failure is not None)])
+        stop, bad, failed = self.sum_over_ranks(mine).tolist()
+        if failed:
+            raise next(error for error in self.gather(failure) if error is not None)
         return stop > 0, bad
 
     def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
@@ -202,6 +209,16 @@ class Runtime:
         if result[1] is not None:
             raise result[1]
         return result[0]
+
+    def on_every_rank(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns here; if it fails on any rank, every rank fails alike."""
+        failure, made = None, []
+        try:
+            made.append(make())
+        except RtlDistError as error:
+            failure = error
+        self.agree(bad_samples=0, failure=failure)
+        return made[0]
 
     def _broadcast(self, objects: list[Any]) -> None:
         if self._control is not None:

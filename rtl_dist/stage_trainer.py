@@ -14,6 +14,8 @@ from rtl_dist.batches import StageBatches, open_stage_batches
 from rtl_dist.checkpoint import Snapshot, restore_optimizer
 from rtl_dist.config import Stage
 from rtl_dist.data.order import derive_key
+from rtl_dist.data.ring import Batch
+from rtl_dist.errors import RtlDistError
 from rtl_dist.job import Job
 from rtl_dist.ledger import Ledger
 from rtl_dist.mixing import make_mixer
@@ -38,7 +40,8 @@ class StageTrainer:
     """Takes the steps of one stage.
 
     What happens at step boundaries looks at its public attributes: ``totals`` (counts since last
-    flushed), ``bad`` (damaged samples met since last cleared), ``rates`` (of the last step),
+    flushed), ``bad`` (damaged samples met since last cleared), ``failure`` (of the loader),
+    ``rates`` (of the last step),
     ``data_wait_s`` (since last cleared), ``on_features`` (the trunk is frozen and not run),
     ``ledger``, ``optimizer``, ``scaler`` and ``names`` (of parameters, by id).
     """
@@ -86,6 +89,7 @@ class StageTrainer:
         self.totals = TrainTotals(task=task, device=runtime.device)
         self.ledger = Ledger(job.run, runtime, job.state) if config.run.ledger else None
         self.bad: list[str] = list(self._batches.bad)
+        self.failure: RtlDistError | None = None
         self.data_wait_s = 0.0
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._gradients_checked = False
@@ -104,7 +108,7 @@ class StageTrainer:
             last = i == per_rank - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self._wrapped):
                 self._microbatch(job.runtime.rank * per_rank + i, per_rank)
-        if not self._gradients_checked:
+        if not self._gradients_checked and self.failure is None:
             self._check_gradients()
         if job.config.optim.clip_grad_norm is not None:
             accelerator.clip_grad_norm_(self._parameters, job.config.optim.clip_grad_norm)
@@ -148,15 +152,12 @@ class StageTrainer:
         return set_learning_rates(self.optimizer, factor)
 
     def _microbatch(self, microbatch: int, per_rank: int) -> None:
-        job, device = self._job, self._job.runtime.device
-        asked_at = time.perf_counter()
-        batch = next(self._batches.iterator)
-        self.data_wait_s += time.perf_counter() - asked_at
+        job = self._job
+        batch = self._next_batch()
         self.bad += batch.bad
-        if self.ledger:
+        if self.ledger and self.failure is None:
             self.ledger.note(job.state.step, microbatch, batch)
-        inputs = batch.inputs.to(device, non_blocking=True)
-        labels = batch.labels.to(device, non_blocking=True)
+        inputs, labels = batch.inputs, batch.labels
         torch.manual_seed(
             derive_key(job.config.seed, _FORWARD_STREAM, job.state.step, microbatch) >> 1
         )
@@ -166,6 +167,21 @@ class StageTrainer:
         job.runtime.accelerator.backward(losses.sum() / (len(losses) * per_rank))
         self._statistics.add()
         self.totals.add(losses.detach(), scores.detach(), labels)
+
+    def _next_batch(self) -> Batch:
+        """The next microbatch. If there is none because the loader failed, an empty-handed stand-in
+        finishes the step, in whose collectives the other ranks wait; at its boundary all ranks end
+        together and nothing of it is kept."""
+        asked_at = time.perf_counter()
+        if self.failure is None:
+            try:
+                batch = next(self._batches.iterator)
+            except RtlDistError as error:
+                self.failure = error
+        if self.failure is not None:
+            batch = self._batches.stand_in
+        self.data_wait_s += time.perf_counter() - asked_at
+        return batch
 
     def _check_gradients(self) -> None:
         """A parameter that DDP or the compiler forgot would silently never learn."""

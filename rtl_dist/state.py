@@ -44,6 +44,7 @@ class TrainState:
     skipped_steps: int = 0
     bad_samples: int = 0
     bad_names: list[str] = field(default_factory=list)
+    bad_logged: int = 0
     elapsed_s: float = 0.0
     metrics_bytes: int = 0
     ledger_bytes: int = 0

@@ -8,7 +8,8 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from rtl_dist.data.dataset import INDEX_DTYPE, Shard, Split
+from rtl_dist.data.shard_files import ShardFiles, Shards
+from rtl_dist.data.split import INDEX_DTYPE, DatasetPlace, Split
 from rtl_dist.metrics import Predictions
 
 
@@ -30,12 +31,19 @@ def make_split(root, num_samples, num_shards=3, side=24):
                 rows.append((tar.offset + 512, len(content), shard, zlib.crc32(content), 0))
                 tar.addfile(header, io.BytesIO(content))
         shards.append(
-            Shard(path=path.name, num_samples=len(samples), bytes=path.stat().st_size, sha256="")
+            {
+                "path": path.name,
+                "num_samples": len(samples),
+                "bytes": path.stat().st_size,
+                "sha256": "",
+            }
         )
     return Split(
         name="test",
-        root=root,
-        shards=tuple(shards),
+        dataset=DatasetPlace(where=str(root)),
+        shards=Shards(shards),
+        files=ShardFiles(str(root), Shards(shards), None),
+        are_ours=True,
         class_counts=(),
         index=np.array(rows, dtype=INDEX_DTYPE),
         label_matrix=None,

@@ -5,8 +5,9 @@ from typing import Any
 
 from pack_images import class_folders
 
-from rtl_dist.data.dataset import Dataset, Split, open_dataset
+from rtl_dist.data.dataset import Dataset, open_dataset
 from rtl_dist.data.pack import pack
+from rtl_dist.data.split import Split
 
 
 def packed(
@@ -28,7 +29,7 @@ def packed(
 def flip_byte(split: Split, sample: int) -> None:
     """Changes one byte in the middle of a sample's image, in its shard on disk."""
     row = split.index[sample]
-    path = split.root / split.shards[row["shard"]].path
+    path = split.shard_path(row["shard"])
     with open(path, "r+b") as tar:
         tar.seek(int(row["offset"]) + int(row["size"]) // 2)
         byte = tar.read(1)[0]

@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 import zlib
 
 import numpy as np
@@ -19,19 +20,14 @@ from small_sets import Canary, flip_byte, packed
 
 from rtl_dist.config import Augment
 from rtl_dist.data.augment import EvalTransform, TrainTransform
-from rtl_dist.data.dataset import SampleReader, open_dataset
-from rtl_dist.data.decode import decode
-from rtl_dist.data.loader import (
-    SplitMicrobatches,
-    TrainingMicrobatches,
-    available_cpus,
-    make_loader,
-    microbatch_positions,
-    resolve_workers,
-)
-from rtl_dist.data.order import samples_at
+from rtl_dist.data.dataset import check_split, open_dataset
+from rtl_dist.data.decode import claimed_pixels, decode
+from rtl_dist.data.loader import available_cpus, make_loader, resolve_workers
+from rtl_dist.data.microbatches import SplitMicrobatches, TrainingMicrobatches, microbatch_positions
+from rtl_dist.data.order import Order
 from rtl_dist.data.pack import pack
-from rtl_dist.errors import DataError
+from rtl_dist.data.split import SampleReader
+from rtl_dist.errors import DataError, WorkerError
 from rtl_dist.evaluation import predict_split
 from rtl_dist.model.classifier import Preprocessing
 from rtl_dist.runtime import Runtime
@@ -57,11 +53,14 @@ def damaged(dataset, tmp_path):
     return open_dataset(tmp_path / "copy")
 
 
-def microbatches(split, *, seed=0, views=None, size=MICRO, channels=3, augment=None):
-    transform = TrainTransform(augment or Augment(), image_size=SIDE)
-    return TrainingMicrobatches(
-        split, transform, size=size, channels=channels, seed=seed, views=views
-    )
+def microbatches(split, *, seed=0, views=None, size=MICRO, channels=3, augment=None, window=None):
+    transform = TrainTransform(augment or Augment(), image_size=SIDE, channels=channels)
+    order = split.order(seed, window=window)
+    return TrainingMicrobatches(split, transform, order=order, size=size, views=views)
+
+
+def samples_at(split, first, count, seed=0):
+    return split.order(seed, window=None).samples_at(first, count)[0]
 
 
 def positions(end_step, *, rank=0, world_size=1):
@@ -76,7 +75,8 @@ def positions(end_step, *, rank=0, world_size=1):
 
 
 def read(dataset, requests, workers):
-    return list(make_loader(dataset, requests, workers=workers, pin_memory=False))
+    loader = make_loader(dataset, requests, workers=workers, device=torch.device("cpu"))
+    return [batch._replace(inputs=batch.inputs.clone()) for batch in loader]
 
 
 def same(one, other):
@@ -95,15 +95,17 @@ def test_a_microbatch_holds_what_its_positions_say(train):
     reader = SampleReader(train)
     for position in (0, 20, 2 * NUM - 1):
         batch = microbatches(train)[position]
-        samples, _ = samples_at(position, MICRO, num_samples=NUM, seed=0)
+        samples = samples_at(train, position, MICRO)
         assert batch.samples.tolist() == samples.tolist()
         assert batch.labels.tolist() == train.index["label"][samples].tolist()
         assert (batch.inputs.dtype, batch.inputs.shape) == (torch.uint8, (MICRO, 3, SIDE, SIDE))
         assert batch.bad == []
     # without augmentation the pixels are the decoded image's
     whole = Augment(crop_scale=(1.0, 1.0), crop_ratio=(1.2, 1.2), hflip=0)
-    transform = TrainTransform(whole, image_size=10)
-    first = TrainingMicrobatches(train, transform, size=1, channels=3, seed=0, views=None)[0]
+    transform = TrainTransform(whole, image_size=10, channels=3)
+    first = TrainingMicrobatches(
+        train, transform, order=train.order(0, window=None), size=1, views=None
+    )[0]
     image = decode(reader.read(int(first.samples[0])), 3)  # 12 x 10 pixels
     shrunk = torch.nn.functional.interpolate(image[None].float(), (10, 10), mode="bilinear")
     assert (first.inputs.float() - shrunk).abs().mean() < 16
@@ -144,7 +146,7 @@ def test_augmentation_is_keyed_by_seed_view_and_sample(train):
         seen = []
         dataset = microbatches(train, seed=seed, views=views, size=1)
         for epoch in range(epochs):
-            numbers, _ = samples_at(epoch * NUM, NUM, num_samples=NUM, seed=seed)
+            numbers = samples_at(train, epoch * NUM, NUM, seed)
             within = numbers.tolist().index(sample)
             seen.append(dataset[epoch * NUM + within].inputs)
         return seen
@@ -162,8 +164,9 @@ def test_augmentation_is_keyed_by_seed_view_and_sample(train):
 
 
 def test_two_samples_of_the_same_image_get_different_views(train):
-    transform = TrainTransform(Augment(), image_size=SIDE)
-    image = torch.arange(3 * 20 * 20).reshape(3, 20, 20).to(torch.uint8)
+    transform = TrainTransform(Augment(), image_size=SIDE, channels=3)
+    pixels = np.arange(20 * 20 * 3, dtype=np.uint8).reshape(20, 20, 3)
+    image = encoded(Image.fromarray(pixels), "PNG")
     assert torch.equal(transform(image, 1), transform(image, 1))
     assert not torch.equal(transform(image, 1), transform(image, 2))
 
@@ -191,10 +194,10 @@ def test_every_augmentation_draws_from_its_key_alone(train, augment):
 
 def test_cached_views_are_the_views_of_training(train):
     """A block of a split in view v has the pixels that training has in the epochs of that view."""
-    transform = TrainTransform(Augment(), image_size=SIDE)
+    transform = TrainTransform(Augment(), image_size=SIDE, channels=3)
     pixels = {}
     for view in (0, 1):
-        blocks = SplitMicrobatches(train, transform, size=5, channels=3, seed=3, view=view)
+        blocks = SplitMicrobatches(train, transform, size=5, seed=3, view=view)
         for first in range(0, NUM, 5):
             batch = blocks[first]
             assert len(batch.inputs) == 5  # always full
@@ -212,8 +215,8 @@ def test_cached_views_are_the_views_of_training(train):
 
 @pytest.mark.parametrize("size", [1, 4, 9, 23, 64])
 def test_evaluation_covers_each_sample_once(train, size):
-    transform = EvalTransform(image_size=SIDE, crop_pct=1.0)
-    blocks = SplitMicrobatches(train, transform, size=size, channels=3)
+    transform = EvalTransform(image_size=SIDE, crop_pct=1.0, channels=3)
+    blocks = SplitMicrobatches(train, transform, size=size)
     batches = read(blocks, range(0, NUM, size), 0)
     assert torch.cat([batch.samples for batch in batches]).tolist() == list(range(NUM))
     labels = torch.cat([batch.labels for batch in batches])
@@ -221,19 +224,22 @@ def test_evaluation_covers_each_sample_once(train, size):
 
 
 def test_evaluation_shows_the_centre():
-    image = torch.zeros(3, 20, 30, dtype=torch.uint8)
-    image[:, 5:15, 10:20] = 200
-    view = EvalTransform(image_size=10, crop_pct=0.5)(image, 0)  # short side 20, centre 10
+    pixels = np.zeros((20, 30, 3), dtype=np.uint8)
+    pixels[5:15, 10:20] = 200
+    image = encoded(Image.fromarray(pixels), "PNG")
+    # short side 20, centre 10
+    view = EvalTransform(image_size=10, crop_pct=0.5, channels=3)(image, 0)
     assert view.shape == (3, 10, 10)
     assert (view == 200).all()
-    assert EvalTransform(image_size=8, crop_pct=1.0)(image, 0).shape == (3, 8, 8)
+    assert EvalTransform(image_size=8, crop_pct=1.0, channels=3)(image, 0).shape == (3, 8, 8)
 
 
 # --- damage -------------------------------------------------------------------------------------
 
 
-def position_of(sample, *, seed=0):
-    return samples_at(0, NUM, num_samples=NUM, seed=seed)[0].tolist().index(sample)
+def position_of(sample):
+    order = Order(np.array([NUM]), 0)
+    return order.samples_at(0, NUM)[0].tolist().index(sample)
 
 
 def test_a_flipped_byte_is_found_and_names_the_sample(damaged):
@@ -299,7 +305,7 @@ def test_evaluation_replaces_nothing(damaged):
     split = damaged.split("train")
     flip_byte(split, 9)
     blocks = SplitMicrobatches(
-        split, EvalTransform(image_size=SIDE, crop_pct=1.0), size=4, channels=3
+        split, EvalTransform(image_size=SIDE, crop_pct=1.0, channels=3), size=4
     )
     batch = blocks[8]
     assert batch.samples.tolist() == [8, 9, 10, 11]
@@ -340,12 +346,13 @@ def test_damaged_samples_cannot_be_evaluated(damaged, damage):
     ],
     ids=["cut", "emptied", "longer", "gone"],
 )
-def test_a_shard_of_another_size_is_found_on_opening(damaged, change, message):
-    shard = damaged.split("train").shards[1].path
+def test_a_shard_of_another_size_is_found_before_it_is_read(damaged, change, message):
+    split = damaged.split("train")
+    shard = split.shards[1].path
     change(damaged.root / shard)
     with pytest.raises(DataError, match=f"{shard}.*{message}"):
-        damaged.split("train")
-    damaged.split("val")  # its shards are whole
+        check_split(damaged, split)
+    check_split(damaged, damaged.split("val"))  # its shards are whole
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -399,7 +406,7 @@ def test_a_split_pickles_as_its_name(train):
     assert len(content) < 500
     other = pickle.loads(content)
     assert isinstance(other.index, np.memmap)
-    assert (other.name, other.root, other.shards) == (train.name, train.root, train.shards)
+    assert (other.name, other.dataset, other.shards) == (train.name, train.dataset, train.shards)
     assert other.index.tolist() == train.index.tolist()
 
 
@@ -416,12 +423,14 @@ def test_a_reader_travels_without_its_descriptors(train):
 def test_workers_ignore_stop_signals(train):
     """The training process saves first and then ends its workers itself."""
     before = set(multiprocessing.active_children())
-    loader = iter(make_loader(microbatches(train), positions(8), workers=1, pin_memory=False))
-    batches = [next(loader)]
+    cpu = torch.device("cpu")
+    loader = iter(make_loader(microbatches(train), positions(8), workers=1, device=cpu))
+    first = next(loader)
+    batches = [first._replace(inputs=first.inputs.clone())]
     (worker,) = set(multiprocessing.active_children()) - before
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         os.kill(worker.pid, number)
-    batches += list(loader)
+    batches += [batch._replace(inputs=batch.inputs.clone()) for batch in loader]
     assert len(batches) == 32
     assert all(
         same(a, b) for a, b in zip(batches, read(microbatches(train), positions(8), 0), strict=True)
@@ -446,16 +455,47 @@ def test_an_error_in_a_worker_ends_the_workers(damaged):
 def test_a_process_can_exit_while_its_workers_wait(train, tmp_path):
     (tmp_path / "dataset.pkl").write_bytes(pickle.dumps(microbatches(train)))
     code = (
-        "import pickle\n"
+        "import pickle, torch\n"
         "from rtl_dist.data.loader import make_loader\n"
         f"dataset = pickle.load(open({str(tmp_path / 'dataset.pkl')!r}, 'rb'))\n"
-        "batches = iter(make_loader(dataset, range(100), workers=1, pin_memory=False))\n"
+        "batches = iter(make_loader(dataset, range(100), workers=1, device=torch.device('cpu')))\n"
         "print(len(next(batches).samples))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
     assert (done.stdout.split(), done.stderr) == ([str(MICRO)], "")
+
+
+def test_a_killed_worker_is_a_named_failure(train):
+    before = set(multiprocessing.active_children())
+    handler = signal.getsignal(signal.SIGCHLD)
+    cpu = torch.device("cpu")
+    loader = iter(make_loader(microbatches(train), positions(100), workers=2, device=cpu))
+    next(loader)
+    victim, _ = set(multiprocessing.active_children()) - before
+    os.kill(victim.pid, signal.SIGKILL)
+    started_at = time.monotonic()
+    with pytest.raises(WorkerError, match=f"loader process {victim.pid} was killed"):
+        for _ in loader:
+            pass
+    assert time.monotonic() - started_at < 30
+    assert set(multiprocessing.active_children()) <= before
+    # torch's own handler would raise anywhere, in the middle of a collective too
+    assert signal.getsignal(signal.SIGCHLD) is handler
+
+
+def test_a_slot_is_lent_until_the_next_batch_is_asked_for(train):
+    """Each batch is whole while it is in use, though workers are ahead by as much as they may."""
+    cpu = torch.device("cpu")
+    expected = read(microbatches(train), positions(20), 0)
+    loader = make_loader(microbatches(train), positions(20), workers=2, device=cpu)
+    addresses = set()
+    for batch, whole in zip(loader, expected, strict=True):
+        time.sleep(0.01)  # let them fill every slot that they have
+        assert torch.equal(batch.inputs, whole.inputs)
+        addresses.add(batch.inputs.data_ptr())
+    assert len(addresses) == 2 * 4 + 1  # slots are used again, not made anew
 
 
 def test_workers_share_the_cpus_this_process_may_use():
@@ -584,3 +624,26 @@ def test_all_kinds_pass_through_pack_and_loader(tmp_path):
         batch = microbatches(split, size=6, channels=channels)[0]
         assert batch.inputs.shape == (6, channels, SIDE, SIDE)
         assert batch.bad == []
+
+
+@pytest.mark.parametrize(
+    ("content", "pixels"),
+    [
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", 50_000, 40_000), 2 * 10**9),
+        (
+            b"\xff\xd8\xff\xe0\0\x04ab\xff\xff\xc2\0\x11\x08" + struct.pack(">HH", 65_500, 65_500),
+            65_500**2,
+        ),
+        (b"\xff\xd8\xff\xd0\xff\x01\xff\xc0\0\x11\x08" + struct.pack(">HH", 3, 5) + bytes(9), 15),
+        (b"\xff\xd8 no marker", 0),
+        (b"\xff\xd8\xff\xe0\xff\xff", 0),
+        (b"\x89PNG\r\n\x1a\n", 0),
+        (b"", 0),
+    ],
+    ids=["png", "jpeg", "stand-alone markers", "no marker", "cut", "cut png", "nothing"],
+)
+def test_a_header_that_claims_too_much_is_refused_before_memory_is_asked_for(content, pixels):
+    assert claimed_pixels(content) == pixels
+    if pixels > 10**8:
+        with pytest.raises(DataError, match="more than the 178,956,970 pixels"):
+            decode(content, 3)

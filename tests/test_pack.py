@@ -13,9 +13,10 @@ from pack_images import REAL_DATA, class_folders, files_of, image_bytes
 from PIL import Image
 
 from rtl_dist.data import foreign
-from rtl_dist.data.dataset import SampleReader, open_dataset
+from rtl_dist.data.dataset import open_dataset
 from rtl_dist.data.pack import pack
 from rtl_dist.data.packing import images
+from rtl_dist.data.split import SampleReader
 from rtl_dist.errors import DataError, UserError
 
 

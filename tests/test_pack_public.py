@@ -8,10 +8,11 @@ import torchvision
 from pack_images import class_folders
 from PIL import Image
 
-from rtl_dist.data.dataset import SampleReader, open_dataset
+from rtl_dist.data.dataset import open_dataset
 from rtl_dist.data.decode import decode
 from rtl_dist.data.pack import pack
 from rtl_dist.data.sources import open_source
+from rtl_dist.data.split import SampleReader
 from rtl_dist.errors import DataError, UserError
 
 

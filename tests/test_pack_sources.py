@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from pack_images import REAL_DATA, class_folders, image_bytes
 
-from rtl_dist.data.dataset import SampleReader, open_dataset
+from rtl_dist.data.dataset import open_dataset
 from rtl_dist.data.decode import decode
 from rtl_dist.data.pack import pack
 from rtl_dist.data.sources import open_source
+from rtl_dist.data.split import SampleReader
 from rtl_dist.errors import DataError, UserError
 
 

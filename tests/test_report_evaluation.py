@@ -146,6 +146,7 @@ def test_predictions_of_another_split_are_refused(tmp_path):
 def test_split_keys_equal_key_and_name_a_missing_shard(tmp_path):
     split = make_split(tmp_path / "data", 20)
     assert list(split.keys()) == [split.key(i) for i in range(20)]
-    (split.root / split.shards[1].path).unlink()
+    split.files.close()
+    split.shard_path(1).unlink()
     with pytest.raises(DataError, match=r"shard-1\.tar"):
         list(split.keys())

@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from small_sets import Canary, packed
 from rtl_dist.commands import run_command
 from rtl_dist.config import Augment, Data
 from rtl_dist.data.augment import TrainTransform
-from rtl_dist.data.loader import TrainingMicrobatches
+from rtl_dist.data.microbatches import TrainingMicrobatches
 from rtl_dist.data.stream import stream_microbatches
 from rtl_dist.errors import DataError
 
@@ -32,14 +33,14 @@ def train(tmp_path_factory):
 def open_stream(urls, *, augment=PLAIN, rank=0, seed=0, first_step=0, workers=0, num_classes=2):
     return stream_microbatches(
         Data(path="", backend="stream", stream_urls=str(urls)),
-        TrainTransform(augment, image_size=SIDE),
+        TrainTransform(augment, image_size=SIDE, channels=3),
         size=SIZE,
         seed=seed,
         first_step=first_step,
         rank=rank,
         num_classes=num_classes,
         workers=workers,
-        pin_memory=False,
+        device=torch.device("cpu"),
     )
 
 
@@ -50,7 +51,7 @@ def draw(urls, count=8, **options):
 
 def shards_of(train):
     last = len(train.shards) - 1
-    return train.root / f"train/train-{{000000..{last:06d}}}.tar"
+    return Path(train.dataset.where) / f"train/train-{{000000..{last:06d}}}.tar"
 
 
 def images_in(batches):
@@ -59,7 +60,11 @@ def images_in(batches):
 
 def test_our_shards_are_read_with_their_labels(train):
     microbatches = TrainingMicrobatches(
-        train, TrainTransform(PLAIN, image_size=SIDE), size=1, channels=3, seed=0, views=None
+        train,
+        TrainTransform(PLAIN, image_size=SIDE, channels=3),
+        order=train.order(0, window=None),
+        size=1,
+        views=None,
     )
     label_of = {}
     for position in range(35):

@@ -248,6 +248,9 @@ def test_damaged_samples_within_the_budget_are_replaced_and_named(tmp_path, caps
     bad = json.loads((run / "results.json").read_text())["bad_samples"]
     assert bad["count"] == 1
     assert "sample 3 of split 'train'" in bad["names"][0]
+    rows = metric_rows(run)
+    assert [row["data/bad_names"] for row in rows if "data/bad_names" in row] == bad["names"]
+    assert rows[-1]["data/bad_samples"] == 1
 
 
 def test_a_diverging_loss_ends_the_run_before_it_is_saved(tmp_path, dataset, capsys):

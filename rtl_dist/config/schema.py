@@ -41,7 +41,9 @@ class Run:
 @dataclass(frozen=True, kw_only=True)
 class Data:
     path: str
-    """Folder of a packed data set (``rtl-dist pack``)."""
+    """Folder of a data set (``rtl-dist pack`` or ``index``), or its URL: ``https://``, ``s3://``,
+    ``gs://`` or any other that fsspec knows. Credentials come from where the storage's own tools
+    keep them, never from the URL."""
     source: str | None = None
     """Packed into ``path`` at the start of the job when nothing is there yet: whatever
     ``rtl-dist pack`` takes, such as ``digits`` or ``torchvision:CIFAR10``."""
@@ -67,8 +69,20 @@ class Data:
     """1: images are decoded to grey. 3: to RGB."""
     workers: Literal["auto"] | int = "auto"
     """Loader processes of each rank. auto: the job's CPUs divided by its local ranks."""
+    shuffle: Literal["full", "window"] = "full"
+    """full: each epoch is a permutation of all samples. window: an epoch takes the shards in an
+    order of its own and mixes the samples of some of them at a time; for remote data that is larger
+    than the cache, or must start before much of it has come. The order is the same wherever the
+    data lies and whatever is cached."""
+    window: int = 16
+    """Half the shards that the cache must hold under ``shuffle: window``; the samples of 4/3
+    ``window`` shards are mixed at a time."""
     cache_dir: str | None = None
-    """Where shards of remote data are kept. Remote data is not supported yet, so: null."""
+    """Folder on a local disk where shards of remote data are kept, shared by all jobs of a
+    machine. null: ``rtl_dist`` in the user's cache folder."""
+    cache_gb: float | None = None
+    """How much the cache may hold, in 10^9 bytes; what was used least recently goes first. null:
+    80 % of what the disk has free."""
     bad_samples: int = 0
     """How many damaged samples a run may replace by another before it stops (exit code 3)."""
 
@@ -78,13 +92,21 @@ class Data:
         _check(0 <= self.val_fraction < 1, "val_fraction: must lie in 0 to 1")
         _check(self.workers == "auto" or self.workers >= 0, "workers: must be auto or at least 0")
         _check(self.bad_samples >= 0, "bad_samples: must be at least 0")
+        _check(self.window >= 1, f"window: must be at least 1, not {self.window}")
+        _check(self.cache_gb is None or self.cache_gb > 0, "cache_gb: must be positive or null")
         _check(
-            "://" not in self.path,
-            "path: remote data sets are not supported yet; copy the folder to a local disk",
+            not ("://" in self.path and "@" in self.path.split("://", 1)[1].split("/", 1)[0]),
+            "path: must not hold a password, which the run's files would repeat; put it where the"
+            " storage's own tools look for it (~/.netrc, ~/.aws, environment)",
         )
         _check(
-            self.cache_dir is None,
-            "cache_dir: is for remote data, which is not supported yet; leave it null",
+            not (self.path.startswith("http") and "?" in self.path),
+            "path: must be the URL of a folder, without a query (?...): its files are read one by"
+            " one below it",
+        )
+        _check(
+            self.source is None or "://" not in self.path,
+            "path: source is packed into a local folder; pack first, then copy the folder there",
         )
         _check(
             (self.backend == "stream") == (self.stream_urls is not None),

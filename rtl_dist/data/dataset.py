@@ -1,6 +1,6 @@
-"""The packed data set on disk: ``dataset.json``, the index, and reading one sample by number.
+"""The data set: ``dataset.json``, its splits, and what must be true of their files.
 
-A data set is a folder of plain WebDataset tars with ``dataset.json`` beside them and, per split,
+A data set is a folder (or URL) of plain WebDataset tars with ``dataset.json`` and, per split,
 ``index/<split>.npy`` (one ``INDEX_DTYPE`` row a sample, memory-mapped) and, for multi-label data,
 ``index/<split>.labels.npy`` (uint8, samples x classes). The index alone says where each sample's
 bytes are, so any sample is one ``pread`` and no tar is ever walked while training.
@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import zlib
-from collections.abc import Iterator
+import mmap
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
 
+from rtl_dist.data.cache import RemoteFile
+from rtl_dist.data.remote import is_url, read_url, size_of
+from rtl_dist.data.shard_files import ShardFiles, Shards
+from rtl_dist.data.split import INDEX_DTYPE, DatasetPlace, Split
 from rtl_dist.errors import DataError
 from rtl_dist.files import sha256_of
 
@@ -30,164 +32,40 @@ INDEX_FOLDER = "index"
 SINGLE_LABEL = "single_label"
 MULTI_LABEL = "multi_label"
 
-# 24 bytes a sample: where the image's bytes are (offset and size in bytes within the tar), their
-# crc32, and the class number (-1 in multi-label data, whose labels are in their own array).
-INDEX_DTYPE = np.dtype(
-    [("offset", "<u8"), ("size", "<u4"), ("shard", "<u4"), ("crc32", "<u4"), ("label", "<i4")]
+_CHECKED_INDEX_BYTES = 2**30  # larger ones are neither read at every start nor read ahead
+# What numpy lets the damaged header of an array file out as.
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    EOFError,
+    SyntaxError,
+    TypeError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+    TokenError,
 )
-
-_TAR_BLOCK = 512
-_MOST_OPEN_FILES = 256
-_CHECKED_INDEX_BYTES = 2**30
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shard:
-    """One tar: its path relative to the data set, and what it must look like."""
-
-    path: str
-    num_samples: int
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Split:
-    """One split: its shards, and memory-mapped index and labels.
-
-    ``index`` has dtype ``INDEX_DTYPE`` and shape (num_samples,). ``label_matrix`` is None or uint8
-    of shape (num_samples, num_classes).
-    """
-
-    name: str
-    root: Path
-    shards: tuple[Shard, ...]
-    class_counts: tuple[int, ...]
-    index: np.ndarray
-    label_matrix: np.ndarray | None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # a worker process maps the index again instead of receiving a copy of it
-        return _reopen_split, (self.root, self.name)
-
-    @property
-    def num_samples(self) -> int:
-        return len(self.index)
-
-    def labels(self, samples: np.ndarray) -> np.ndarray:
-        """Class numbers, int64 (n,); or 0/1 float32 (n, num_classes) for multi-label data."""
-        if self.label_matrix is not None:
-            return np.asarray(self.label_matrix[samples], dtype=np.float32)
-        labels = np.asarray(self.index["label"][samples], dtype=np.int64)
-        # checked here and not when opening, which must not read all of a large index
-        wrong = np.flatnonzero((labels < 0) | (labels >= len(self.class_counts)))
-        if wrong.size:
-            raise DataError(
-                f"label out of range: {self.describe(int(samples[wrong[0]]))} has class"
-                f" {labels[wrong[0]]}, but there are {len(self.class_counts)}; pack again"
-            )
-        return labels
-
-    def key(self, sample: int) -> str:
-        """The sample's WebDataset key, read from the tar header just before its bytes."""
-        row = self.index[sample]
-        with open(self.root / self.shards[row["shard"]].path, "rb") as tar:
-            tar.seek(int(row["offset"]) - _TAR_BLOCK)
-            name = tar.read(100).rstrip(b"\0").decode("utf-8", "replace")
-        return name.rsplit(".", 1)[0]
-
-    def keys(self) -> Iterator[str]:
-        """Every sample's key in the samples' order, each tar opened once.
-
-        Raises:
-            DataError: a shard cannot be opened.
-        """
-        for shard, rows in groupby(self.index, key=lambda row: int(row["shard"])):
-            path = self.root / self.shards[shard].path
-            try:
-                with open(path, "rb", buffering=0) as tar:
-                    for row in rows:
-                        tar.seek(int(row["offset"]) - _TAR_BLOCK)
-                        name = tar.read(100).rstrip(b"\0").decode("utf-8", "replace")
-                        yield name.rsplit(".", 1)[0]
-            except OSError as error:
-                raise DataError(f"cannot read {path}: {error.strerror}; is it there?") from error
-
-    def describe(self, sample: int) -> str:
-        """Names a sample for an error message: split, key (if it can still be read) and shard."""
-        shard = self.shards[self.index[sample]["shard"]].path
-        try:
-            where = f"key {self.key(sample)!r} in {shard}"
-        except OSError:
-            where = f"in {shard}"
-        return f"sample {sample} of split {self.name!r} ({where})"
-
-
-class SampleReader:
-    """Reads samples' image bytes with ``pread`` and checks each against its crc32.
-
-    Decoders do not notice one flipped byte (they return wrong pixels), so the checksum must.
-    Keeps some files open; each loader worker makes its own reader.
-    """
-
-    def __init__(self, split: Split) -> None:
-        self._split = split
-        self._files: dict[int, int] = {}
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return SampleReader, (self._split,)  # descriptors mean other files in another process
-
-    def read(self, sample: int) -> bytes:
-        """The sample's image file as bytes.
-
-        Raises:
-            DataError: the shard is unreadable, ends early, or its bytes changed since packing.
-        """
-        row = self._split.index[sample]
-        shard, offset, size = int(row["shard"]), int(row["offset"]), int(row["size"])
-        try:
-            content = os.pread(self._open(shard), size, offset)
-        except OSError as error:
-            path = self._split.root / self._split.shards[shard].path
-            raise DataError(f"cannot read {path}: {error.strerror}; is the file there?") from error
-        if len(content) != size:
-            raise DataError(
-                f"{self._split.describe(sample)} is cut short: the shard was truncated; pack again"
-            )
-        if zlib.crc32(content) != row["crc32"]:
-            raise DataError(
-                f"{self._split.describe(sample)} fails its checksum: the shard was altered or"
-                " damaged since packing; restore the file or pack again"
-            )
-        return content
-
-    def _open(self, shard: int) -> int:
-        """The shard's file descriptor; the least recently used one is closed when there are many,
-        since a process may have but some hundreds open."""
-        descriptor = self._files.pop(shard, None)
-        if descriptor is None:
-            if len(self._files) >= _MOST_OPEN_FILES:
-                os.close(self._files.pop(next(iter(self._files))))
-            path = self._split.root / self._split.shards[shard].path
-            descriptor = os.open(path, os.O_RDONLY)
-        self._files[shard] = descriptor  # last: most recently used
-        return descriptor
-
-    def close(self) -> None:
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._files.clear()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """A packed data set, opened: the description checked, splits opened on demand."""
+    """A data set, opened: the description checked, splits opened on demand."""
 
-    root: Path
+    place: DatasetPlace
     task: str
     classes: tuple[str, ...]
     fingerprint: str
     description: dict[str, Any] = field(repr=False)
+
+    @property
+    def where(self) -> str:
+        """Its folder or URL."""
+        return self.place.where
+
+    @property
+    def root(self) -> Path:
+        """The folder of a local data set."""
+        return Path(self.where)
 
     @property
     def num_classes(self) -> int:
@@ -198,113 +76,184 @@ class Dataset:
         return tuple(self.description["splits"])
 
     def split(self, name: str) -> Split:
-        """Opens a split.
+        """Opens a split, at a cost that does not grow with its samples; ``check_split`` looks at
+        its files.
 
         Raises:
-            DataError: no such split, or its shards or index are missing, cut or of another size.
+            DataError: no such split, or its index does not fit the description.
         """
         splits = self.description["splits"]
         if name not in splits:
             raise DataError(
-                f"{self.root / DESCRIPTION} has no split {name!r}; it has: {', '.join(splits)}."
-                " Name one of these, or pack again (--val-fraction 0.2 makes a val of train)"
+                f"{self.place.path_of(DESCRIPTION)} has no split {name!r}; it has:"
+                f" {', '.join(splits)}. Name one of these, or pack again (--val-fraction 0.2 makes"
+                " a val of train)"
             )
         entry = splits[name]
-        shards = tuple(
-            Shard(
-                path=s["path"], num_samples=s["num_samples"], bytes=s["bytes"], sha256=s["sha256"]
-            )
-            for s in entry["shards"]
-        )
-        for shard in shards:
-            _check_shard_size(self.root / shard.path, shard.bytes)
-        index = _load_array(self.root / INDEX_FOLDER / f"{name}.npy")
-        if index.dtype != INDEX_DTYPE or len(index) != entry["num_samples"]:
+        self._check_entry(name, entry)
+        index = self._load_array(f"{name}.npy", entry.get("index_sha256"))
+        if index.dtype != INDEX_DTYPE or index.shape != (entry["num_samples"],):
             raise DataError(
-                f"the index of split {name!r} in {self.root} does not fit dataset.json; pack again"
+                f"the index of split {name!r} in {self.where} does not fit {DESCRIPTION}; pack"
+                " again"
             )
         label_matrix = None
         if self.task == MULTI_LABEL:
-            label_matrix = _load_array(self.root / INDEX_FOLDER / f"{name}.labels.npy")
+            label_matrix = self._load_array(f"{name}.labels.npy", entry.get("labels_sha256"))
             expected = (len(index), self.num_classes)
-            if label_matrix.shape != expected:
+            if label_matrix.shape != expected or label_matrix.dtype != np.uint8:
                 raise DataError(
-                    f"labels of split {name!r} have shape {label_matrix.shape}, "
-                    f"expected {expected}; pack {self.root} again"
+                    f"labels of split {name!r} are {label_matrix.dtype} {label_matrix.shape},"
+                    f" expected uint8 {expected}; pack {self.where} again"
                 )
-        elif len(entry["class_counts"]) != self.num_classes or (
-            sum(entry["class_counts"]) != len(index)
-        ):
-            raise DataError(
-                f"the class counts of split {name!r} in {self.root / DESCRIPTION} do not add up;"
-                " pack again"
-            )
+        shards = Shards(entry["shards"])
+        has_remote = self.place.is_remote or any(is_url(s["path"]) for s in entry["shards"])
         return Split(
             name=name,
-            root=self.root,
+            dataset=self.place,
             shards=shards,
+            files=ShardFiles(self.where, shards, self.place.cache() if has_remote else None),
             class_counts=tuple(entry["class_counts"]),
             index=index,
             label_matrix=label_matrix,
+            are_ours="indexer" not in self.description,
         )
+
+    def index_path(self, name: str, sha256: str | None) -> Path:
+        """The local file of an index; a remote one is fetched into the cache first."""
+        where = self.place.path_of(f"{INDEX_FOLDER}/{name}")
+        if not self.place.is_remote:
+            return Path(where)
+        if sha256 is None:
+            raise DataError(f"{self.where} does not say the checksum of {name}; pack again")
+        return self.place.cache().path(RemoteFile(url=where, bytes=size_of(where), sha256=sha256))
+
+    def _load_array(self, name: str, sha256: str | None) -> np.ndarray:
+        path = self.index_path(name, sha256)
+        try:
+            array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        except LOAD_ERRORS as error:
+            if self.place.is_remote and isinstance(error, FileNotFoundError):
+                return self._load_array(name, sha256)  # another process made room just now
+            raise DataError(f"cannot read the index {path}: {error}; pack again") from error
+        if array.nbytes > _CHECKED_INDEX_BYTES and isinstance(array.base, mmap.mmap):
+            # else each row of 24 bytes brings in the disk's whole read-ahead, which may be 8 MB
+            array.base.madvise(mmap.MADV_RANDOM)
+        return array
+
+    def _check_entry(self, name: str, entry: dict[str, Any]) -> None:
+        """What is counted on later: counts that add up, shards that say all of themselves.
+
+        Raises:
+            DataError: the description is not one that we wrote.
+        """
+        where = self.place.path_of(DESCRIPTION)
+        try:
+            whole = all(
+                isinstance(shard["path"], str)
+                and len(bytes.fromhex(shard["sha256"])) == 32
+                and shard["bytes"] >= 0 <= shard["num_samples"]
+                for shard in entry["shards"]
+            )
+            counted = sum(shard["num_samples"] for shard in entry["shards"])
+            whole = whole and counted == entry["num_samples"]
+            counts = entry["class_counts"]
+            if self.task == SINGLE_LABEL:
+                whole = whole and sum(counts) == counted
+            whole = whole and len(counts) == self.num_classes
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"{where}: split {name!r} is not described as it should be ({error!r}); pack again"
+            ) from error
+        if not whole:
+            raise DataError(
+                f"the class counts, shards and samples of split {name!r} in {where} do not add up;"
+                " pack again"
+            )
+        if self.place.is_remote:
+            for shard in entry["shards"]:
+                path = shard["path"]
+                if is_url(path) or path.startswith("/") or ".." in path.split("/"):
+                    raise DataError(
+                        f"{where}: shard {path!r} lies outside of the data set, which remote data"
+                        " may not ask for; copy the description and index to a local folder"
+                    )
+
+
+def check_split(dataset: Dataset, split: Split) -> None:
+    """Looks at a split's files before they are used: the index's checksum, each shard's size.
+
+    Raises:
+        DataError: something is missing or was altered since packing.
+        RemoteError: a remote place cannot be reached.
+    """
+    check_index(dataset, split.name)
+    split.files.check_sizes()
 
 
 def check_index(dataset: Dataset, split: str) -> None:
     """Compares a split's index with its checksum; one too large to read at every start is left to
-    the size checks.
+    the checks of each sample.
 
     Raises:
         DataError: it was altered since packing.
     """
     entry = dataset.description["splits"][split]
     for suffix, key in ((".npy", "index_sha256"), (".labels.npy", "labels_sha256")):
-        path = dataset.root / INDEX_FOLDER / f"{split}{suffix}"
-        if key not in entry or path.stat().st_size > _CHECKED_INDEX_BYTES:
+        if key not in entry:
             continue
-        if sha256_of(path) != entry[key]:
+        path = dataset.index_path(f"{split}{suffix}", entry[key])
+        if path.stat().st_size <= _CHECKED_INDEX_BYTES and sha256_of(path) != entry[key]:
             raise DataError(f"the index {path} was altered since packing; restore it or pack again")
 
 
-def open_dataset(path: str | Path) -> Dataset:
-    """Opens the data set in a folder.
+def open_dataset(
+    path: str | Path, *, cache_dir: str | None = None, cache_gb: float | None = None
+) -> Dataset:
+    """Opens the data set in a folder or behind a URL.
+
+    Args:
+        cache_dir, cache_gb: of remote shards; see ``Cache``.
 
     Raises:
         DataError: there is none, or its description is damaged, edited or of another format.
+        RemoteError: the place cannot be reached.
     """
-    root = Path(path)
+    place = DatasetPlace(where=str(path), cache_dir=cache_dir, cache_gb=cache_gb)
+    where = place.path_of(DESCRIPTION)
     try:
-        description = json.loads((root / DESCRIPTION).read_text(encoding="utf-8"))
+        content = read_url(where) if place.is_remote else Path(where).read_bytes()
+        description = json.loads(content)
     except FileNotFoundError:
         raise DataError(
-            f"no data set at {root}: {DESCRIPTION} is missing; make it with"
-            f" `rtl-dist pack SOURCE {root}`"
+            f"no data set at {path}: {DESCRIPTION} is missing; make it with"
+            f" `rtl-dist pack SOURCE {path}`, or with `rtl-dist index` for shards that are there"
         ) from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {root / DESCRIPTION}: {error}; pack again") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"cannot read {where}: {error}; pack again") from error
     try:
         if description["format"] != FORMAT:
             raise DataError(
-                f"{root / DESCRIPTION} is of format {description['format']!r}; this version reads"
+                f"{where} is of format {description['format']!r}; this version reads"
                 f" {FORMAT!r}: pack again"
             )
         if description["fingerprint"] != fingerprint_of(description):
             raise DataError(
-                f"{root / DESCRIPTION} does not match its own fingerprint: it was edited or"
-                " damaged; pack again"
+                f"{where} does not match its own fingerprint: it was edited or damaged; pack again"
             )
+        if description["task"] not in (SINGLE_LABEL, MULTI_LABEL):
+            raise DataError(f"{where} has an unknown task {description['task']!r}; pack again")
+        if not isinstance(description["splits"], dict):
+            raise TypeError("a table of splits")
         return Dataset(
-            root=root,
+            place=place,
             task=description["task"],
-            classes=tuple(description["classes"]),
+            classes=tuple(map(str, description["classes"])),
             fingerprint=description["fingerprint"],
             description=description,
         )
     except (KeyError, TypeError) as error:
-        raise DataError(f"{root / DESCRIPTION} lacks {error}; pack again") from error
-
-
-def _reopen_split(root: Path, name: str) -> Split:
-    return open_dataset(root).split(name)
+        raise DataError(f"{where} lacks {error}; pack again") from error
 
 
 def fingerprint_of(description: dict[str, Any]) -> str:
@@ -316,25 +265,3 @@ def fingerprint_of(description: dict[str, Any]) -> str:
     content = {key: value for key, value in description.items() if key != "fingerprint"}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _check_shard_size(path: Path, expected: int) -> None:
-    try:
-        actual = path.stat().st_size
-    except OSError as error:
-        raise DataError(
-            f"shard {path} cannot be opened: {error.strerror}; restore it or pack again"
-        ) from error
-    if actual != expected:
-        what = "truncated" if actual < expected else "altered"
-        raise DataError(
-            f"shard {path} was {what}: {actual} bytes where {expected} were packed; restore it or"
-            " pack again"
-        )
-
-
-def _load_array(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"cannot read the index {path}: {error}; pack again") from error

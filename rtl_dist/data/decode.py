@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import struct
 import warnings
 
 import torch
@@ -15,6 +17,7 @@ from rtl_dist.errors import DataError
 MAX_PIXELS = 178_956_970
 
 _DEPRECATION = "The image decoding and encoding capabilities of TorchVision are deprecated"
+_PNG = b"\x89PNG\r\n\x1a\n"
 _MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}
 
 
@@ -29,6 +32,8 @@ def decode(content: bytes, channels: int) -> torch.Tensor:
     """
     if not content:
         raise DataError("cannot be decoded: it is empty")
+    if claimed_pixels(content) > MAX_PIXELS:
+        raise DataError(f"has more than the {MAX_PIXELS:,} pixels allowed")
     encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     grey_webp = channels == 1 and content[:4] == b"RIFF"  # that decoder knows only colour
     mode = ImageReadMode.RGB if grey_webp else _MODES[channels]
@@ -37,8 +42,34 @@ def decode(content: bytes, channels: int) -> torch.Tensor:
             warnings.filterwarnings("ignore", message=_DEPRECATION, category=DeprecationWarning)
             image = decode_image(encoded, mode=mode, apply_exif_orientation=True)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        # torchvision puts its own source files into its messages
+        reason = re.sub(r"^.*\.cpp:\d+, ", "", str(error).splitlines()[0])
         raise DataError(f"cannot be decoded: {reason}") from error
     if image.dtype == torch.uint16:  # 16-bit PNG
         image = (image.to(torch.int32) >> 8).to(torch.uint8)
     return rgb_to_grayscale(image) if grey_webp else image
+
+
+def claimed_pixels(content: bytes) -> int:
+    """Width times height as a JPEG's or PNG's header gives them; 0 where there is none that a
+    decoder would believe. A WebP cannot claim more than 2^28, which its decoder bounds itself."""
+    if content.startswith(_PNG):
+        width, height = struct.unpack(">II", content[16:24].ljust(8, b"\0"))
+        return int(width * height)
+    if not content.startswith(b"\xff\xd8"):
+        return 0
+    at = 2
+    while at + 9 <= len(content):
+        if content[at] != 0xFF:
+            return 0
+        marker = content[at + 1]
+        if marker == 0xFF:  # padding before a marker
+            at += 1
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
+            height, width = struct.unpack(">HH", content[at + 5 : at + 9])
+            return int(width * height)
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD7:  # markers that stand alone
+            at += 2
+        else:
+            at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+    return 0

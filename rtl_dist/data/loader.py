@@ -1,207 +1,118 @@
-"""Samples to microbatches: DataLoader workers that each build one whole uint8 microbatch.
-
-What is asked of a worker is a range of the stream (training) or of the split (evaluation); it
-answers with a ``Batch``. Nothing here knows of ranks: the caller asks for its own microbatches.
-"""
+"""Microbatches made by DataLoader workers, whole ones each, and brought to the device in order."""
 
 from __future__ import annotations
 
 import atexit
+import math
 import multiprocessing
 import os
+import re
 import signal
-from collections.abc import Callable, Iterable, Iterator
-from typing import Literal, NamedTuple
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Literal, TypeVar
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
 
-from rtl_dist.data.augment import augmentation_keys
-from rtl_dist.data.dataset import SampleReader, Split
-from rtl_dist.data.decode import decode
-from rtl_dist.data.order import mix64, samples_at
-from rtl_dist.errors import DataError, RtlDistError
+from rtl_dist.data.ring import Batch, Microbatches, Reply, Requests, Ring, as_it_is
+from rtl_dist.errors import RtlDistError, WorkerError
 
-Transform = Callable[[torch.Tensor, int], torch.Tensor]
+T = TypeVar("T")
 
-_MAX_SUBSTITUTIONS = 16  # a split in which this many draws in a row are damaged is not one
-_PREFETCH = 4  # microbatches each worker keeps ready
-
-
-class Batch(NamedTuple):
-    """One microbatch, on the host.
-
-    inputs: uint8 (n, C, S, S) images, or float32 (n, F) cached features.
-    labels: int64 (n,) class numbers, or float32 (n, num_classes) of 0 and 1.
-    samples: int64 (n,) sample numbers within the split, of what is really in ``inputs``.
-    bad: what each damaged sample that was replaced (or, in evaluation, left black) suffers from.
-    """
-
-    inputs: torch.Tensor
-    labels: torch.Tensor
-    samples: torch.Tensor
-    bad: list[str]
-
-
-class TrainingMicrobatches(TorchDataset[Batch]):
-    """``dataset[p]`` is the microbatch at positions ``[p, p + size)`` of the training stream."""
-
-    def __init__(
-        self,
-        split: Split,
-        transform: Transform,
-        *,
-        size: int,
-        channels: int,
-        seed: int,
-        views: int | None,
-    ) -> None:
-        self._images = _Images(split, transform, channels)
-        self._split, self._size, self._seed, self._views = split, size, seed, views
-
-    def __getitem__(self, position: int) -> Batch:
-        num_samples = self._split.num_samples
-        samples, epochs = samples_at(position, self._size, num_samples=num_samples, seed=self._seed)
-        keys = augmentation_keys(samples, epochs, seed=self._seed, views=self._views)
-        return self._images.batch(samples, keys, substitute=True)
-
-
-class SplitMicrobatches(TorchDataset[Batch]):
-    """``dataset[i]`` holds samples ``[i, i + size)`` of a split in its own order.
-
-    With ``seed`` and ``view``, the samples are augmented as training would in that view; the last
-    block is then filled up from the start of the split, so that every block is full.
-    """
-
-    def __init__(
-        self,
-        split: Split,
-        transform: Transform,
-        *,
-        size: int,
-        channels: int,
-        seed: int = 0,
-        view: int | None = None,
-    ) -> None:
-        self._images = _Images(split, transform, channels)
-        self._split, self._size, self._seed, self._view = split, size, seed, view
-
-    def __getitem__(self, first: int) -> Batch:
-        num_samples = self._split.num_samples
-        if self._view is None:
-            samples = np.arange(first, min(first + self._size, num_samples), dtype=np.int64)
-            return self._images.batch(samples, np.zeros_like(samples), substitute=False)
-        samples = np.arange(first, first + self._size, dtype=np.int64) % num_samples
-        epochs = np.full_like(samples, self._view)
-        keys = augmentation_keys(samples, epochs, seed=self._seed, views=None)
-        return self._images.batch(samples, keys, substitute=True)
-
-
-class _Images:
-    """Reads, decodes and transforms; opens its files in whichever process first uses it."""
-
-    def __init__(self, split: Split, transform: Transform, channels: int) -> None:
-        self._split, self._transform, self._channels = split, transform, channels
-        self._reader: SampleReader | None = None
-
-    def batch(self, samples: np.ndarray, keys: np.ndarray, *, substitute: bool) -> Batch:
-        used, bad, views = samples.copy(), [], []
-        for i, (sample, key) in enumerate(zip(samples.tolist(), keys.tolist(), strict=True)):
-            try:
-                views.append(self._view(sample, key))
-            except DataError as error:
-                bad.append(self._name_fault(sample, error))
-                if substitute:
-                    used[i], view = self._substitute(sample, key, bad)
-                    views.append(view)
-                else:
-                    views.append(None)
-        like = next((view for view in views if view is not None), torch.empty(0))
-        images = torch.stack([torch.zeros_like(like) if view is None else view for view in views])
-        labels = torch.from_numpy(self._split.labels(used))
-        return Batch(images, labels, torch.from_numpy(used), bad)
-
-    def _view(self, sample: int, key: int) -> torch.Tensor:
-        if self._reader is None:
-            self._reader = SampleReader(self._split)
-        return self._transform(decode(self._reader.read(sample), self._channels), key)
-
-    def _substitute(self, sample: int, key: int, bad: list[str]) -> tuple[int, torch.Tensor]:
-        """Another sample, chosen by the damaged one's number alone, so the same at any W."""
-        draw = np.array([sample], dtype=np.uint64)
-        for _ in range(_MAX_SUBSTITUTIONS):
-            draw = mix64(draw + np.uint64(0x9E3779B97F4A7C15))
-            other = int(draw[0] % np.uint64(self._split.num_samples))
-            try:
-                return other, self._view(other, key)
-            except DataError as error:
-                bad.append(self._name_fault(other, error))
-        raise DataError(
-            f"{_MAX_SUBSTITUTIONS} samples in a row cannot be read, the last: {bad[-1]}; run"
-            " `rtl-dist pack` again"
-        )
-
-    def _name_fault(self, sample: int, error: DataError) -> str:
-        text = str(error)
-        if text.startswith("sample "):
-            return text
-        return f"{self._split.describe(sample)} {text}"
-
-
-def microbatch_positions(
-    first_step: int,
-    end_step: int,
-    *,
-    global_batch_size: int,
-    micro_batch_size: int,
-    rank: int,
-    world_size: int,
-) -> Iterator[int]:
-    """The stream positions of the microbatches of one rank, in the order it trains on them.
-
-    Of a step's K microbatches, rank r takes the r-th of W equal runs.
-    """
-    per_rank = global_batch_size // micro_batch_size // world_size
-    for step in range(first_step, end_step):
-        for microbatch in range(rank * per_rank, (rank + 1) * per_rank):
-            yield step * global_batch_size + microbatch * micro_batch_size
+_PREFETCH, _LEAST_PREFETCH = 4, 2  # microbatches each worker keeps ready
+_RING_BYTES = 2**30  # of memory for all that is ready; beyond it the least is kept
 
 
 def make_loader(
-    microbatches: TorchDataset[Batch],
-    requests: Iterable[int],
-    *,
-    workers: int,
-    pin_memory: bool,
+    microbatches: Microbatches, positions: Iterable[int], *, workers: int, device: torch.device
 ) -> Iterable[Batch]:
-    """A loader that answers ``requests`` in order, ``workers`` microbatches at a time."""
-    return Batches(
-        DataLoader(
-            microbatches,
-            batch_size=None,
-            sampler=_Requests(requests),
-            num_workers=workers,
-            pin_memory=pin_memory,
-            prefetch_factor=_PREFETCH if workers else None,
-            worker_init_fn=start_worker if workers else None,
-        )
+    """The microbatches at ``positions``, in order, on ``device``; ``workers`` processes make them.
+
+    A batch's inputs are lent until the next is asked for.
+    """
+    if not workers:
+        return _from_this_process(microbatches, positions, device)
+    slot_bytes = math.prod(microbatches.shape)
+    prefetch = _PREFETCH if workers * _PREFETCH * slot_bytes <= _RING_BYTES else _LEAST_PREFETCH
+    num_slots = workers * prefetch + 1
+    ring = Ring(microbatches, num_slots, enlarge_here=device.type == "cuda")
+    loader: DataLoader[Reply] = DataLoader(
+        ring,
+        batch_size=None,
+        sampler=Requests(positions, num_slots),
+        num_workers=workers,
+        prefetch_factor=prefetch,
+        collate_fn=as_it_is,
+        worker_init_fn=start_worker,
+        # forked workers share the ring's memory and start in milliseconds
+        multiprocessing_context="fork" if sys.platform == "linux" else None,
+    )
+    return _Lent(ring, WorkerBatches(loader), device)
+
+
+def _from_this_process(
+    microbatches: Microbatches, positions: Iterable[int], device: torch.device
+) -> Iterator[Batch]:
+    for position in positions:
+        out = torch.empty(microbatches.shape, dtype=torch.uint8)
+        yield to_device(microbatches.fill(position, out), device)
+
+
+class _Lent(Iterable[Batch]):
+    """What the workers put into the ring, on ``device``; a slot is given back at the next batch."""
+
+    def __init__(self, ring: Ring, replies: Iterable[Reply], device: torch.device) -> None:
+        self._ring, self._replies, self._device = ring, replies, device
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._device.type != "cuda":
+            for reply in self._replies:
+                yield self._ring.batch(reply, self._device)
+            return
+        replies = iter(self._replies)  # the workers start before the memory is pinned
+        self._ring.pin()
+        try:
+            # A stream of its own: the copy runs beside the step before, and the slot is free again
+            # when it is done, however far the GPU is behind.
+            side = torch.cuda.Stream(self._device)
+            for reply in replies:
+                with torch.cuda.stream(side):
+                    batch = self._ring.batch(reply, self._device)
+                    copied = side.record_event()
+                current = torch.cuda.current_stream(self._device)
+                current.wait_event(copied)
+                batch.inputs.record_stream(current)
+                batch.labels.record_stream(current)
+                yield batch
+                copied.synchronize()
+        finally:
+            self._ring.unpin()
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return batch._replace(
+        inputs=batch.inputs.to(device, non_blocking=True),
+        labels=batch.labels.to(device, non_blocking=True),
     )
 
 
-class Batches(Iterable[Batch]):
+class WorkerBatches(Iterable[T]):
     """A DataLoader whose workers end at their first error, raised here as it was there."""
 
-    def __init__(self, loader: DataLoader[Batch]) -> None:
+    def __init__(self, loader: DataLoader[T]) -> None:
         self._loader = loader
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[T]:
         if not self._loader.num_workers:
             return iter(self._loader)
         atexit.unregister(_kill_workers)
         atexit.register(_kill_workers)
-        return _from_workers(iter(self._loader))
+        with _untouched_sigchld():
+            batches = iter(self._loader)
+        return _from_workers(batches)
 
 
 def resolve_workers(workers: Literal["auto"] | int, *, local_world_size: int) -> int:
@@ -218,7 +129,7 @@ def available_cpus() -> int:
     return os.cpu_count() or 1
 
 
-def _from_workers(batches: Iterator[Batch]) -> Iterator[Batch]:
+def _from_workers(batches: Iterator[T]) -> Iterator[T]:
     # DataLoader raises a worker's error from frames that refer to each other and to the iterator.
     # Left to the garbage collector, that would fail to tell the workers to end (torch 2.15), so
     # the frames are let go here and the iterator with them.
@@ -235,26 +146,40 @@ def _from_workers(batches: Iterator[Batch]) -> Iterator[Batch]:
             raise kind(text) from None
         except Exception as error:  # noqa: BLE001 - raised again, of whatever kind
             del batches
+            if "exited unexpectedly" in str(error):
+                raise WorkerError(_how_it_died(str(error))) from None
             raise error.with_traceback(None) from None
         yield batch
+
+
+def _how_it_died(text: str) -> str:
+    pids = re.findall(r"\d+", text.partition("pid")[2])
+    return (
+        f"loader process {', '.join(pids)} was killed, perhaps for want of memory; lower"
+        " data.workers or batch.micro, and start the same command again"
+    )
+
+
+@contextmanager
+def _untouched_sigchld() -> Iterator[None]:
+    """torch's own handler raises wherever the training process happens to be when a worker dies, in
+    the middle of a collective too. A dead worker is noticed within seconds at the next batch."""
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def _kill_workers() -> None:
     # A worker that was not told to end ignores SIGTERM too, and multiprocessing, which sends it at
     # exit, would wait for it for ever. Runs before that, since it is registered later.
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where torch complains of workers that died
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
-
-
-class _Requests(torch.utils.data.Sampler[int]):
-    def __init__(self, requests: Iterable[int]) -> None:
-        self._requests = requests
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._requests)
 
 
 def start_worker(worker: int) -> None:

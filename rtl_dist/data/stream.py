@@ -15,10 +15,11 @@ import torch
 from torch.utils.data import DataLoader, get_worker_info
 
 from rtl_dist.config import Data
-from rtl_dist.data.decode import decode
+from rtl_dist.data.augment import Transform
 from rtl_dist.data.foreign import require_decodable
-from rtl_dist.data.loader import Batch, Batches, Transform, start_worker
+from rtl_dist.data.loader import WorkerBatches, start_worker, to_device
 from rtl_dist.data.order import derive_key
+from rtl_dist.data.ring import Batch
 from rtl_dist.errors import DataError
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -35,15 +36,15 @@ def stream_microbatches(
     rank: int,
     num_classes: int,
     workers: int,
-    pin_memory: bool,
+    device: torch.device,
 ) -> Iterable[Batch]:
     """Endless microbatches of single-label samples (an image and ``.cls``).
 
     Shards are drawn, samples shuffled and pixels augmented from (seed, first_step, rank) and the
     worker's number, so the same start draws the same stream, and no two draw each other's.
 
-    Members are taken as bytes and decoded by ``decode``: webdataset's own decoding would unpickle
-    ``.pyd``, ``.pkl`` and ``.pth`` members, so it is never asked to.
+    Members are taken as bytes and decoded by ``transform``: webdataset's own decoding would
+    unpickle ``.pyd``, ``.pkl`` and ``.pth`` members, so it is never asked to.
     """
     import webdataset as wds
 
@@ -53,18 +54,18 @@ def stream_microbatches(
         wds.ResampledShards(data.stream_urls, deterministic=True, worker_seed=_WorkerKey(key)),
         _samples_of_shards,
         wds.shuffle(_SHUFFLE_BUFFER, seed=key),
-        wds.map(_Decode(data.channels, transform, num_classes, key)),
+        wds.map(_Decode(transform, num_classes, key)),
         wds.batched(size, collation_fn=_collate, partial=False),
     )
-    return Batches(
-        DataLoader(
-            pipeline,
-            batch_size=None,
-            num_workers=workers,
-            pin_memory=pin_memory,
-            worker_init_fn=start_worker if workers else None,
-        )
+    loader: DataLoader[Batch] = DataLoader(
+        pipeline,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=start_worker if workers else None,
     )
+    batches: Iterable[Batch] = WorkerBatches(loader)
+    return (to_device(batch, device) for batch in batches)
 
 
 class _WorkerKey:
@@ -101,8 +102,8 @@ def _refuse(error: Exception) -> NoReturn:
 
 
 class _Decode:
-    def __init__(self, channels: int, transform: Transform, num_classes: int, key: int) -> None:
-        self._channels, self._transform, self._num_classes = channels, transform, num_classes
+    def __init__(self, transform: Transform, num_classes: int, key: int) -> None:
+        self._transform, self._num_classes = transform, num_classes
         self._worker_key = _WorkerKey(key)
         self._drawn = 0
 
@@ -122,10 +123,10 @@ class _Decode:
             raise DataError(f"{name}: label {label} out of range, 0 to {self._num_classes - 1}")
         try:
             require_decodable(content)
-            image = decode(content, self._channels)
+            image = self._transform(content, derive_key(self._worker_key(), self._drawn) >> 1)
         except DataError as error:
             raise DataError(f"{name} {error}") from error
-        return self._transform(image, derive_key(self._worker_key(), self._drawn) >> 1), label
+        return image, label
 
 
 def _collate(samples: list[tuple[torch.Tensor, int]]) -> Batch:

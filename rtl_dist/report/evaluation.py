@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from rtl_dist.data.dataset import MULTI_LABEL, SampleReader, Split
+from rtl_dist.data.dataset import MULTI_LABEL
+from rtl_dist.data.split import SampleReader, Split
 from rtl_dist.errors import DataError
 from rtl_dist.files import write_json, write_text
 from rtl_dist.metrics import (

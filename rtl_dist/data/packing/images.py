@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import io
-import re
 
 import numpy as np
 from PIL import Image
 
 from rtl_dist.data.decode import decode
 from rtl_dist.data.foreign import PIL_FORMATS, require_decodable
-from rtl_dist.errors import DataError
 
 # A file may be this large; its bytes are held in memory, once a worker.
 MAX_FILE_BYTES = 1 << 30
@@ -36,11 +34,7 @@ def checked_image(content: bytes | np.ndarray, short_side: int | None) -> tuple[
     # Shrinking starts from the pixels that training would have seen, grey images staying grey;
     # the WebP decoder knows only colour.
     grey = shrink and mode in _GREY_MODES and suffix != "webp"
-    try:
-        pixels = decode(content, 1 if grey else 3)
-    except DataError as error:
-        # torchvision puts its own source files into its messages
-        raise DataError(re.sub(r": .*\.cpp:\d+, ", ": ", str(error))) from error
+    pixels = decode(content, 1 if grey else 3)
     if not shrink:
         return suffix, content
     array = pixels.permute(1, 2, 0).numpy()

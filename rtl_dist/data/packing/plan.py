@@ -78,7 +78,7 @@ def make_plan(source: Source, options: PackOptions) -> Plan:
         UserError: ``val_fraction`` was given for a source that has a val split, or no train split.
     """
     if options.val_fraction:
-        source = replace(source, items=_with_val(source, options.val_fraction))
+        source = replace(source, items=with_val(source, options.val_fraction))
     digest = hashlib.sha256()
     settings = {
         "version": _PLAN_VERSION,
@@ -118,7 +118,7 @@ def _shuffled(split: str, items: Sequence[Item]) -> list[Item]:
     return sorted(items, key=lambda item: scatter_key(f"order {split}", item.name))
 
 
-def _with_val(source: Source, fraction: float) -> list[Item]:
+def with_val(source: Source, fraction: float) -> list[Item]:
     """The items with a part of train made val: of each class, or of each set of labels."""
     if VAL in source.splits:
         raise UserError(

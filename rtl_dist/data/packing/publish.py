@@ -12,14 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rtl_dist.data.dataset import (
-    DESCRIPTION,
-    FORMAT,
-    INDEX_DTYPE,
-    INDEX_FOLDER,
-    MULTI_LABEL,
-    fingerprint_of,
-)
+from rtl_dist.data.dataset import DESCRIPTION, FORMAT, INDEX_FOLDER, MULTI_LABEL, fingerprint_of
 from rtl_dist.data.packing.plan import Plan, ShardPlan
 from rtl_dist.data.packing.work import (
     LEFT_OUT_FILE,
@@ -29,6 +22,7 @@ from rtl_dist.data.packing.work import (
     read_record,
 )
 from rtl_dist.data.sources.items import LeftOut, shorten
+from rtl_dist.data.split import INDEX_DTYPE
 from rtl_dist.errors import DataError
 
 
@@ -60,7 +54,7 @@ def gather_split(plan: Plan, out: Path, split: str) -> PackedSplit:
     if plan.source.task == MULTI_LABEL:
         matrix = np.zeros((num_samples, num_classes), np.uint8)
     _fill(index, matrix, shards, records)
-    files = {f"{split}.npy": _npy(index)}
+    files = {f"{split}.npy": npy_bytes(index)}
     entry = {
         "num_samples": num_samples,
         "class_counts": (
@@ -81,7 +75,7 @@ def gather_split(plan: Plan, out: Path, split: str) -> PackedSplit:
         "index_sha256": hashlib.sha256(files[f"{split}.npy"]).hexdigest(),
     }
     if matrix is not None:
-        files[f"{split}.labels.npy"] = _npy(matrix)
+        files[f"{split}.labels.npy"] = npy_bytes(matrix)
         entry["labels_sha256"] = hashlib.sha256(files[f"{split}.labels.npy"]).hexdigest()
     return PackedSplit(entry=entry, files=files, left_out=left_out)
 
@@ -141,7 +135,7 @@ def _fill(
             row += 1
 
 
-def _npy(array: np.ndarray) -> bytes:
+def npy_bytes(array: np.ndarray) -> bytes:
     file = io.BytesIO()
     np.lib.format.write_array(file, array, version=(1, 0), allow_pickle=False)
     return file.getvalue()

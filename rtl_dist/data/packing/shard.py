@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
-import multiprocessing
 import os
 import re
-import signal
-import threading
 import zlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import islice
-from multiprocessing import connection
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,12 +21,12 @@ from rtl_dist.data.foreign import suffix_of
 from rtl_dist.data.packing.images import MAX_FILE_BYTES, checked_image
 from rtl_dist.data.packing.plan import Plan, ShardPlan
 from rtl_dist.data.packing.work import ShardRecord, is_finished, publishing, record_shard
+from rtl_dist.data.processes import map_in_order
 from rtl_dist.data.sources.items import Item
 from rtl_dist.data.tar import TarWriter
 from rtl_dist.errors import DataError, RtlDistError
 
 _MAX_KEY = 80
-_POLL_SECONDS = 0.2
 # Starting processes costs about as much as packing this many bytes of images on one core.
 _ALONE_BELOW_BYTES = 128 << 20
 
@@ -78,10 +73,10 @@ def write_shards(plan: Plan, out: Path, workers: int, advance: Callable[[int], A
         classes=source.classes,
         resize=plan.options.resize,
     )
+    work = functools.partial(write_shard, job)
     try:
-        if workers <= 1:
-            return sum(write_shard(job, shard, advance) for shard in plan.shards)
-        return _write_with_processes(job, plan.shards, workers, advance)
+        with contextlib.closing(map_in_order(work, plan.shards, workers, advance)) as kept:
+            return sum(kept)
     except BrokenProcessPool as error:
         raise RtlDistError(
             "a packing process was killed, perhaps for want of memory: start the same command again"
@@ -157,73 +152,3 @@ def _label_member(key: str, item: Item, job: Job) -> tuple[str, bytes]:
         return f"{key}.cls", str(item.labels[0]).encode()
     labels = {"labels": [job.classes[label] for label in item.labels]}
     return f"{key}.json", json.dumps(labels, ensure_ascii=False).encode()
-
-
-def _write_with_processes(
-    job: Job, shards: list[ShardPlan], workers: int, advance: Callable[[int], Any]
-) -> int:
-    # Not forked from this process: its threads (the caller's, OpenMP's) do not survive a fork.
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context: Any = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload([__name__])
-    done = context.Value("q", 0)
-    stop = context.RawValue("b", 0)  # without a lock, which an interrupt could leave held
-    reported = 0
-    with (
-        ProcessPoolExecutor(workers, context, _start_worker, (job, done, stop)) as pool,
-        _stopping(stop),
-    ):
-        # Submitted as workers become free: a shard's items are pickled only when it is its turn.
-        waiting = iter(shards)
-        running = {pool.submit(_work, shard) for shard in islice(waiting, 2 * workers)}
-        kept = 0
-        while running:
-            finished, running = wait(running, _POLL_SECONDS, FIRST_COMPLETED)
-            for future in finished:
-                kept += future.result()
-                running |= {pool.submit(_work, shard) for shard in islice(waiting, 1)}
-            now = done.value
-            advance(now - reported)
-            reported = now
-    return kept
-
-
-@contextlib.contextmanager
-def _stopping(stop: Any) -> Iterator[None]:
-    """Has the workers end when the body fails.
-
-    The pool would wait for whole shards, and after a second Ctrl-C for ever.
-    """
-    try:
-        yield
-    except BaseException:
-        stop.value = 1
-        raise
-
-
-_worker: dict[str, Any] = {}
-
-
-def _start_worker(job: Job, done: Any, stop: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_end_when_told, args=(stop,), daemon=True).start()
-    _worker.update(job=job, done=done)
-
-
-def _end_when_told(stop: Any) -> None:
-    """Ends this worker, whatever it is at, when told to or when its parent was killed outright."""
-    parent = multiprocessing.parent_process()
-    sentinels = [] if parent is None else [parent.sentinel]
-    while not stop.value:
-        if connection.wait(sentinels, _POLL_SECONDS):
-            break
-    os._exit(1)
-
-
-def _work(shard: ShardPlan) -> bool:
-    def advance(items: int) -> None:
-        with _worker["done"].get_lock():
-            _worker["done"].value += items
-
-    return write_shard(_worker["job"], shard, advance)

@@ -155,7 +155,7 @@ def check_classes_in_splits(
         also = f" (and so have {shorten(others)})" if others else ""
         raise DataError(
             f"class {name!r} has no image in split {split!r}{also}{after}; add images of it there,"
-            " or pack with --allow-missing-classes"
+            " or give --allow-missing-classes"
         )
 
 

@@ -1,0 +1,111 @@
+"""Images much smaller than what the network sees travel small and are enlarged on the device.
+
+A 32 x 32 image is 3 KB, its 224 x 224 view 150 KB. The GPU makes from the one what a worker would
+have made, to the last bit: the resize of torch for uint8 on a CPU (and Pillow's, from which it
+comes) works in whole numbers, which come out the same anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+_TAPS = 2  # source pixels of one pixel of an enlarged image
+_MOST_BITS = 22
+
+
+class TinyView(NamedTuple):
+    """A crop before it is resized. pixels: uint8 (C, h, w). hflip, vflip: what is done after."""
+
+    pixels: torch.Tensor
+    hflip: bool
+    vflip: bool
+
+
+class TinyBatch(NamedTuple):
+    """Crops of a microbatch. pixels: uint8 (n, C, H, W), each crop in its upper left corner.
+    shapes: int64 (n, 4): height, width, hflip, vflip of each."""
+
+    pixels: torch.Tensor
+    shapes: np.ndarray
+
+
+def is_tiny(pixels: torch.Tensor, image_size: int) -> bool:
+    """Whether uint8 (C, h, w) pixels are worth sending as they are."""
+    return 2 * max(pixels.shape[-2:]) <= image_size
+
+
+def gather_tiny(views: Sequence[TinyView], out: torch.Tensor) -> TinyBatch:
+    """Writes the crops into the first bytes of ``out``, contiguous uint8, large enough."""
+    height = max(view.pixels.shape[1] for view in views)
+    width = max(view.pixels.shape[2] for view in views)
+    shape = (len(views), views[0].pixels.shape[0], height, width)
+    pixels = out.view(-1)[: int(np.prod(shape))].view(shape)
+    for i, view in enumerate(views):
+        _, h, w = view.pixels.shape
+        pixels[i, :, :h, :w] = view.pixels
+    shapes = [(*view.pixels.shape[1:], view.hflip, view.vflip) for view in views]
+    return TinyBatch(pixels, np.array(shapes, dtype=np.int64))
+
+
+def enlarge(batch: TinyBatch, image_size: int) -> torch.Tensor:
+    """The views, uint8 (n, C, image_size, image_size), on the device of ``batch.pixels``: resized
+    (bilinear, as ``interpolate(..., antialias=True)`` of uint8 on a CPU), then flipped."""
+    heights, widths, hflips, vflips = batch.shapes.T
+    rows = _enlarge_width(batch.pixels, widths, hflips, image_size)
+    columns = _enlarge_width(rows.transpose(2, 3), heights, vflips, image_size)
+    return columns.transpose(2, 3).contiguous()
+
+
+def _enlarge_width(
+    pixels: torch.Tensor, sizes: np.ndarray, flips: np.ndarray, image_size: int
+) -> torch.Tensor:
+    """uint8 (n, C, H, W), of which ``sizes`` columns count, to uint8 (n, C, H, image_size)."""
+    tables = [_taps(int(size), image_size) for size in sizes]
+    first = np.stack([taps.first for taps in tables])
+    weights = np.stack([taps.weights for taps in tables])
+    flipped = flips.astype(bool)
+    first[flipped] = first[flipped, ::-1]
+    weights[flipped] = weights[flipped, :, ::-1]
+    device, (n, channels, height, _) = pixels.device, pixels.shape
+    bits = torch.tensor([taps.bits for taps in tables], dtype=torch.int32)
+    bits = bits.to(device, non_blocking=True)[:, None, None, None]
+    total = (1 << (bits - 1)).expand(n, channels, height, image_size)
+    shape = (n, channels, height, image_size)
+    for tap in range(_TAPS):
+        # a second tap beyond the edge has weight 0
+        columns = np.minimum(first + tap, (sizes - 1)[:, None])
+        at = torch.from_numpy(columns).to(device, non_blocking=True)[:, None, None].expand(shape)
+        weight = torch.from_numpy(weights[:, tap].copy()).to(device, non_blocking=True)
+        total = total + pixels.gather(3, at).to(torch.int32) * weight[:, None, None]
+    return (total >> bits).clamp_(0, 255).to(torch.uint8)
+
+
+class _Taps(NamedTuple):
+    """Of each of S pixels: its first source pixel, int64 (S,), and the weights of it and the next
+    in units of 2^-bits, int32 (2, S)."""
+
+    first: np.ndarray
+    weights: np.ndarray
+    bits: int
+
+
+@lru_cache(maxsize=1024)
+def _taps(size: int, image_size: int) -> _Taps:
+    """The weights that torch's uint8 resize has (``UpSampleKernel.cpp``, after Pillow's): a
+    triangle around the pixel's centre, normalised, in as many bits as fit 16 with the sign."""
+    centres = (np.arange(image_size) + 0.5) * (size / image_size)
+    first = np.maximum((centres - 0.5).astype(np.int64), 0)
+    count = np.minimum((centres + 1.5).astype(np.int64), size) - first
+    offsets = first[None] + np.arange(_TAPS)[:, None]
+    weights = np.maximum(0.0, 1.0 - np.abs(offsets - centres[None] + 0.5))
+    weights[np.arange(_TAPS)[:, None] >= count[None]] = 0
+    weights /= weights.sum(axis=0)
+    bits = 0
+    while bits < _MOST_BITS and int(0.5 + weights.max() * (1 << (bits + 1))) < 1 << 15:
+        bits += 1
+    return _Taps(first, (weights * (1 << bits) + 0.5).astype(np.int32), bits)
