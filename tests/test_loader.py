@@ -498,6 +498,21 @@ def test_a_slot_is_lent_until_the_next_batch_is_asked_for(train):
     assert len(addresses) == 2 * 4 + 1  # slots are used again, not made anew
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("side", [SIDE, 64], ids=["as they are", "enlarged on the GPU"])
+def test_a_gpu_gets_the_same_batches(train, side):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    transform = TrainTransform(Augment(), image_size=side, channels=3)
+    order = train.order(0, window=None)
+    source = TrainingMicrobatches(train, transform, order=order, size=MICRO, views=None)
+    loader = make_loader(source, positions(20), workers=2, device=torch.device("cuda"))
+    on_gpu = [(batch.inputs * 1, batch.labels * 1) for batch in loader]  # computed, not waited for
+    for (inputs, labels), position in zip(on_gpu, positions(20), strict=True):
+        assert torch.equal(inputs.cpu(), source[position].inputs)
+        assert torch.equal(labels.cpu(), source[position].labels)
+
+
 def test_workers_share_the_cpus_this_process_may_use():
     cpus = available_cpus()
     assert cpus == len(os.sched_getaffinity(0))

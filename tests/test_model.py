@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rtl_dist.checkpoint import Snapshot, save_checkpoint
 from rtl_dist.config import Data, Model, Stage, parse_config, to_yaml
 from rtl_dist.data.dataset import Dataset
+from rtl_dist.data.split import DatasetPlace
 from rtl_dist.errors import UserError
 from rtl_dist.model.batchnorm import StepStatistics
 from rtl_dist.model.build import build_model, make_classifier
@@ -604,7 +605,13 @@ def test_a_foreign_network_is_refused_by_its_keys(file, name):
 
 
 def dataset(classes=CLASSES, task="single_label"):
-    return Dataset(root=None, task=task, classes=classes, fingerprint="f" * 64, description={})
+    return Dataset(
+        place=DatasetPlace(where=""),
+        task=task,
+        classes=classes,
+        fingerprint="f" * 64,
+        description={},
+    )
 
 
 def config_of(name, *, channels=3, run="r"):

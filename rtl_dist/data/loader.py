@@ -73,11 +73,11 @@ class _Lent(Iterable[Batch]):
                 yield self._ring.batch(reply, self._device)
             return
         replies = iter(self._replies)  # the workers start before the memory is pinned
+        # A stream of its own: the copy runs beside the step before, and the slot is free again when
+        # it is done, however far the GPU is behind.
+        side = torch.cuda.Stream(self._device)
         self._ring.pin()
         try:
-            # A stream of its own: the copy runs beside the step before, and the slot is free again
-            # when it is done, however far the GPU is behind.
-            side = torch.cuda.Stream(self._device)
             for reply in replies:
                 with torch.cuda.stream(side):
                     batch = self._ring.batch(reply, self._device)
@@ -89,6 +89,7 @@ class _Lent(Iterable[Batch]):
                 yield batch
                 copied.synchronize()
         finally:
+            side.synchronize()
             self._ring.unpin()
 
 

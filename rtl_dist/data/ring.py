@@ -11,6 +11,7 @@ import math
 import mmap
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import count
 from typing import Any, NamedTuple, Protocol
 
@@ -83,6 +84,7 @@ class Ring(Dataset[Reply]):
         self, microbatches: Microbatches, num_slots: int, *, enlarge_here: bool = False
     ) -> None:
         self._microbatches, self._enlarge_here = microbatches, enlarge_here
+        self._is_pinned = False
         self.slots = _shared_uint8((num_slots, *microbatches.shape))
 
     def __getitem__(self, request: Request) -> Reply:
@@ -118,10 +120,16 @@ class Ring(Dataset[Reply]):
     def pin(self) -> None:
         """Locks the slots in memory, so that a GPU copies from them while the CPU goes on. Where
         that is refused (a limit of the system's) copies are slower and all else is the same."""
-        torch.cuda.cudart().cudaHostRegister(self.slots.data_ptr(), self.slots.numel(), 0)
+        address, size = self.slots.data_ptr(), self.slots.numel()
+        self._is_pinned = not int(torch.cuda.cudart().cudaHostRegister(address, size, 0))
+        if not self._is_pinned:
+            with suppress(RuntimeError):  # CUDA tells of the refusal again, once, at the next call
+                torch.zeros(1, device="cuda").item()
 
     def unpin(self) -> None:
-        torch.cuda.cudart().cudaHostUnregister(self.slots.data_ptr())
+        if self._is_pinned:
+            torch.cuda.cudart().cudaHostUnregister(self.slots.data_ptr())
+            self._is_pinned = False
 
 
 class Requests(Sampler[Request]):
