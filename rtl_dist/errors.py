@@ -38,4 +38,4 @@ class RemoteError(RtlDistError):
 
 
 class WorkerError(RtlDistError):
-    """A loader process ended by itself."""
+    """A loader process was killed, or has no memory left."""

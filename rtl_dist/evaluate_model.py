@@ -46,26 +46,29 @@ def evaluate(
         DataError: no such data or split, or a damaged sample.
     """
     loaded = load_model(model_path)
-    dataset = open_dataset(data_path, cache_dir=cache_dir, cache_gb=cache_gb)
-    _require_same_classes(loaded, dataset)
-    split_name = split_name or ("test" if "test" in dataset.split_names else "val")
-    split = dataset.split(split_name)
-    out = out or Path(model_path) / "evaluation" / split_name
     with Runtime(precision or _precision_of(loaded)) as runtime:
         configure_logging(is_main=runtime.is_main)
-        model = loaded.model.to(runtime.device, runtime.dtype, memory_format=torch.channels_last)
+        dataset = runtime.on_every_rank(
+            lambda: open_dataset(data_path, cache_dir=cache_dir, cache_gb=cache_gb)
+        )
+        _require_same_classes(loaded, dataset)
+        name = split_name or ("test" if "test" in dataset.split_names else "val")
+        out = out or Path(model_path) / "evaluation" / name
+        split = runtime.on_every_rank(lambda: dataset.split(name))
         runtime.from_main(lambda: check_split(dataset, split))
+        model = loaded.model.to(runtime.device, runtime.dtype, memory_format=torch.channels_last)
         number = resolve_workers(workers, local_world_size=runtime.local_world_size)
         predictions = predict_split(model, dataset, split, runtime=runtime, workers=number)
 
         def write() -> str:
             assert predictions is not None
             metrics = compute_metrics(predictions)
-            title = f"{model_path} on {split_name}"
+            title = f"{model_path} on {name}"
+            assert out is not None
             write_evaluation(predictions, out, split=split, metrics=metrics, title=title)
             shown = ("map", "micro_f1") if dataset.task == MULTI_LABEL else ("top1", "macro_f1")
-            figures = ", ".join(f"{name} {metrics[name]:.4f}" for name in (*shown, "loss"))
-            return f"{split_name}: {figures} on {split.num_samples:,} images. See {out}/report.html"
+            figures = ", ".join(f"{key} {metrics[key]:.4f}" for key in (*shown, "loss"))
+            return f"{name}: {figures} on {split.num_samples:,} images. See {out}/report.html"
 
         line: str = runtime.from_main(write)
         return line if runtime.is_main else ""

@@ -21,7 +21,7 @@ import torch
 
 from rtl_dist import __version__
 from rtl_dist.checkpoint import Snapshot, has_checkpoint, load_newest_checkpoint
-from rtl_dist.config import Config, read_run_config, to_dict, to_yaml
+from rtl_dist.config import Config, Data, Stage, read_run_config, to_dict, to_yaml
 from rtl_dist.data.dataset import Dataset
 from rtl_dist.errors import UserError
 from rtl_dist.files import write_json, write_text
@@ -117,6 +117,8 @@ def run_identity(config: Config, dataset: Dataset) -> dict[str, Any]:
     for section, keys in _FREE_KEYS.items():
         for key in keys:
             content[section].pop(key)
+    if config.data.shuffle == "full":
+        content["data"].pop("window")  # it says nothing then
     return {
         "config": content,
         "classes": list(dataset.classes),
@@ -169,12 +171,25 @@ def _refuse_other_identity(run: Path, then: dict[str, Any], now: dict[str, Any])
             f" {then['dataset_fingerprint'][:12]} then, {now['dataset_fingerprint'][:12]} now);"
             " restore it, or choose another run.dir"
         )
-    different = list(_differences(then["config"], now["config"], ""))
+    different = list(_differences(_filled(then["config"], now["config"]), now["config"], ""))
     if different:
         raise UserError(
             f"the config differs from that of the run in {run}: {'; '.join(different)}; undo that,"
             " or choose another run.dir"
         )
+
+
+def _filled(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """An earlier version's config with the keys that it did not know, at their defaults: what it
+    did is what they say."""
+    some = Config(data=Data(path=""), stages=[Stage(name="", epochs=1, lr=1)])
+    defaults = to_dict(some)
+    return {
+        section: {key: defaults[section].get(key) for key in now[section]} | value
+        if isinstance(value, dict)
+        else value
+        for section, value in then.items()
+    }
 
 
 def _differences(then: Any, now: Any, path: str) -> Iterator[str]:

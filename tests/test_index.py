@@ -14,6 +14,7 @@ from rtl_dist.cli import main
 from rtl_dist.data.dataset import check_index
 from rtl_dist.data.index import index
 from rtl_dist.data.pack import pack
+from rtl_dist.data.split import SampleReader
 from rtl_dist.data.tar_reader import member_names
 from rtl_dist.errors import DataError, UserError
 
@@ -285,7 +286,10 @@ def test_what_cannot_be_used_is_named_and_left_out(tmp_path):
     assert "(11 left out)" in str(report)
     assert not canary.exists()
     skipped, report = indexed(path, out=tmp_path / "skipped", skip_decode=True)
-    assert [key for key, _, _ in by_index(skipped)] == ["good", "broken", "bad_png", "between"]
+    split = skipped.split("train")
+    assert list(split.keys()) == ["good", "broken", "bad_png", "between"]
+    with pytest.raises(DataError, match="the PNG is cut short"):  # before a decoder sees it
+        SampleReader(split).read(2)
 
 
 def test_links_and_sparse_files_are_named_and_not_followed(tmp_path):
@@ -411,3 +415,15 @@ def test_the_command(tmp_path, capsys):
     assert main(["index", str(path), out]) == 2
     assert main(["index", str(tmp_path / "nowhere.tar"), f"{out}2"]) == 3
     assert "no such shard" in capsys.readouterr().err
+
+
+def test_the_label_most_samples_have_is_taken(tmp_path):
+    members = []
+    for i in range(10):
+        members.append((f"{i}.jpg", IMAGES[i % 9]))
+        label = ("cls", str(i % 2)) if i < 2 else ("json", json.dumps({"label": f"k{i % 2}"}))
+        members.append((f"{i}.{label[0]}", label[1]))
+    dataset, report = indexed(write_tar(tmp_path / "x.tar", members), out=tmp_path / "out")
+    assert dataset.classes == ("k0", "k1")
+    assert dataset.split("train").num_samples == 8
+    assert [one.key for one in report.left_out] == ["0", "1"]

@@ -1,5 +1,6 @@
 """Samples to microbatches: the same pixels whatever the workers, damage found, every image kind."""
 
+import dataclasses
 import io
 import multiprocessing
 import os
@@ -15,6 +16,8 @@ import zlib
 import numpy as np
 import pytest
 import torch
+import webdataset as wds
+from pack_images import image_bytes
 from PIL import Image, ImageOps
 from small_sets import Canary, flip_byte, packed
 
@@ -22,6 +25,7 @@ from rtl_dist.config import Augment
 from rtl_dist.data.augment import EvalTransform, TrainTransform
 from rtl_dist.data.dataset import check_split, open_dataset
 from rtl_dist.data.decode import claimed_pixels, decode
+from rtl_dist.data.index import index
 from rtl_dist.data.loader import available_cpus, make_loader, resolve_workers
 from rtl_dist.data.microbatches import SplitMicrobatches, TrainingMicrobatches, microbatch_positions
 from rtl_dist.data.order import Order
@@ -662,3 +666,40 @@ def test_a_header_that_claims_too_much_is_refused_before_memory_is_asked_for(con
     if pixels > 10**8:
         with pytest.raises(DataError, match="more than the 178,956,970 pixels"):
             decode(content, 3)
+
+
+def test_an_image_too_elongated_to_be_resized_is_named():
+    content = encoded(Image.new("RGB", (65_000, 1)), "JPEG")
+    with pytest.raises(DataError, match="is too elongated: 65000 x 1 pixels"):
+        EvalTransform(image_size=224, crop_pct=0.875, channels=3)(content, 0)
+
+
+def test_want_of_memory_is_not_the_samples_fault(damaged, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 GB")
+
+    monkeypatch.setattr("rtl_dist.data.decode.decode_image", fail)
+    monkeypatch.setattr("rtl_dist.data.region.available", lambda: False)
+    with pytest.raises(WorkerError, match="no memory was left"):
+        microbatches(damaged.split("train"))[0]
+
+
+def test_a_file_of_somebody_elses_is_looked_at_before_it_is_decoded(tmp_path):
+    """libpng can end the process on a damaged PNG, and a GIF may be of any size."""
+    with wds.TarWriter(str(tmp_path / "a.tar")) as tar:
+        for i in range(4):
+            png = image_bytes(i, kind="PNG")
+            tar.write({"__key__": str(i), "png": png, "cls": i % 2})
+    index([str(tmp_path / "a.tar")], tmp_path / "out", skip_decode=True, show_progress=False)
+    dataset = open_dataset(tmp_path / "out")
+    split = dataset.split("train")
+    shard, offset, size, _ = split.row(1)
+    with open(split.shard_path(shard), "r+b") as file:
+        file.seek(offset + size - 30)  # within the compressed pixels
+        file.write(b"xxxx")
+        file.seek(offset)
+        crc32 = zlib.crc32(file.read(size))
+    rows = np.array(split.index)
+    rows["crc32"][1] = crc32  # whoever made the index saw these bytes
+    with pytest.raises(DataError):
+        SampleReader(dataclasses.replace(split, index=rows)).read(1)

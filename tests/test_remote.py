@@ -202,7 +202,7 @@ def test_a_missing_package_is_named(monkeypatch):
 
 @pytest.mark.parametrize("url", ["https://me:secret@host/data", "s3://key:secret@bucket/data"])
 def test_a_password_in_a_url_is_refused(url):
-    with pytest.raises(ValueError, match="must not hold a password") as caught:
+    with pytest.raises(ValueError, match="holds a password or token") as caught:
         Data(path=url)
     assert "secret" not in str(caught.value)
 
@@ -222,7 +222,7 @@ def test_a_forked_process_reads_and_leaves_its_parents_connections_alone(server,
         server.forget()
         begun = time.monotonic()
         assert read(url) == CONTENT
-        assert time.monotonic() - begun < 2
+        assert time.monotonic() - begun < 30  # half of the time-out of a read that hangs
         assert server.sent[NAME] == len(CONTENT)  # nothing was asked twice
 
 

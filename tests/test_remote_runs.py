@@ -340,4 +340,4 @@ def test_s3_serves_as_well_and_says_what_is_missing(local, bucket, tmp_path, cap
     assert "s3://photos/elsewhere/dataset.json is not there" in says
     says = fails(capsys, tmp_path, "s3://nobodys/ds", 3, name="other")
     assert "s3://nobodys/ds/dataset.json is not there" in says
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 60  # asked once, not retried for minutes

@@ -13,7 +13,7 @@ README = PACKAGE.parent / "README.md"
 
 # Each room may import from its own layer and from those above it in this list.
 LAYERS = [
-    ["errors", "files", "schedule", "state", "launched"],
+    ["errors", "files", "schedule", "state", "launched", "urls"],
     ["config"],
     ["data", "metrics"],
     ["model", "runtime"],

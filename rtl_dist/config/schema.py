@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rtl_dist.schedule import Every
+from rtl_dist.urls import is_url, secret_in
 
 Precision = Literal["auto", "no", "fp16", "bf16", "fp64"]
 
@@ -94,18 +95,15 @@ class Data:
         _check(self.bad_samples >= 0, "bad_samples: must be at least 0")
         _check(self.window >= 1, f"window: must be at least 1, not {self.window}")
         _check(self.cache_gb is None or self.cache_gb > 0, "cache_gb: must be positive or null")
-        _check(
-            not ("://" in self.path and "@" in self.path.split("://", 1)[1].split("/", 1)[0]),
-            "path: must not hold a password, which the run's files would repeat; put it where the"
-            " storage's own tools look for it (~/.netrc, ~/.aws, environment)",
-        )
+        secret = secret_in(self.path) if is_url(self.path) else None
+        _check(secret is None, f"path: {secret}")
         _check(
             not (self.path.startswith("http") and "?" in self.path),
             "path: must be the URL of a folder, without a query (?...): its files are read one by"
             " one below it",
         )
         _check(
-            self.source is None or "://" not in self.path,
+            self.source is None or not is_url(self.path),
             "path: source is packed into a local folder; pack first, then copy the folder there",
         )
         _check(

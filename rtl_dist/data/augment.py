@@ -11,10 +11,11 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import v2
 
 from rtl_dist.config import Augment
-from rtl_dist.data.decode import decode
+from rtl_dist.data.decode import MAX_PIXELS, decode
 from rtl_dist.data.order import derive_key, mix64
 from rtl_dist.data.region import decode_region, region_size
 from rtl_dist.data.tiny import TinyView, is_tiny
+from rtl_dist.errors import DataError
 
 _AUGMENT_STREAM = 1  # keeps these keys apart from those of the data order
 
@@ -114,7 +115,8 @@ class EvalTransform:
 
     def __init__(self, *, image_size: int, crop_pct: float, channels: int) -> None:
         self.image_size, self.channels = image_size, channels
-        resize = v2.Resize(math.floor(image_size / crop_pct), antialias=True)
+        self._short_side = math.floor(image_size / crop_pct)
+        resize = v2.Resize(self._short_side, antialias=True)
         self._transform = v2.Compose([resize, v2.CenterCrop(image_size)])
 
     def __call__(self, content: bytes, key: int) -> torch.Tensor:
@@ -124,7 +126,14 @@ class EvalTransform:
         Raises:
             DataError: the bytes are not a whole, decodable image.
         """
-        view: torch.Tensor = self._transform(decode(content, self.channels))
+        image = decode(content, self.channels)
+        short, long = sorted(image.shape[1:])
+        if self._short_side**2 * long > MAX_PIXELS * short:
+            raise DataError(
+                f"is too elongated: {image.shape[2]} x {image.shape[1]} pixels, resized to a short"
+                f" side of {self._short_side}, would be more than the {MAX_PIXELS:,} allowed"
+            )
+        view: torch.Tensor = self._transform(image)
         return view
 
     def tiny(self, content: bytes, key: int) -> None:

@@ -74,7 +74,8 @@ class Cache:
                 f"cannot write the cache folder {self.folder}: {error.strerror}; set data.cache_dir"
             ) from error
         if gigabytes is None:
-            free = shutil.disk_usage(self.folder).free + sum(e.bytes for e in self._entries())
+            ours = sum(entry.path.stat().st_blocks * 512 for entry in self._entries())
+            free = shutil.disk_usage(self.folder).free + ours
             self.limit = int(free * _SHARE_OF_FREE_SPACE)
         else:
             self.limit = int(gigabytes * _GIGABYTE)
@@ -82,10 +83,11 @@ class Cache:
     def touch(self, file: RemoteFile) -> bool:
         """Whether it is here; if so it counts as just used."""
         now = time.time_ns()  # the kernel's own stamp is too coarse to tell what came first
-        try:
-            os.utime(self._path(file), ns=(now, now))
-        except FileNotFoundError:
-            return False
+        with self._named_errors(file):
+            try:
+                os.utime(self._path(file), ns=(now, now))
+            except FileNotFoundError:
+                return False
         return True
 
     def forget(self, file: RemoteFile) -> bool:
@@ -96,12 +98,16 @@ class Cache:
             return False
         return True
 
-    def open(self, file: RemoteFile) -> int:
-        """A descriptor of the file, which is fetched where it is not here. Raises as ``fetch``."""
+    def read(self, file: RemoteFile, offset: int, size: int) -> bytes:
+        """Bytes of the file, which is fetched where it is not here. Raises as ``fetch``."""
         while True:
             self.fetch(file)
-            with suppress(FileNotFoundError):  # another process made room just now
-                return os.open(self._path(file), os.O_RDONLY)
+            with self._named_errors(file), suppress(FileNotFoundError):  # room was made just now
+                descriptor = os.open(self._path(file), os.O_RDONLY)
+                try:
+                    return os.pread(descriptor, size, offset)
+                finally:
+                    os.close(descriptor)
 
     def path(self, file: RemoteFile) -> Path:
         """Where the file is, fetched where it is not here. Raises as ``fetch``."""
@@ -123,7 +129,7 @@ class Cache:
             RtlDistError: there is no room.
         """
         asked_at = time.time_ns()
-        try:
+        with self._named_errors(file):
             while not self.touch(file):
                 part = self._lock_part(file, wait=wait)
                 if part is not None:
@@ -134,12 +140,18 @@ class Cache:
                         os.close(part)
                 elif not wait:
                     return False
+        return True
+
+    @contextmanager
+    def _named_errors(self, file: RemoteFile) -> Iterator[None]:
+        """An error of the disk, said in one line."""
+        try:
+            yield
         except OSError as error:
             raise RtlDistError(
                 f"cannot keep {file.url} in the cache {self.folder}: {error.strerror}; free some"
                 " room, lower data.cache_gb or set data.cache_dir"
             ) from error
-        return True
 
     def _lock_part(self, file: RemoteFile, *, wait: bool) -> int | None:
         """A descriptor of the file's part, locked, its room reserved; None where another process
@@ -232,8 +244,8 @@ class Cache:
 
     def _entries(self) -> Iterator[_Entry]:
         for entry in os.scandir(self.folder):
-            _, _, size = entry.name.removesuffix(_PART).partition(".")
-            if size.isdigit():
+            sha256, _, size = entry.name.removesuffix(_PART).partition(".")
+            if _SHA256.fullmatch(sha256) and size.isdigit():  # the rest of the folder is not ours
                 with suppress(FileNotFoundError):
                     yield _Entry(Path(entry.path), int(size), entry.stat().st_mtime_ns)
 

@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 
 from rtl_dist.data.cache import RemoteFile
-from rtl_dist.data.remote import is_url, read_url, size_of
+from rtl_dist.data.remote import read_url, size_of
 from rtl_dist.data.shard_files import ShardFiles, Shards
 from rtl_dist.data.split import INDEX_DTYPE, DatasetPlace, Split
-from rtl_dist.errors import DataError
+from rtl_dist.errors import DataError, UserError
 from rtl_dist.files import sha256_of
+from rtl_dist.urls import is_url, secret_in
 
 FORMAT = "rtl_dist/1"
 DESCRIPTION = "dataset.json"
@@ -112,7 +113,7 @@ class Dataset:
             name=name,
             dataset=self.place,
             shards=shards,
-            files=ShardFiles(self.where, shards, self.place.cache() if has_remote else None),
+            files=ShardFiles(self.where, shards, self.place.cache if has_remote else None),
             class_counts=tuple(entry["class_counts"]),
             index=index,
             label_matrix=label_matrix,
@@ -126,7 +127,7 @@ class Dataset:
             return Path(where)
         if sha256 is None:
             raise DataError(f"{self.where} does not say the checksum of {name}; pack again")
-        return self.place.cache().path(RemoteFile(url=where, bytes=size_of(where), sha256=sha256))
+        return self.place.cache.path(RemoteFile(url=where, bytes=size_of(where), sha256=sha256))
 
     def _load_array(self, name: str, sha256: str | None) -> np.ndarray:
         path = self.index_path(name, sha256)
@@ -216,9 +217,12 @@ def open_dataset(
         cache_dir, cache_gb: of remote shards; see ``Cache``.
 
     Raises:
+        UserError: the URL holds a password or token.
         DataError: there is none, or its description is damaged, edited or of another format.
         RemoteError: the place cannot be reached.
     """
+    if is_url(str(path)) and (reason := secret_in(str(path))):
+        raise UserError(reason)
     place = DatasetPlace(where=str(path), cache_dir=cache_dir, cache_gb=cache_gb)
     where = place.path_of(DESCRIPTION)
     try:

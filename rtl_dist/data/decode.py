@@ -10,7 +10,7 @@ import torch
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
-from rtl_dist.errors import DataError
+from rtl_dist.errors import DataError, WorkerError
 
 # A decoded image may hold at most this many pixels: a "decompression bomb" of a few kilobytes can
 # ask for gigabytes (Pillow's own limit is of the same size).
@@ -29,6 +29,7 @@ def decode(content: bytes, channels: int) -> torch.Tensor:
 
     Raises:
         DataError: the bytes are not a whole, decodable image.
+        WorkerError: out of memory.
     """
     if not content:
         raise DataError("cannot be decoded: it is empty")
@@ -42,6 +43,10 @@ def decode(content: bytes, channels: int) -> torch.Tensor:
             warnings.filterwarnings("ignore", message=_DEPRECATION, category=DeprecationWarning)
             image = decode_image(encoded, mode=mode, apply_exif_orientation=True)
     except (RuntimeError, ValueError) as error:
+        if "allocate memory" in str(error):  # not the image's fault: no other may stand for it
+            raise WorkerError(
+                "no memory was left to decode an image; lower data.workers or batch.micro"
+            ) from error
         # torchvision puts its own source files into its messages
         reason = re.sub(r"^.*\.cpp:\d+, ", "", str(error).splitlines()[0])
         raise DataError(f"cannot be decoded: {reason}") from error

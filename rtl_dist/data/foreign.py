@@ -41,6 +41,18 @@ def suffix_of(head: bytes) -> str:
     raise DataError("is not a JPEG, PNG or WebP")
 
 
+def require_known(content: bytes) -> None:
+    """The least that must hold before a file from elsewhere is decoded, cheap enough for every read
+    (the decoder itself bounds the pixels).
+
+    Raises:
+        DataError: it is no JPEG, PNG or WebP, or a PNG that is not whole (on which libpng can end
+            the process).
+    """
+    if suffix_of(content[:16]) == "png":
+        check_png(content)
+
+
 def require_decodable(content: bytes) -> tuple[str, tuple[int, int], str]:
     """(suffix, (width, height), Pillow mode) of an image file that a decoder may be given.
 

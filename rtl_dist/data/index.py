@@ -38,9 +38,9 @@ from rtl_dist.data.indexing.samples import IMAGE_KINDS
 from rtl_dist.data.indexing.scan import Chosen, ShardJob, ShardScan, scan_shard
 from rtl_dist.data.packing.plan import PackOptions
 from rtl_dist.data.processes import map_in_order
-from rtl_dist.data.remote import is_url
 from rtl_dist.data.sources.items import SPLIT_ORDER, TRAIN, VAL, check_classes_in_splits
 from rtl_dist.errors import RtlDistError, UserError
+from rtl_dist.urls import is_url
 
 _LEFT_OUT_SHOWN = 10
 # Starting processes costs about as much as reading this many bytes of shards on one core.
@@ -105,7 +105,7 @@ def index(
         shards: files, folders, brace patterns and URLs, each with ``SPLIT=`` before it or not.
         image: extensions of the image member, in the order they are looked for, as ``jpg,png``;
             None: the only image of each sample.
-        label: extension of the label member; None: the first of cls, json, txt, label in use.
+        label: extension of the label member; None: the of cls, json, txt, label the one that most samples have.
         field: the label's field in JSON, dotted; None: the one of the usual names that is there.
         classes: names with commas or a file of one a line: the classes' order, or the numbers'
             names.

@@ -134,6 +134,7 @@ def _from_workers(batches: Iterator[T]) -> Iterator[T]:
     # DataLoader raises a worker's error from frames that refer to each other and to the iterator.
     # Left to the garbage collector, that would fail to tell the workers to end (torch 2.15), so
     # the frames are let go here and the iterator with them.
+    processes = list(batches._workers) if hasattr(batches, "_workers") else []
     while True:
         try:
             batch = next(batches)
@@ -150,7 +151,12 @@ def _from_workers(batches: Iterator[T]) -> Iterator[T]:
             if "exited unexpectedly" in str(error):
                 raise WorkerError(_how_it_died(str(error))) from None
             raise error.with_traceback(None) from None
-        yield batch
+        try:
+            yield batch
+        except GeneratorExit:
+            for process in processes:  # one that waits for a server would be waited for
+                process.kill()
+            raise
 
 
 def _how_it_died(text: str) -> str:

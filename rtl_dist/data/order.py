@@ -21,6 +21,7 @@ _MASK_64 = (1 << 64) - 1
 # from the same numbers.
 _SHARD_STREAM, _BLOCK_STREAM, _GROUP_STREAM = 1 << 40, 2 << 40, 3 << 40
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MOST_LOOKS = 256
 _LOOKAHEAD = 4096  # positions looked through at a time for the shards they need
 _EPOCHS_KEPT = 2  # a batch may lie in two
 
@@ -106,16 +107,20 @@ class Order:
         return np.searchsorted(self._first_of_shard, samples, side="right") - 1
 
     def shards_ahead(self, position: int) -> Iterator[int]:
-        """Every shard once, in the order in which the stream from ``position`` on needs them."""
+        """Every shard once, in the order in which the stream from ``position`` on needs them;
+        without a window the rarest, which a long look did not meet, last and by number."""
         seen = self.shard_sizes == 0
         count = min(_LOOKAHEAD, self.num_samples)
-        while not seen.all():
+        looks = 0
+        while not seen.all() and (self.window is not None or looks < _MOST_LOOKS):
+            looks += 1
             shards = self.shards_of(self.samples_at(position, count)[0])
             shards, first_seen = np.unique(shards, return_index=True)
             shards = shards[np.argsort(first_seen)]
             yield from shards[~seen[shards]].tolist()
             seen[shards] = True
             position = self._next_unseen(position + count, seen)
+        yield from np.flatnonzero(~seen).tolist()
 
     def most_shards_at_once(self) -> int:
         """How many shards a cache must hold so that none is fetched twice an epoch."""

@@ -32,14 +32,6 @@ _EXTRAS = "pip install 'rtl_dist[remote]'"
 _SYSTEMS: set[Any] = set()
 
 
-def is_url(path: str) -> bool:
-    return "://" in path
-
-
-def join_url(root: str, path: str) -> str:
-    return f"{root.rstrip('/')}/{path}"
-
-
 def read_url(url: str) -> bytes:
     """A small file, whole.
 

@@ -16,8 +16,9 @@ from typing import Any, overload
 import numpy as np
 
 from rtl_dist.data.cache import Cache, RemoteFile
-from rtl_dist.data.remote import is_url, join_url, sizes_of
+from rtl_dist.data.remote import sizes_of
 from rtl_dist.errors import DataError, ShardError, UserError
+from rtl_dist.urls import is_url, join_url
 
 _MOST_OPEN_FILES = 256
 _FETCHES_AT_ONCE = 8
@@ -112,11 +113,7 @@ class ShardFiles:
             RemoteError: it cannot be fetched. RtlDistError: the cache has no room.
         """
         if self._cache is not None and self.is_remote(number):
-            descriptor = self._cache.open(self._remote_file(number))
-            try:
-                return os.pread(descriptor, size, offset)
-            finally:
-                os.close(descriptor)
+            return self._cache.read(self._remote_file(number), offset, size)
         try:
             return os.pread(self._descriptor(number), size, offset)
         except OSError as error:

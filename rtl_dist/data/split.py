@@ -6,17 +6,18 @@ import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rtl_dist.data.cache import Cache
+from rtl_dist.data.foreign import require_known
 from rtl_dist.data.order import Order
-from rtl_dist.data.remote import is_url, join_url
 from rtl_dist.data.shard_files import ShardFiles, Shards
 from rtl_dist.errors import DataError, RtlDistError, ShardError
+from rtl_dist.urls import is_url, join_url
 
 # 24 bytes a sample: where the image's bytes are (offset and size in bytes within the tar), their
 # crc32, and the class number (-1 in multi-label data, whose labels are in their own array).
@@ -43,6 +44,7 @@ class DatasetPlace:
         """The path or URL of one of its files."""
         return join_url(self.where, name) if self.is_remote else os.path.join(self.where, name)
 
+    @cached_property
     def cache(self) -> Cache:
         return Cache(self.cache_dir, self.cache_gb)
 
@@ -136,10 +138,9 @@ class Split:
             return name.rstrip(b"\0").decode("utf-8", "replace")
         path = self.shard_path(shard)
         try:
-            modified_at = path.stat().st_mtime_ns
+            return _names_in(str(path), path.stat().st_mtime_ns).get(offset, "?")
         except OSError as error:
             raise ShardError(f"cannot read {path}: {error.strerror}; is it there?") from error
-        return _names_in(str(path), modified_at).get(offset, "?")
 
 
 class SampleReader:
@@ -150,19 +151,22 @@ class SampleReader:
 
     def __init__(self, split: Split) -> None:
         self._split = split
+        self._fetched_anew: set[int] = set()
 
     def read(self, sample: int) -> bytes:
         """The sample's image file as bytes.
 
         Raises:
             ShardError: the whole shard is missing, unreadable or cut short.
-            DataError: the sample's bytes changed since packing.
+            DataError: the sample's bytes changed since packing, or are no image that a decoder may
+                be given.
         """
         split = self._split
         shard, offset, size, crc32 = split.row(sample)
         content = split.files.read(shard, offset, size)
         is_whole = zlib.crc32(content) == crc32
-        if not is_whole and split.files.forget(shard):
+        if not is_whole and shard not in self._fetched_anew and split.files.forget(shard):
+            self._fetched_anew.add(shard)  # once: it may be the index that is wrong
             content = split.files.read(shard, offset, size)  # fetched anew
             is_whole = zlib.crc32(content) == crc32
         if len(content) != size:
@@ -175,6 +179,8 @@ class SampleReader:
                 f"{split.describe(sample)} fails its checksum: the shard was altered or"
                 " damaged since packing; restore the file or pack again"
             )
+        if not split.are_ours or split.files.is_remote(shard):
+            require_known(content)
         return content
 
     def close(self) -> None:

@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from rtl_dist.data.dataset import MULTI_LABEL, Dataset, open_dataset
 from rtl_dist.data.processes import map_in_order
-from rtl_dist.data.remote import is_url
 from rtl_dist.data.shard_files import ShardFiles, Shards
 from rtl_dist.data.verifying.duplicates import Digests, Duplicates, find_duplicates
 from rtl_dist.data.verifying.findings import DamageList
@@ -33,6 +32,7 @@ from rtl_dist.data.verifying.summary import summary_of
 from rtl_dist.data.verifying.verification import Verification
 from rtl_dist.errors import RtlDistError, UserError
 from rtl_dist.files import write_json
+from rtl_dist.urls import is_url
 
 REPORT = "verify.json"
 

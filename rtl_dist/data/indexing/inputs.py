@@ -10,16 +10,14 @@ from dataclasses import dataclass
 from itertools import islice
 from math import prod
 from pathlib import Path, PurePosixPath
-from urllib.parse import parse_qsl, urlsplit
 
-from rtl_dist.data.remote import is_url
 from rtl_dist.data.sources.items import SPLIT_OF, SPLIT_ORDER, TRAIN, shorten
 from rtl_dist.errors import DataError, UserError
+from rtl_dist.urls import is_url, secret_in
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 _MAX_SHARDS = 1_000_000
 _ASSIGNED = re.compile(r"([A-Za-z]+)=(.+)", re.DOTALL)
-_SECRET = re.compile(r"sig|token|key|secret|credential|passw|auth", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,17 +126,10 @@ def _expanded(pattern: str) -> list[str]:
 
 
 def _check_url(url: str) -> None:
-    parts = urlsplit(url)
     if url.endswith("/"):
         raise UserError(f"{url} is a folder: name its shards, as in {url}train-{{000..099}}.tar")
-    # dataset.json would hold it for everyone to read
-    secret = any(_SECRET.search(name) for name, _ in parse_qsl(parts.query, keep_blank_values=True))
-    if secret or parts.password is not None:
-        shown = url.split("?")[0].rsplit("@", 1)[-1]
-        raise UserError(
-            f"the URL of {shown} holds a password or token, which dataset.json would show: give"
-            " the plain URL, and credentials as the storage expects them (.netrc, environment)"
-        )
+    if reason := secret_in(url):
+        raise UserError(reason)
 
 
 def _tars_below(folder: Path) -> Iterator[str]:

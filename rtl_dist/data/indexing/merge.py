@@ -62,15 +62,15 @@ def check_scans(scans: Sequence[ShardScan]) -> None:
 
 
 def settle_label_member(scans: Sequence[ShardScan], chosen: Chosen) -> None:
-    """Leaves out samples that lack the label member all others have.
+    """Leaves out samples that lack the label member most others have.
 
     Each sample's label was read from the first kind of member it has; but that must be the same
     kind everywhere, or two meanings would be mixed.
     """
-    used = {extension for scan in scans for extension in scan.label_members}
-    if chosen.label is not None or len(used) <= 1:
+    counts = Counter(extension for scan in scans for extension in scan.label_members)
+    if chosen.label is not None or len(counts) <= 1:
         return
-    first = next(extension for extension in LABEL_EXTENSIONS if extension in used)
+    first = max(LABEL_EXTENSIONS, key=lambda extension: counts[extension])  # of equals the first
     for scan in scans:
         kept = [i for i, extension in enumerate(scan.label_members) if extension == first]
         if len(kept) == len(scan.keys):

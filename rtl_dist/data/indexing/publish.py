@@ -30,8 +30,8 @@ from rtl_dist.data.packing.work import (
     locked,
     publishing,
 )
-from rtl_dist.data.remote import is_url
 from rtl_dist.errors import DataError, UserError
+from rtl_dist.urls import is_url
 
 INDEXER_KEY = "indexer"  # in dataset.json, where `pack` has the packer's
 

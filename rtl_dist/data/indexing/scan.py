@@ -18,11 +18,11 @@ from rtl_dist.data.indexing.labels import MAX_LABEL_BYTES, Label, read_label
 from rtl_dist.data.indexing.local_copy import local_copy
 from rtl_dist.data.indexing.samples import ChoiceNeededError, Sample, grouped, image_of, label_of
 from rtl_dist.data.packing.images import MAX_FILE_BYTES, checked_image
-from rtl_dist.data.remote import is_url
 from rtl_dist.data.split import INDEX_DTYPE
 from rtl_dist.data.tar_reader import Member, walk
 from rtl_dist.errors import DataError, ShardError
 from rtl_dist.files import sha256_of
+from rtl_dist.urls import is_url
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,12 +10,12 @@ import numpy as np
 
 from rtl_dist.data.dataset import INDEX_FOLDER, LOAD_ERRORS, MULTI_LABEL, Dataset
 from rtl_dist.data.packing.work import PACKER_KEY
-from rtl_dist.data.remote import is_url
 from rtl_dist.data.shard_files import ShardFiles, Shards
 from rtl_dist.data.split import INDEX_DTYPE, Split
 from rtl_dist.data.verifying.findings import Damage, DamageList
-from rtl_dist.errors import DataError
+from rtl_dist.errors import DataError, RtlDistError
 from rtl_dist.files import sha256_of
+from rtl_dist.urls import is_url
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class CheckedSplit:
         """A sample's key; None where the shard or its header cannot be read."""
         try:
             key = self.split.key(sample)
-        except DataError:
+        except RtlDistError:
             return None
         # foreign tars may hold anything, and this goes to a terminal
         return "".join(letter if letter.isprintable() else "?" for letter in key)
@@ -111,7 +111,7 @@ def check_split(dataset: Dataset, name: str, found: DamageList) -> CheckedSplit:
             name=name,
             dataset=dataset.place,
             shards=shards,
-            files=ShardFiles(dataset.where, shards, dataset.place.cache() if is_remote else None),
+            files=ShardFiles(dataset.where, shards, dataset.place.cache if is_remote else None),
             class_counts=counts,
             index=index,
             label_matrix=matrix,
