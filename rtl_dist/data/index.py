@@ -105,7 +105,8 @@ def index(
         shards: files, folders, brace patterns and URLs, each with ``SPLIT=`` before it or not.
         image: extensions of the image member, in the order they are looked for, as ``jpg,png``;
             None: the only image of each sample.
-        label: extension of the label member; None: the of cls, json, txt, label the one that most samples have.
+        label: extension of the label member; None: the one of cls, json, txt
+            and label that most samples have.
         field: the label's field in JSON, dotted; None: the one of the usual names that is there.
         classes: names with commas or a file of one a line: the classes' order, or the numbers'
             names.
