@@ -1,6 +1,6 @@
 """Input pipelines beside each other: the same photographs, crop, flip, batch and workers.
 
-    python benchmarks/loader.py --images FOLDER [--repeats 5] [--batches 40] [--sides A,B,...]
+    python benchmarks/loader.py --images FOLDER [--repeats 5] [--batches 40] [--sides 'A;B;...']
 
 `FOLDER` holds class folders of JPEGs, one level or more above them. Each side runs in a process of
 its own, the sides alternating; a side that is not installed is left out, saying so. Printed: the

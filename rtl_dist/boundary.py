@@ -196,12 +196,14 @@ class Boundary:
         for name in sorted({name for names in gathered for name in names}):
             if name not in state.bad_names:
                 state.bad_samples += 1
-                LOG.warning("replaced by another sample: %s", name)
                 state.bad_names = [*state.bad_names, name]
+                if state.bad_samples <= budget:
+                    LOG.warning("replaced by another sample: %s", name)
         if state.bad_samples > budget:
             raise DataError(
                 f"{state.bad_samples} damaged sample(s), data.bad_samples allows {budget}:"
-                f" {state.bad_names[-1]}"
+                f" {state.bad_names[-1]}; `rtl-dist verify {self._job.dataset.where}` tells of"
+                " all"
             )
 
     def _judge(self, row: dict[str, Any]) -> bool:

@@ -174,10 +174,10 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser = commands.add_parser(
         "verify",
         help="hash every shard, decode every sample, find duplicates and label conflicts",
-        description="Checks a packed data set against its description and tells of exact"
-        " duplicates within and across splits, images under two labels, unequal classes and odd"
-        " sizes: a summary, and verify.json. Changes nothing in the data set. Exit code 0: sound,"
-        " 3: damaged.",
+        description="Checks a data set, packed or indexed, against its description and tells of"
+        " exact duplicates within and across splits, images under two labels, unequal classes and"
+        " odd sizes: a summary, and verify.json. Changes nothing in the data set. Exit code 0:"
+        " sound, 3: damaged.",
     )
     parser.add_argument("dataset", help="folder or URL of a packed or indexed data set")
     parser.add_argument(
@@ -212,7 +212,7 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser = commands.add_parser(
         "evaluate",
         help="exact metrics, confusion matrix, precision-recall, calibration, mistakes",
-        description="Evaluates a trained model on a split of a packed data set: metrics.json,"
+        description="Evaluates a trained model on a split of a data set: metrics.json,"
         " tables, pictures and report.html in OUT. Several processes (torchrun -m rtl_dist.cli"
         " evaluate ...) give the same figures.",
     )

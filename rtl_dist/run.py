@@ -67,9 +67,10 @@ def open_data(config: Config, runtime: Runtime) -> Dataset:
     with runtime.default_signals():  # the packer can be killed at any moment and goes on from there
         runtime.from_main(pack_if_missing)
     data = config.data
-    return runtime.on_every_rank(
-        lambda: open_dataset(data.path, cache_dir=data.cache_dir, cache_gb=data.cache_gb)
-    )
+    with runtime.default_signals():  # nothing is lost yet
+        return runtime.on_every_rank(
+            lambda: open_dataset(data.path, cache_dir=data.cache_dir, cache_gb=data.cache_gb)
+        )
 
 
 def resolve(config: Config, runtime: Runtime, dataset: Dataset) -> Config:
@@ -131,12 +132,13 @@ def open_job(
     Raises:
         UserError, DataError: on every rank, before anything is trained.
     """
-    train, val = runtime.on_every_rank(
-        lambda: (dataset.split(config.data.train), dataset.split(config.data.val))
-    )
-    _check_classes(dataset, config.data.train, train.class_counts)
-    for split in (train, val):
-        runtime.from_main(functools.partial(check_split, dataset, split))
+    with runtime.default_signals():  # nothing is lost yet
+        train, val = runtime.on_every_rank(
+            lambda: (dataset.split(config.data.train), dataset.split(config.data.val))
+        )
+        _check_classes(dataset, config.data.train, train.class_counts)
+        for split in (train, val):
+            runtime.from_main(functools.partial(check_split, dataset, split))
     most_shards = training_order(train, config).most_shards_at_once()
     runtime.on_every_rank(lambda: train.files.require_room(most_shards))
     restored = restore(run, config, dataset, runtime)

@@ -22,6 +22,7 @@ import torch
 from rtl_dist import __version__
 from rtl_dist.checkpoint import Snapshot, has_checkpoint, load_newest_checkpoint
 from rtl_dist.config import Config, Data, Stage, read_run_config, to_dict, to_yaml
+from rtl_dist.data import region
 from rtl_dist.data.dataset import Dataset
 from rtl_dist.errors import UserError
 from rtl_dist.files import write_json, write_text
@@ -259,6 +260,7 @@ def _environment(runtime: Runtime) -> dict[str, Any]:
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
         "precision": runtime.precision,
+        "region_decoding": region.available(),
         "world_size": runtime.world_size,
         "git": _git_state(),
     }

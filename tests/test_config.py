@@ -254,8 +254,8 @@ def test_null_is_a_value_where_the_type_allows_it(load):
         ("data: {path: d, val_fraction: 1}", "data.val_fraction: must lie in 0 to 1"),
         ("data: {path: d, workers: -1}", "data.workers: must be auto or at least 0"),
         ("data: {path: d, bad_samples: -1}", "data.bad_samples: must be at least 0"),
-        ("data: {path: d, backend: stream}", "data.stream_urls: goes with backend: stream"),
-        ("data: {path: d, stream_urls: a.tar}", "data.stream_urls: goes with backend: stream"),
+        ("data: {path: d, backend: stream}", "data.stream_urls: names the tars"),
+        ("data: {path: d, stream_urls: a.tar}", "data.stream_urls: names the tars"),
         (
             "data: {path: d, backend: stream, stream_urls: a.tar}\naugment: {cutmix: 1}",
             "augment.mixup: needs data.backend: indexed",

@@ -64,7 +64,7 @@ def test_webdatasets_own_shards_where_they_lie(tmp_path):
     after = files_of(tmp_path / "s")
     assert after.keys() - before.keys() == {"dataset.json", "index/train.npy"}
     assert before.items() <= after.items()
-    assert "next: rtl-dist train --config configs/transfer.yaml" in str(report).splitlines()[-1]
+    assert "next: the same command with --val-fraction 0.2" in str(report).splitlines()[-1]
 
 
 def test_the_whole_of_webdataset_yields_the_same_keys_in_the_same_order(tmp_path):

@@ -1,9 +1,12 @@
 """Bytes behind a URL, from real servers: what heals by itself, and what is said of the rest."""
 
+import base64
+import http.server
 import logging
 import multiprocessing
 import subprocess
 import sys
+import threading
 import time
 
 import fsspec
@@ -239,7 +242,7 @@ def test_a_process_that_ends_while_it_reads_ends_quietly(server, url):
         "import logging, sys, threading, time; logging.basicConfig(level='INFO')\n"
         "from rtl_dist.data.remote import read_chunks\n"
         f"read = lambda: list(read_chunks({url!r}, 0, {len(CONTENT)}))\n"
-        "threading.Thread(target=read, daemon=True).start(); time.sleep(1)"
+        "threading.Thread(target=read, daemon=True).start(); time.sleep(5)"
     )
     begun = time.monotonic()
     done = subprocess.run(
@@ -248,3 +251,32 @@ def test_a_process_that_ends_while_it_reads_ends_quietly(server, url):
     assert done.stdout + done.stderr == ""
     assert server.sent[NAME]
     assert time.monotonic() - begun < 10
+
+
+def test_credentials_come_from_netrc(tmp_path, monkeypatch):
+    """Where curl finds them too; aiohttp would not look by itself."""
+
+    class Guarded(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            said = self.headers.get("Authorization", "")
+            allowed = said == "Basic " + base64.b64encode(b"bob:sEcret1").decode()
+            self.send_response(200 if allowed else 401)
+            self.send_header("Content-Length", "2" if allowed else "0")
+            self.end_headers()
+            self.wfile.write(b"ok" if allowed else b"")
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Guarded) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/a"
+        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+        with pytest.raises(ShardError, match="check the credentials"):
+            read_url(url)
+        (tmp_path / "netrc").write_text("machine 127.0.0.1 login bob password sEcret1\n")
+        (tmp_path / "netrc").chmod(0o600)
+        remote._SYSTEMS.clear()
+        fsspec.filesystem("http").clear_instance_cache()
+        assert read_url(url) == b"ok"
+        server.shutdown()

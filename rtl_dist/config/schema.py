@@ -108,7 +108,8 @@ class Data:
         )
         _check(
             (self.backend == "stream") == (self.stream_urls is not None),
-            "stream_urls: goes with backend: stream, and that with it",
+            "stream_urls: names the tars (a brace pattern) for backend: stream; give both, or"
+            " neither",
         )
 
 

@@ -87,8 +87,8 @@ class Dataset:
         if name not in splits:
             raise DataError(
                 f"{self.place.path_of(DESCRIPTION)} has no split {name!r}; it has:"
-                f" {', '.join(splits)}. Name one of these, or pack again (--val-fraction 0.2 makes"
-                " a val of train)"
+                f" {', '.join(splits)}. Name one of these, or pack or index again"
+                " (--val-fraction 0.2 makes a val of train)"
             )
         entry = splits[name]
         self._check_entry(name, entry)

@@ -70,15 +70,26 @@ class IndexReport:
         if len(self.left_out) > _LEFT_OUT_SHOWN:
             more = len(self.left_out) - _LEFT_OUT_SHOWN
             lines.append(f"left out: {more:,} more, all in {self.out / 'left_out.csv'}")
-        if "val" not in self.num_samples:
-            lines.append("no val split to choose the best weights by: see --val-fraction")
+        if len(self.left_out) > sum(self.num_samples.values()):
+            lines.append("MOST SAMPLES WERE LEFT OUT: look at the reasons above")
+        if all(name.isdecimal() for name in self.classes):
+            lines.append("classes are numbers here: --classes A,B,... names them")
+        following = (
+            f"rtl-dist train --config configs/transfer.yaml data.path={self.out}"
+            f" run.dir=runs/{self.out.resolve().name}"
+        )
+        if TRAIN not in self.num_samples:
+            following = "index it with train shards, train=... val=..., to train on it"
+        elif VAL not in self.num_samples:
+            following = (
+                "the same command with --val-fraction 0.2 --overwrite: training needs a val split"
+            )
         counts = ", ".join(f"{name} {count:,}" for name, count in self.num_samples.items())
         without = f" ({len(self.left_out):,} left out)" if self.left_out else ""
         lines.append(
             f"indexed {len(self.classes):,} classes, {counts} images{without} of"
-            f" {self.num_shards:,} shards into {self.out} in {self.seconds:.0f} s; next: rtl-dist"
-            f" train --config configs/transfer.yaml data.path={self.out}"
-            f" run.dir=runs/{self.out.resolve().name}"
+            f" {self.num_shards:,} shards into {self.out} in {self.seconds:.0f} s; next:"
+            f" {following}"
         )
         # a tar's names need not be UTF-8, a terminal's lines must be
         return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
@@ -140,10 +151,10 @@ def index(
     check_something_left(inputs, scans, splits)
     found = label_samples(scans, names)
     sample_splits = split_samples(inputs, scans, found.labels, found.task, val_fraction)
-    if not allow_missing_classes:
-        _check_classes(found, sample_splits)
-
     by_split = left_out_samples(inputs, scans)
+    if not allow_missing_classes:
+        _check_classes(found, sample_splits, [one for split in splits for one in by_split[split]])
+
     entries: dict[str, dict[str, Any]] = {}
     files: dict[str, bytes] = {}
     for split in SPLIT_ORDER:
@@ -267,9 +278,18 @@ def _num_workers(asked: int | None, shards: int, num_bytes: int, remote: bool) -
     return min(available, shards)
 
 
-def _check_classes(found: Labelling, sample_splits: list[list[str]]) -> None:
+def _check_classes(
+    found: Labelling, sample_splits: list[list[str]], left_out: list[LeftOutSample]
+) -> None:
+    """Raises DataError: a split has no sample of some class, perhaps because they were left out."""
     counts: dict[str, Counter[int]] = {}
     for labels, splits in zip(found.labels, sample_splits, strict=True):
         for its, split in zip(labels, splits, strict=True):
             counts.setdefault(split, Counter()).update(its)
-    check_classes_in_splits(found.classes, {s: counts[s] for s in SPLIT_ORDER if s in counts})
+    why = ""
+    if left_out:
+        why = (
+            f" that can be used; {len(left_out):,} samples were left out, such as"
+            f" {left_out[0].key} ({left_out[0].reason})"
+        )
+    check_classes_in_splits(found.classes, {s: counts[s] for s in SPLIT_ORDER if s in counts}, why)

@@ -23,9 +23,14 @@ _SMALLEST_CHUNK = 1 << 20
 _ATTEMPTS = 8  # in a row without progress
 _FIRST_WAIT_S = 0.5  # doubled each time, so that all waits together are one to two minutes
 _TIMEOUT_S = 60  # for one range; a server that says nothing is asked again
+_FIRST_ATTEMPTS = 5  # of the first contact: a mistyped host must not take minutes to be told
 _AT_ONCE = 32
+_SILENCE_S = 20
+_said_at: list[float] = [-_SILENCE_S]
 _NO_SUCH_RANGE = 416
-_EXTRAS = "pip install 'rtl_dist[remote]'"
+_EXTRAS = (
+    "install the extra: pip install 'rtl_dist[remote]' (in a checkout: pip install -e '.[remote]')"
+)
 # Whatever was opened stays. A forked process would else collect its parent's connections, and
 # closing them there takes them out of the parent's event loop (they share its epoll), which then
 # waits on them in vain.
@@ -40,7 +45,9 @@ def read_url(url: str) -> bytes:
         RemoteError: the place cannot be reached.
     """
     system, path = _system_of(url)
-    content: bytes = _retried(lambda: _call(system, system.cat_file, path), url)
+    content: bytes = _retried(
+        lambda: _call(system, system.cat_file, path), url, min(_ATTEMPTS, _FIRST_ATTEMPTS)
+    )
     return content
 
 
@@ -162,7 +169,9 @@ def _system_of(url: str) -> tuple[Any, str]:
     import fsspec
 
     try:
-        system, path = fsspec.core.url_to_fs(url)
+        # as curl does: .netrc and proxies by what the environment says
+        http = {"client_kwargs": {"trust_env": True}} if url.startswith("http") else {}
+        system, path = fsspec.core.url_to_fs(url, **http)
     except ImportError as error:
         raise UserError(f"cannot read {url}: {error}; {_EXTRAS}") from error
     except ValueError as error:
@@ -177,9 +186,10 @@ def _call(system: Any, method: Callable[..., Any], *args: Any, **kwargs: Any) ->
     return method(*args, **kwargs)
 
 
-def _retried(action: Callable[[], T], url: str) -> T:
+def _retried(action: Callable[[], T], url: str, attempts: int | None = None) -> T:
     wait = _FIRST_WAIT_S
-    for attempt in range(1, _ATTEMPTS + 1):
+    attempts = attempts or _ATTEMPTS
+    for attempt in range(1, attempts + 1):
         try:
             return action()
         except RtlDistError:
@@ -192,16 +202,24 @@ def _retried(action: Callable[[], T], url: str) -> T:
                 raise ShardError(
                     f"{url} may not be read: {_reason(error)}; check the credentials"
                 ) from error
-            if attempt == _ATTEMPTS:
+            if attempt == attempts:
                 raise RemoteError(
-                    f"cannot read {url}: {_reason(error)} ({_ATTEMPTS} attempts); check the"
-                    " network, then start the same command again"
+                    f"cannot read {url}: {_reason(error)} ({attempts} attempts); check the URL"
+                    " and the network, then start the same command again"
                 ) from error
             if attempt > 1:  # once is nothing
-                LOG.info("%s: %s; trying again in %.1f s", url, _reason(error), wait)
+                _say_seldom(f"{url}: {_reason(error)}; trying again for some minutes")
             time.sleep(wait * random.uniform(1, 2))  # many workers must not come back together
             wait *= 2
     raise AssertionError("unreachable")
+
+
+def _say_seldom(text: str) -> None:
+    """Many shards wait for the same server: one line for all of them."""
+    now = time.monotonic()
+    if now - _said_at[0] > _SILENCE_S:
+        _said_at[0] = now
+        LOG.info("%s", text)
 
 
 def _is_missing(error: BaseException, url: str) -> bool:

@@ -153,6 +153,7 @@ def _check_beginning(file: BinaryIO, end: int) -> None:
         if block.startswith(magic):
             raise DataError(
                 f"is compressed ({what}): decompress it, or train on it with data.backend=stream"
+                " data.stream_urls=PATTERN"
             )
     if any(block):
         try:

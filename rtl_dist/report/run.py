@@ -138,6 +138,13 @@ def _add_notes(page: Page, history: History, results: dict[str, Any]) -> None:
     if history.unreadable:
         lines = ", ".join(map(str, history.unreadable[:10]))
         page.paragraph(f"Lines of metrics.jsonl that could not be read: {lines}.")
+    bad = _dict(results, "bad_samples")
+    if bad.get("count"):
+        names = bad.get("names")
+        shown = "; ".join(map(str, names[:5])) if isinstance(names, list) else ""
+        page.paragraph(
+            f"{bad['count']} damaged samples were replaced by others: {shown}. See rtl-dist verify."
+        )
     if results.get("frozen_ok") is False:
         page.paragraph("A frozen part of the model moved: do not trust this run.")
 

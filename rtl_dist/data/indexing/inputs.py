@@ -46,7 +46,7 @@ def find_shards(inputs: Sequence[str]) -> list[InputShard]:
     if compressed:
         raise DataError(
             f"compressed tars cannot be indexed: {shorten(compressed)}; decompress them, or train"
-            " on them with data.backend=stream"
+            " on them with data.backend=stream data.stream_urls=PATTERN"
         )
     seen: dict[str, str] = {}
     for shard in shards:
@@ -76,7 +76,7 @@ def _shards_of(text: str) -> list[InputShard]:
     if pattern.startswith("pipe:"):
         raise UserError(
             f"{text}: commands are never run; give a path or a URL, or train on it with"
-            " data.backend=stream"
+            " data.backend=stream data.stream_urls=PATTERN"
         )
     found = []
     for location in _expanded(pattern):
@@ -128,6 +128,8 @@ def _expanded(pattern: str) -> list[str]:
 def _check_url(url: str) -> None:
     if url.endswith("/"):
         raise UserError(f"{url} is a folder: name its shards, as in {url}train-{{000..099}}.tar")
+    if "*" in url:
+        raise UserError(f"{url}: behind a URL, name shards by braces, as in train-{{000..099}}.tar")
     if reason := secret_in(url):
         raise UserError(reason)
 

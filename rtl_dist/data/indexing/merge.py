@@ -44,11 +44,11 @@ def check_scans(scans: Sequence[ShardScan]) -> None:
     """Raises DataError: shards are damaged, all are named. UserError: a choice is needed."""
     damaged = [scan.damage for scan in scans if scan.damage]
     if len(damaged) == 1:
-        raise DataError(f"{damaged[0]}; mend or replace it, then index again")
+        raise DataError(f"{damaged[0]}; correct its name or the file, then index again")
     if damaged:
         lines = "\n".join(f"  {line}" for line in damaged)
         raise DataError(
-            f"{len(damaged)} of {len(scans)} shards cannot be used; mend or replace them, then"
+            f"{len(damaged)} of {len(scans)} shards cannot be used; correct them, then"
             f" index again:\n{lines}"
         )
     for scan in scans:

@@ -34,7 +34,8 @@ class Verification:
         where = self.dataset.where
         if self.damage.total:
             raise DataError(
-                f"{where} is damaged ({self.damage.total:,} findings, named above): restore the"
+                f"{where} is damaged ({self.damage.total:,} findings; the summary names"
+                " some, verify.json all): restore the"
                 " files from a copy, or make the data set again"
             )
         across, conflicts = self.duplicates.across, self.duplicates.conflicts
