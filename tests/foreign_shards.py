@@ -59,7 +59,7 @@ def by_index(dataset: Dataset, split: str = "train") -> list[tuple[str, bytes, A
         row = part.index[i]
         shard = int(row["shard"])
         if shard not in places:
-            places[shard] = member_names(dataset.root / part.shards[shard].path)
+            places[shard] = member_names(Path(dataset.where) / part.shards[shard].path)
         name = places[shard][int(row["offset"])]
         folder, _, base = name.rpartition("/")
         key = (f"{folder}/" if folder else "") + base.split(".")[0]

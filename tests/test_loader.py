@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ def train(dataset):
 @pytest.fixture
 def damaged(dataset, tmp_path):
     """A copy of the data set that a test may damage."""
-    shutil.copytree(dataset.root, tmp_path / "copy")
+    shutil.copytree(Path(dataset.where), tmp_path / "copy")
     return open_dataset(tmp_path / "copy")
 
 
@@ -353,7 +354,7 @@ def test_damaged_samples_cannot_be_evaluated(damaged, damage):
 def test_a_shard_of_another_size_is_found_before_it_is_read(damaged, change, message):
     split = damaged.split("train")
     shard = split.shards[1].path
-    change(damaged.root / shard)
+    change(Path(damaged.where) / shard)
     with pytest.raises(DataError, match=f"{shard}.*{message}"):
         check_split(damaged, split)
     check_split(damaged, damaged.split("val"))  # its shards are whole
@@ -363,7 +364,7 @@ def test_a_shard_of_another_size_is_found_before_it_is_read(damaged, change, mes
 def test_a_shard_lost_after_opening_is_named(damaged, workers):
     split = damaged.split("train")
     for shard in split.shards:
-        (damaged.root / shard.path).unlink()
+        (Path(damaged.where) / shard.path).unlink()
     with pytest.raises(DataError, match=r"(?s)cannot read .*\.tar"):
         read(microbatches(split), [0], workers)
 
@@ -371,7 +372,7 @@ def test_a_shard_lost_after_opening_is_named(damaged, workers):
 def test_a_shard_cut_after_opening_is_named(damaged):
     split = damaged.split("train")
     last = int(np.argmax(split.index["offset"]))
-    path = damaged.root / split.shards[split.index[last]["shard"]].path
+    path = Path(damaged.where) / split.shards[split.index[last]["shard"]].path
     os.truncate(path, int(split.index[last]["offset"]) + 3)
     with pytest.raises(DataError, match=f"sample {last} .* is cut short"):
         SampleReader(split).read(last)
@@ -379,7 +380,7 @@ def test_a_shard_cut_after_opening_is_named(damaged):
 
 @pytest.mark.parametrize("change", ["shorter", "other dtype", "text", "gone"])
 def test_an_index_that_does_not_fit_is_refused(damaged, change):
-    path = damaged.root / "index" / "train.npy"
+    path = Path(damaged.where) / "index" / "train.npy"
     index = np.load(path)
     if change == "shorter":
         np.save(path, index[:-1])
@@ -395,7 +396,7 @@ def test_an_index_that_does_not_fit_is_refused(damaged, change):
 
 def test_a_pickled_index_is_not_unpickled(damaged, tmp_path):
     canary = tmp_path / "canary"
-    path = damaged.root / "index" / "train.npy"
+    path = Path(damaged.where) / "index" / "train.npy"
     np.save(path, np.array([Canary(canary)] * NUM, dtype=object), allow_pickle=True)
     with pytest.raises(DataError, match="cannot read the index"):
         damaged.split("train")

@@ -28,6 +28,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(remote, "_FIRST_WAIT_S", 0.001)
     monkeypatch.setattr(remote, "_CHUNK", 16_000)
     monkeypatch.setattr(remote, "_SMALLEST_CHUNK", 1_000)
+    monkeypatch.setattr(remote, "_said_at", [-remote._SILENCE_S])
 
 
 @pytest.fixture

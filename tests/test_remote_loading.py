@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,14 +37,14 @@ def local(tmp_path_factory):
 
 @pytest.fixture
 def server(local):
-    with serving(local.root) as server:
+    with serving(Path(local.where)) as server:
         yield server
 
 
 @pytest.fixture
 def copy(local, tmp_path):
     """A server of a copy of the data that a test may damage."""
-    shutil.copytree(local.root, tmp_path / "copy")
+    shutil.copytree(Path(local.where), tmp_path / "copy")
     with serving(tmp_path / "copy") as server:
         yield server
 

@@ -64,11 +64,6 @@ class Dataset:
         return self.place.where
 
     @property
-    def root(self) -> Path:
-        """The folder of a local data set."""
-        return Path(self.where)
-
-    @property
     def num_classes(self) -> int:
         return len(self.classes)
 
