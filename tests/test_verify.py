@@ -11,6 +11,7 @@ import sys
 import tarfile
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ COUNTS = {"train/ants": 9, "train/bees": 8, "val/ants": 3, "val/bees": 3}
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory):
     """A sound data set without any duplicate: PNGs, because those can be damaged worst."""
-    return packed(tmp_path_factory.mktemp("clean"), COUNTS, kind="PNG").root
+    return Path(packed(tmp_path_factory.mktemp("clean"), COUNTS, kind="PNG").where)
 
 
 @pytest.fixture
@@ -446,7 +447,7 @@ def test_odd_sizes_are_told(tmp_path):
 
 def test_unequal_classes_are_told_with_the_cure(tmp_path):
     counts = {"train/a": 12, "train/b": 2, "train/c": 2, "val/a": 1, "val/b": 9, "val/c": 0}
-    found = verify(str(packed(tmp_path, counts).root), workers=1)
+    found = verify(packed(tmp_path, counts).where, workers=1)
     told = summary_of(found)
     assert "1 classes have no sample in val (c): they are not measured" in told
     assert "6.0 times the samples of the smallest; optim.class_weights=balanced" in told
