@@ -56,6 +56,11 @@ def save_tensors(
     path.chmod(0o666 & ~mask)  # safetensors makes files that only their owner can read
 
 
+def user_cache_folder() -> Path:
+    """Where what can be had again is kept between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rtl_dist"
+
+
 def flush_to_disk(path: Path) -> None:
     """fsync of a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -44,9 +44,15 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, output
 
 
-def start_ranks(arguments: list[str], world_size: int) -> list[subprocess.Popen[str]]:
+def start_ranks(
+    arguments: list[str], world_size: int, *, program: tuple[str, ...] = (SCRIPT,)
+) -> list[subprocess.Popen[str]]:
     """One process a rank, told what torchrun would tell them, without a launcher between that
-    would hide their exit codes."""
+    would hide their exit codes.
+
+    Args:
+        program: what Python runs with the arguments: a script, or ``-c`` and some code.
+    """
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -54,7 +60,7 @@ def start_ranks(arguments: list[str], world_size: int) -> list[subprocess.Popen[
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
         start(
-            [sys.executable, SCRIPT, *arguments],
+            [sys.executable, *program, *arguments],
             environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared),
         )
         for rank in range(world_size)

@@ -27,10 +27,11 @@ from rtl_dist.data.augment import EvalTransform, TrainTransform
 from rtl_dist.data.dataset import check_split, open_dataset
 from rtl_dist.data.decode import claimed_pixels, decode
 from rtl_dist.data.index import index
-from rtl_dist.data.loader import available_cpus, make_loader, resolve_workers
+from rtl_dist.data.loader import make_loader, resolve_workers
 from rtl_dist.data.microbatches import SplitMicrobatches, TrainingMicrobatches, microbatch_positions
 from rtl_dist.data.order import Order
 from rtl_dist.data.pack import pack
+from rtl_dist.data.processes import available_cpus
 from rtl_dist.data.split import SampleReader
 from rtl_dist.errors import DataError, WorkerError
 from rtl_dist.evaluation import predict_split

@@ -1,19 +1,14 @@
 """Whole runs on remote data: the same as on local data, and clear about what they cannot have."""
 
-import contextlib
 import gc
 import json
-import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import boto3
 import pytest
+from launched_runs import TIMEOUT_S, finish, start_ranks
 from moto.server import ThreadedMotoServer
 from remote_helpers import no_double_downloads, serving
 from tiny_runs import make_dataset, tiny_config, write_config
@@ -23,7 +18,13 @@ from rtl_dist.data import remote
 from rtl_dist.data.dataset import open_dataset
 from rtl_dist.report import run as report
 
-TIMEOUT_S = 120
+# What each rank runs: the command, but as ``impatient`` here.
+IMPATIENT = (
+    "-c",
+    "import sys; from rtl_dist.data import remote; remote._FIRST_WAIT_S = 0.01\n"
+    "from rtl_dist.report import run; run.draw_run = lambda run: None\n"
+    "from rtl_dist.train import main; sys.exit(main())",
+)
 ALL = {"name": "all", "steps": 6, "trainable": "all", "lr": 1e-2, "batchnorm": "train"}
 STAGES = [{"name": "head", "steps": 3, "trainable": "head", "lr": 1e-2, "views": 2}, ALL]
 NOISE = (
@@ -151,7 +152,7 @@ def test_a_bad_line_changes_nothing_but_the_time(local, server, tmp_path):
 
 def test_two_processes_share_one_cache(local, server, tmp_path):
     config = config_of(tmp_path, server.url, data__workers=1)
-    for code, output in map(finish, start_ranks(config)):
+    for code, output in map(finish, start_ranks(["--config", config], 2, program=IMPATIENT)):
         assert code == 0, output
         assert not noise_in(output), output
     assert outcome(tmp_path / "run")[0] == local["full"][0]
@@ -232,7 +233,8 @@ WINDOW_1 = {"data__shuffle": "window", "data__window": 1, "stages": [ALL]}
 
 def test_a_server_that_goes_ends_every_rank_with_one_line(dataset, server, tmp_path):
     hold_later_shards(server, dataset)
-    ranks = start_ranks(config_of(tmp_path, server.url, data__workers=1, **WINDOW_1))
+    config = config_of(tmp_path, server.url, data__workers=1, **WINDOW_1)
+    ranks = start_ranks(["--config", config], 2, program=IMPATIENT)
     wait_for(lambda: server.fired["hold"])
     server.stop()
     begun = time.monotonic()
@@ -251,51 +253,12 @@ def test_a_run_that_ends_does_not_wait_for_what_it_no_longer_needs(dataset, serv
     config = config_of(tmp_path, server.url, data__test=None, **WINDOW_1 | {"stages": stages})
     hold_later_shards(server, dataset)
     begun = time.monotonic()
-    (process,) = start_ranks(config, 1)
+    (process,) = start_ranks(["--config", config], 1, program=IMPATIENT)
     code, output = finish(process)
     assert code == 0, output
     assert server.fired["hold"]
     assert time.monotonic() - begun < 50  # what is held is held for 60
     assert not noise_in(output), output
-
-
-def start_ranks(config, world_size=2):
-    """One process a rank, told what torchrun would tell them."""
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    code = (
-        "import sys; from rtl_dist.data import remote; remote._FIRST_WAIT_S = 0.01\n"
-        "from rtl_dist.report import run; run.draw_run = lambda run: None\n"
-        f"from rtl_dist.train import main; sys.exit(main(['--config', {config!r}]))"
-    )
-    shared = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [
-        start(sys.executable, "-c", code, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
-        for rank in range(world_size)
-    ]
-
-
-def start(*command, **env):
-    return subprocess.Popen(
-        command,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": os.devnull} | env,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-
-
-def finish(process):
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"still running after {TIMEOUT_S} s:\n{output}")
-    return process.returncode, output
 
 
 def wait_for(condition):

@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 from rtl_dist.config import Augment
 from rtl_dist.data.decode import MAX_PIXELS, decode
-from rtl_dist.data.order import derive_key, mix64
+from rtl_dist.data.order import derive_key, derive_keys, mix64
 from rtl_dist.data.region import decode_region, region_size
 from rtl_dist.data.tiny import TinyView, is_tiny
 from rtl_dist.errors import DataError
@@ -28,8 +28,6 @@ class Transform(Protocol):
     channels: int
 
     def __call__(self, content: bytes, key: int) -> torch.Tensor: ...
-
-    def tiny(self, content: bytes, key: int) -> TinyView | None: ...
 
 
 class TrainTransform:
@@ -114,7 +112,7 @@ class EvalTransform:
     antialiased), centre crop."""
 
     def __init__(self, *, image_size: int, crop_pct: float, channels: int) -> None:
-        self.image_size, self.channels = image_size, channels
+        self.image_size, self.channels, self.crop_pct = image_size, channels, crop_pct
         self._short_side = math.floor(image_size / crop_pct)
         resize = v2.Resize(self._short_side, antialias=True)
         self._transform = v2.Compose([resize, v2.CenterCrop(image_size)])
@@ -135,9 +133,6 @@ class EvalTransform:
             )
         view: torch.Tensor = self._transform(image)
         return view
-
-    def tiny(self, content: bytes, key: int) -> None:
-        """An evaluation resizes in the workers."""
 
 
 class _RandomCrop:
@@ -192,10 +187,7 @@ def augmentation_keys(
         int64 (n,), not negative.
     """
     cycle = epochs if views is None else epochs % views
-    keys = np.empty(len(samples), dtype=np.uint64)
-    for view in np.unique(cycle):
-        chosen = cycle == view
-        base = np.uint64(derive_key(seed, _AUGMENT_STREAM, int(view)))
-        numbers = samples[chosen].astype(np.uint64) + np.uint64(1)
-        keys[chosen] = mix64(base ^ mix64(numbers * np.uint64(0x9E3779B97F4A7C15)))
+    bases = derive_keys(derive_key(seed, _AUGMENT_STREAM), cycle)
+    numbers = samples.astype(np.uint64) + np.uint64(1)
+    keys = mix64(bases ^ mix64(numbers * np.uint64(0x9E3779B97F4A7C15)))
     return (keys >> np.uint64(1)).astype(np.int64)

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from rtl_dist.data.remote import read_chunks
 from rtl_dist.errors import DataError, RemoteError, RtlDistError, ShardError, UserError
-from rtl_dist.files import flush_to_disk
+from rtl_dist.files import flush_to_disk, user_cache_folder
 
 _PART, _FAILED = ".part", ".failed"
 _LOCK = "room.lock"
@@ -65,7 +65,7 @@ class Cache:
     """
 
     def __init__(self, folder: str | None = None, gigabytes: float | None = None) -> None:
-        self.folder = _default_folder() if folder is None else Path(folder)
+        self.folder = user_cache_folder() if folder is None else Path(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / _LOCK).touch()
@@ -258,10 +258,6 @@ class _Entry:
     path: Path
     bytes: int
     used_at: int
-
-
-def _default_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rtl_dist"
 
 
 def _download(part: int, file: RemoteFile) -> bool:

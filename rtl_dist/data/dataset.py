@@ -29,6 +29,7 @@ from rtl_dist.urls import is_url, secret_in
 
 FORMAT = "rtl_dist/1"
 DESCRIPTION = "dataset.json"
+PACKER_KEY, INDEXER_KEY = "packer", "indexer"  # in it: which command made it, and its settings
 INDEX_FOLDER = "index"
 SINGLE_LABEL = "single_label"
 MULTI_LABEL = "multi_label"
@@ -71,6 +72,16 @@ class Dataset:
     def split_names(self) -> tuple[str, ...]:
         return tuple(self.description["splits"])
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether ``pack`` made the shards, not somebody else."""
+        return INDEXER_KEY not in self.description
+
+    def shard_files(self, shards: Shards) -> ShardFiles:
+        """These shards' files, with a cache if any of them is remote."""
+        has_remote = self.place.is_remote or shards.has_urls()
+        return ShardFiles(self.where, shards, self.place.cache if has_remote else None)
+
     def split(self, name: str) -> Split:
         """Opens a split, at a cost that does not grow with its samples; ``check_split`` looks at
         its files.
@@ -103,16 +114,15 @@ class Dataset:
                     f" expected uint8 {expected}; pack {self.where} again"
                 )
         shards = Shards(entry["shards"])
-        has_remote = self.place.is_remote or any(is_url(s["path"]) for s in entry["shards"])
         return Split(
             name=name,
             dataset=self.place,
             shards=shards,
-            files=ShardFiles(self.where, shards, self.place.cache if has_remote else None),
+            files=self.shard_files(shards),
             class_counts=tuple(entry["class_counts"]),
             index=index,
             label_matrix=label_matrix,
-            are_ours="indexer" not in self.description,
+            are_ours=self.is_ours,
         )
 
     def index_path(self, name: str, sha256: str | None) -> Path:

@@ -10,6 +10,7 @@ import torch
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
+from rtl_dist.data.png_check import SIGNATURE
 from rtl_dist.errors import DataError, WorkerError
 
 # A decoded image may hold at most this many pixels: a "decompression bomb" of a few kilobytes can
@@ -17,7 +18,6 @@ from rtl_dist.errors import DataError, WorkerError
 MAX_PIXELS = 178_956_970
 
 _DEPRECATION = "The image decoding and encoding capabilities of TorchVision are deprecated"
-_PNG = b"\x89PNG\r\n\x1a\n"
 _MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}
 
 
@@ -58,7 +58,7 @@ def decode(content: bytes, channels: int) -> torch.Tensor:
 def claimed_pixels(content: bytes) -> int:
     """Width times height as a JPEG's or PNG's header gives them; 0 where there is none that a
     decoder would believe. A WebP cannot claim more than 2^28, which its decoder bounds itself."""
-    if content.startswith(_PNG):
+    if content.startswith(SIGNATURE):
         width, height = struct.unpack(">II", content[16:24].ljust(8, b"\0"))
         return int(width * height)
     if not content.startswith(b"\xff\xd8"):

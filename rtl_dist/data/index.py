@@ -37,7 +37,7 @@ from rtl_dist.data.indexing.publish import check_place, describe_split, descript
 from rtl_dist.data.indexing.samples import IMAGE_KINDS
 from rtl_dist.data.indexing.scan import Chosen, ShardJob, ShardScan, scan_shard
 from rtl_dist.data.packing.plan import PackOptions
-from rtl_dist.data.processes import map_in_order
+from rtl_dist.data.processes import map_in_order, num_workers
 from rtl_dist.data.sources.items import SPLIT_ORDER, TRAIN, VAL, check_classes_in_splits
 from rtl_dist.errors import RtlDistError, UserError
 from rtl_dist.urls import is_url
@@ -231,6 +231,7 @@ def _scan(
 ) -> list[ShardScan]:
     local = [shard.location for shard in inputs if not is_url(shard.location)]
     num_bytes = sum(os.path.getsize(location) for location in local)
+    all_local = len(local) == len(inputs)
     scans: list[ShardScan] = []
 
     def jobs(folder: Path) -> Iterator[ShardJob]:
@@ -245,13 +246,14 @@ def _scan(
         tempfile.TemporaryDirectory(prefix="rtl-dist-index-") as folder,
         tqdm(
             desc=f"indexing {name}",
-            total=num_bytes if len(local) == len(inputs) else None,
+            total=num_bytes if all_local else None,
             unit="B",
             unit_scale=True,
             disable=None if show_progress else True,  # None: quiet when stderr is no terminal
         ) as bar,
     ):
-        count = _num_workers(workers, len(inputs), num_bytes, len(local) < len(inputs))
+        alone = all_local and num_bytes < _ALONE_BELOW_BYTES
+        count = num_workers(workers, len(inputs), alone=alone)
         try:
             with closing(map_in_order(scan_shard, jobs(Path(folder)), count, bar.update)) as found:
                 for scan in found:
@@ -262,20 +264,6 @@ def _scan(
                 " again with fewer --workers"
             ) from error
     return scans
-
-
-def _num_workers(asked: int | None, shards: int, num_bytes: int, remote: bool) -> int:
-    """How many processes to read with; 1 means in this process."""
-    if asked is not None:
-        return min(asked, shards)
-    if num_bytes < _ALONE_BELOW_BYTES and not remote:
-        return 1
-    try:
-        # the affinity mask, because the count of CPUs lies under SLURM and cgroups
-        available = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on this operating system
-        available = os.cpu_count() or 1
-    return min(available, shards)
 
 
 def _check_classes(

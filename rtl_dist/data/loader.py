@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import math
 import multiprocessing
-import os
 import re
 import signal
 import sys
@@ -17,6 +16,7 @@ from typing import Literal, TypeVar
 import torch
 from torch.utils.data import DataLoader
 
+from rtl_dist.data.processes import available_cpus
 from rtl_dist.data.ring import Batch, Microbatches, Reply, Requests, Ring, as_it_is
 from rtl_dist.errors import RtlDistError, WorkerError
 
@@ -117,17 +117,10 @@ class WorkerBatches(Iterable[T]):
 
 
 def resolve_workers(workers: Literal["auto"] | int, *, local_world_size: int) -> int:
-    """auto: the CPUs this process may use (affinity, not ``os.cpu_count``, which ignores SLURM and
-    cgroups) shared by the ranks of this machine."""
+    """auto: the CPUs this process may use, shared by the ranks of this machine."""
     if workers != "auto":
         return workers
     return max(1, min(16, available_cpus() // local_world_size))
-
-
-def available_cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _from_workers(batches: Iterator[T]) -> Iterator[T]:

@@ -7,13 +7,14 @@ makes the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset as TorchDataset
 
-from rtl_dist.data.augment import Transform, augmentation_keys
-from rtl_dist.data.order import Order, mix64
+from rtl_dist.data.augment import TrainTransform, Transform, augmentation_keys
+from rtl_dist.data.order import TrainingStream, mix64
 from rtl_dist.data.prefetch import Prefetcher
 from rtl_dist.data.ring import Batch
 from rtl_dist.data.split import SampleReader, Split
@@ -31,9 +32,9 @@ class TrainingMicrobatches(TorchDataset[Batch]):
     def __init__(
         self,
         split: Split,
-        transform: Transform,
+        transform: TrainTransform,
         *,
-        order: Order,
+        order: TrainingStream,
         size: int,
         views: int | None,
     ) -> None:
@@ -46,24 +47,20 @@ class TrainingMicrobatches(TorchDataset[Batch]):
 
     def fill(self, position: int, out: torch.Tensor) -> Batch:
         """See ``Microbatches``."""
-
-        def put(i: int, content: bytes, key: int) -> None:
-            out[i] = self._transform(content, key)
-
-        return self._read(position, put)._replace(inputs=out)
+        return self._read(position, _putting(self._transform, out))._replace(inputs=out)
 
     def fill_tiny(self, position: int, out: torch.Tensor) -> tuple[Batch, TinyBatch] | None:
         """See ``Microbatches``."""
         views: dict[int, TinyView] = {}
 
-        def put(i: int, content: bytes, key: int) -> None:
+        def tiny_view(content: bytes, key: int) -> TinyView:
             view = self._transform.tiny(content, key)
             if view is None:
                 raise _NotTinyError
-            views[i] = view
+            return view
 
         try:
-            batch = self._read(position, put)
+            batch = self._read(position, _putting(tiny_view, views))
         except _NotTinyError:
             return None
         return batch, gather_tiny([views[i] for i in range(self._size)], out)
@@ -71,7 +68,6 @@ class TrainingMicrobatches(TorchDataset[Batch]):
     def _read(self, position: int, put: Put) -> Batch:
         samples, epochs = self._order.samples_at(position, self._size)
         keys = augmentation_keys(samples, epochs, seed=self._order.seed, views=self._views)
-        self._images.fetch(self._order.shards_of(samples))
         batch = self._images.read(samples, keys, put, substitute=True)
         self._images.prefetch(position + self._size, self._order.shards_ahead)
         return batch
@@ -95,7 +91,6 @@ class SplitMicrobatches(TorchDataset[Batch]):
     ) -> None:
         self._images, self._transform = _Images(split), transform
         self._split, self._size, self._seed, self._view = split, size, seed, view
-        self._order = split.order(seed, window=None)
         self.shape = (size, transform.channels, transform.image_size, transform.image_size)
 
     def __getitem__(self, first: int) -> Batch:
@@ -113,11 +108,7 @@ class SplitMicrobatches(TorchDataset[Batch]):
             epochs = np.full_like(samples, self._view)
             keys = augmentation_keys(samples, epochs, seed=self._seed, views=None)
         out[:] = 0  # what cannot be read is left black
-
-        def put(i: int, content: bytes, key: int) -> None:
-            out[i] = self._transform(content, key)
-
-        self._images.fetch(self._order.shards_of(samples))
+        put = _putting(self._transform, out)
         batch = self._images.read(samples, keys, put, substitute=self._view is not None)
         self._images.prefetch(last, self._shards_from)
         return batch._replace(inputs=out[: len(samples)])
@@ -126,12 +117,21 @@ class SplitMicrobatches(TorchDataset[Batch]):
         """The views of a split are enlarged by the workers."""
 
     def _shards_from(self, sample: int) -> Iterator[int]:
-        first = int(self._order.shards_of(np.array([min(sample, self._split.num_samples - 1)]))[0])
+        first = self._split.row(min(sample, self._split.num_samples - 1))[0]
         return iter(range(first, len(self._split.shards)))
 
 
 class _NotTinyError(Exception):
     """An image is too large to travel as it is."""
+
+
+def _putting(view: Callable[[bytes, int], Any], places: torch.Tensor | dict[int, TinyView]) -> Put:
+    """Puts the ``view`` of each image file into its place."""
+
+    def put(i: int, content: bytes, key: int) -> None:
+        places[i] = view(content, key)
+
+    return put
 
 
 class _Images:
@@ -141,11 +141,6 @@ class _Images:
         self._split = split
         self._reader = SampleReader(split)
         self._prefetcher: Prefetcher | None = None
-
-    def fetch(self, shards: np.ndarray) -> None:
-        """Brings remote shards here; does nothing about local ones."""
-        if self._split.files.cache is not None:
-            self._split.files.fetch(np.unique(shards).tolist())
 
     def prefetch(self, position: int, shards_ahead: Callable[[int], Iterator[int]]) -> None:
         """Has remote shards come in the background, in the order in which they will be needed."""
@@ -158,6 +153,9 @@ class _Images:
     def read(self, samples: np.ndarray, keys: np.ndarray, put: Put, *, substitute: bool) -> Batch:
         """A batch whose inputs are for the caller to add: ``put`` decodes each sample's file and
         places it. Without ``substitute`` nothing is put for a damaged sample."""
+        if self._split.files.cache is not None:  # several remote shards come at once
+            shards = {self._split.row(sample)[0] for sample in samples.tolist()}
+            self._split.files.fetch(sorted(shards))
         used, bad = samples.copy(), []
         for i, (sample, key) in enumerate(zip(samples.tolist(), keys.tolist(), strict=True)):
             try:

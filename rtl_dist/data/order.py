@@ -1,6 +1,6 @@
 """Which sample comes at which position of the training stream: a pure function, never a list.
 
-The stream is the concatenation of one permutation an epoch. Position ``p`` is sample
+``Order``'s stream is the concatenation of one permutation an epoch. Position ``p`` is sample
 ``permutation(seed, p // N)(p % N)``; step ``t`` takes positions ``[t * B, (t + 1) * B)``. A
 permutation is a keyed Feistel network over the next even power of two, with cycle walking for
 values outside ``[0, N)`` (Black & Rogaway 2002, "Ciphers with arbitrary finite domains"), so any
@@ -9,6 +9,8 @@ position of any epoch of any number of samples costs the same and the loader's s
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,6 +48,21 @@ def derive_key(*parts: int) -> int:
     return state
 
 
+def derive_keys(key: int, *parts: np.ndarray) -> np.ndarray:
+    """``derive_key`` of the numbers that gave ``key`` and then, elementwise, of ``parts``.
+
+    Args:
+        parts: int64 (n,) each.
+
+    Returns:
+        uint64 (n,).
+    """
+    keys = np.array([key], dtype=np.uint64)
+    for part in parts:
+        keys = mix64((keys ^ part.astype(np.uint64)) + _GOLDEN)
+    return keys
+
+
 def permute(positions: np.ndarray, *, num_samples: int, key: int) -> np.ndarray:
     """The images of ``positions`` under the permutation of ``[0, num_samples)`` that ``key`` names.
 
@@ -67,14 +84,37 @@ def permute(positions: np.ndarray, *, num_samples: int, key: int) -> np.ndarray:
     return result.astype(np.int64)
 
 
-@dataclass(frozen=True, eq=False)
-class Order:
-    """The training stream over a split's shards.
+def permute_each(values: np.ndarray, *, sizes: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """The image of each value under a permutation of its own: of ``[0, size)``, named by its key.
 
-    With ``window`` None each epoch is one permutation of all samples. Otherwise the samples of
-    about 4/3 ``window`` shards are mixed at a time (see ``_Plan``), and 2 ``window`` shards are
-    enough to read on from one such mixture into the next, so a cache may be much smaller than the
-    data. Where the data lies, and what is cached of it, never matters to either.
+    This Feistel network adds within a rectangle that just holds the range (Black & Rogaway's
+    generalised one) instead of a square with a power of two on its side, so hardly any value has to
+    walk: two of these cost no more than one of ``permute``.
+
+    Args:
+        values, sizes: int64 (n,), each value in ``[0, size)``.
+        keys: uint64 (n,).
+
+    Returns:
+        int64 (n,).
+    """
+    limits = sizes.astype(np.uint64)
+    width = np.ceil(np.sqrt(limits)).astype(np.uint64)
+    height = (limits + width - np.uint64(1)) // width
+    rounds = np.arange(1, _ROUNDS + 1, dtype=np.uint64)[:, None]
+    round_keys = mix64(keys + rounds * _GOLDEN)
+    result = values.astype(np.uint64)
+    todo = np.arange(len(result))
+    while todo.size:
+        result[todo] = _add_rounds(result[todo], width[todo], height[todo], round_keys[:, todo])
+        todo = todo[result[todo] >= limits[todo]]
+    return result.astype(np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingStream(ABC):
+    """Which sample is at which position, over a split's shards. Its epochs are as many positions
+    as there are samples.
 
     Args:
         shard_sizes: int64 (num_shards,), samples of each shard, which the index holds in order.
@@ -82,37 +122,34 @@ class Order:
 
     shard_sizes: np.ndarray
     seed: int
-    window: int | None = None
 
     @property
     def num_samples(self) -> int:
         return int(self._first_of_shard[-1])
 
+    @abstractmethod
     def samples_at(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The stream's ``count`` positions from ``first`` on.
 
         Returns:
-            samples and their epochs, each int64 (count,).
+            samples, and how often each came before this position, each int64 (count,).
         """
-        positions = np.arange(first, first + count, dtype=np.int64)
-        epochs, within = np.divmod(positions, self.num_samples)
-        samples = np.empty(count, dtype=np.int64)
-        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-            chosen = epochs == epoch
-            samples[chosen] = self._of_epoch(epoch, within[chosen])
-        return samples, epochs
+
+    @abstractmethod
+    def most_shards_at_once(self) -> int:
+        """How many shards a cache must hold so that none is fetched twice an epoch."""
 
     def shards_of(self, samples: np.ndarray) -> np.ndarray:
         """The shard, int64 (n,), that holds each of ``samples``."""
         return np.searchsorted(self._first_of_shard, samples, side="right") - 1
 
     def shards_ahead(self, position: int) -> Iterator[int]:
-        """Every shard once, in the order in which the stream from ``position`` on needs them;
-        without a window the rarest, which a long look did not meet, last and by number."""
+        """Every shard once, in the order in which the stream from ``position`` on needs them; the
+        rarest, which a long look did not meet, last and by number."""
         seen = self.shard_sizes == 0
         count = min(_LOOKAHEAD, self.num_samples)
         looks = 0
-        while not seen.all() and (self.window is not None or looks < _MOST_LOOKS):
+        while not seen.all() and looks < self._most_looks:
             looks += 1
             shards = self.shards_of(self.samples_at(position, count)[0])
             shards, first_seen = np.unique(shards, return_index=True)
@@ -122,14 +159,47 @@ class Order:
             position = self._next_unseen(position + count, seen)
         yield from np.flatnonzero(~seen).tolist()
 
-    def most_shards_at_once(self) -> int:
-        """How many shards a cache must hold so that none is fetched twice an epoch."""
-        num_shards = len(self.shard_sizes)
-        return num_shards if self.window is None else min(num_shards, 2 * self.window)
-
     @cached_property
     def _first_of_shard(self) -> np.ndarray:
         return np.concatenate([[0], np.cumsum(self.shard_sizes, dtype=np.int64)])
+
+    @property
+    def _most_looks(self) -> float:
+        return _MOST_LOOKS
+
+    def _next_unseen(self, position: int, seen: np.ndarray) -> int:
+        """``position``, or a later one up to which the stream needs only shards that were seen."""
+        return position
+
+
+@dataclass(frozen=True, eq=False)
+class Order(TrainingStream):
+    """The stream that has every sample once an epoch.
+
+    With ``window`` None each epoch is one permutation of all samples. Otherwise the samples of
+    about 4/3 ``window`` shards are mixed at a time (see ``_Plan``), and 2 ``window`` shards are
+    enough to read on from one such mixture into the next, so a cache may be much smaller than the
+    data. Where the data lies, and what is cached of it, never matters to either.
+    """
+
+    window: int | None = None
+
+    def samples_at(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        positions = np.arange(first, first + count, dtype=np.int64)
+        epochs, within = np.divmod(positions, self.num_samples)
+        samples = np.empty(count, dtype=np.int64)
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+            chosen = epochs == epoch
+            samples[chosen] = self._of_epoch(epoch, within[chosen])
+        return samples, epochs
+
+    def most_shards_at_once(self) -> int:
+        num_shards = len(self.shard_sizes)
+        return num_shards if self.window is None else min(num_shards, 2 * self.window)
+
+    @property
+    def _most_looks(self) -> float:
+        return _MOST_LOOKS if self.window is None else math.inf
 
     def _of_epoch(self, epoch: int, within: np.ndarray) -> np.ndarray:
         if self.window is None:
@@ -144,7 +214,7 @@ class Order:
         return self._first_of_shard[plan.shards[place]] + within - plan.starts[place]
 
     def _next_unseen(self, position: int, seen: np.ndarray) -> int:
-        """``position``, or the end of its group if all shards of that have been seen."""
+        # the end of the group if all shards of that have been seen
         if self.window is None:
             return position
         epoch, within = divmod(position, self.num_samples)
@@ -229,36 +299,21 @@ def _spread(num_shards: int, *, num_strata: int, key: int) -> np.ndarray:
 
 def _permute_pieces(positions: np.ndarray, bounds: np.ndarray, key: int) -> np.ndarray:
     """The images of ``positions``, int64 (n,), when each piece ``[bounds[i], bounds[i + 1])`` is
-    permuted within itself by a key of its own.
-
-    This Feistel network adds within a rectangle that just holds the piece (Black & Rogaway's
-    generalised one) instead of a square with a power of two on its side, so hardly any value has to
-    walk: seeking twice here costs no more than once in ``permute``.
-    """
+    permuted within itself by a key of its own."""
     pieces = np.searchsorted(bounds, positions, side="right") - 1
     first = bounds[pieces]
-    sizes = (bounds[pieces + 1] - first).astype(np.uint64)
-    width = np.ceil(np.sqrt(sizes)).astype(np.uint64)
-    height = (sizes + width - np.uint64(1)) // width
     keys = mix64(np.uint64(key) + pieces.astype(np.uint64) * _GOLDEN)
-    value = (positions - first).astype(np.uint64)
-    todo = np.arange(len(value))
-    while todo.size:
-        value[todo] = _add_rounds(value[todo], width[todo], height[todo], keys[todo])
-        todo = todo[value[todo] >= sizes[todo]]
-    return first + value.astype(np.int64)
+    return first + permute_each(positions - first, sizes=bounds[pieces + 1] - first, keys=keys)
 
 
 def _add_rounds(
-    value: np.ndarray, width: np.ndarray, height: np.ndarray, keys: np.ndarray
+    value: np.ndarray, width: np.ndarray, height: np.ndarray, round_keys: np.ndarray
 ) -> np.ndarray:
     column, row = np.divmod(value, height)
-    for _ in range(_ROUNDS // 2):
+    for i in range(0, _ROUNDS, 2):
         # 63 bits, so that no sum overflows: modulo 2^64 it would not be one to one
-        keys = keys + _GOLDEN
-        column = (column + (mix64(row + mix64(keys)) >> np.uint64(1))) % width
-        keys = keys + _GOLDEN
-        row = (row + (mix64(column + mix64(keys)) >> np.uint64(1))) % height
+        column = (column + (mix64(row + round_keys[i]) >> np.uint64(1))) % width
+        row = (row + (mix64(column + round_keys[i + 1]) >> np.uint64(1))) % height
     return column * height + row
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from rtl_dist.data.packing.plan import PackOptions, Plan, make_plan
 from rtl_dist.data.packing.publish import PackedSplit, gather_split, publish
-from rtl_dist.data.packing.shard import num_workers, write_shards
+from rtl_dist.data.packing.shard import write_shards
 from rtl_dist.data.packing.work import check_unfinished, claim, locked, release
 from rtl_dist.data.sources import LeftOut, is_path, open_source
 from rtl_dist.data.sources.items import check_classes_in_splits, shorten
@@ -120,7 +120,7 @@ def pack(
             unit="image",
             disable=None if show_progress else True,  # None: quiet when stderr is no terminal
         ) as bar:
-            kept = write_shards(plan, out, num_workers(workers, plan), bar.update)
+            kept = write_shards(plan, out, workers, bar.update)
         splits = {split: gather_split(plan, out, split) for split in plan.source.splits}
         bad = [file for split in splits.values() for file in split.left_out]
         left_out = sorted([*plan.source.left_out, *bad])

@@ -22,6 +22,22 @@ Advance = Callable[[int], Any]
 _POLL_SECONDS = 0.2
 
 
+def available_cpus() -> int:
+    """The CPUs this process may use: its affinity, because the count of all lies under SLURM and
+    cgroups."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def num_workers(asked: int | None, num_jobs: int, *, alone: bool) -> int:
+    """How many processes ``map_in_order`` shall have: as many as were asked for, else one a CPU, or
+    1 if so little is to do that it is sooner done ``alone``; never more than jobs."""
+    if asked is None:
+        asked = 1 if alone else available_cpus()
+    return min(asked, num_jobs)
+
+
 def map_in_order(
     work: Callable[[Job, Advance], Result], jobs: Iterable[Job], workers: int, advance: Advance
 ) -> Generator[Result, None, None]:

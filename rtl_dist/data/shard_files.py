@@ -62,6 +62,10 @@ class Shards(Sequence[Shard]):
         """Samples of each shard, int64 (num_shards,)."""
         return np.fromiter((entry["num_samples"] for entry in self._entries), np.int64)
 
+    def has_urls(self) -> bool:
+        """Whether any lies at a URL of its own."""
+        return any(is_url(entry["path"]) for entry in self._entries)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Shards) and self._entries == other._entries
 
@@ -101,8 +105,8 @@ class ShardFiles:
 
     def path(self, number: int) -> Path:
         """The local file, fetched into the cache first where it is remote. Raises as ``read``."""
-        if self._cache is not None and self.is_remote(number):
-            return self._cache.path(self._remote_file(number))
+        if (cache := self._cache_of(number)) is not None:
+            return cache.path(self._remote_file(number))
         return Path(self.location(number))
 
     def read(self, number: int, offset: int, size: int) -> bytes:
@@ -112,8 +116,8 @@ class ShardFiles:
             ShardError: it is missing, unreadable or, if remote, not as described.
             RemoteError: it cannot be fetched. RtlDistError: the cache has no room.
         """
-        if self._cache is not None and self.is_remote(number):
-            return self._cache.read(self._remote_file(number), offset, size)
+        if (cache := self._cache_of(number)) is not None:
+            return cache.read(self._remote_file(number), offset, size)
         try:
             return os.pread(self._descriptor(number), size, offset)
         except OSError as error:
@@ -133,15 +137,13 @@ class ShardFiles:
 
     def is_at_hand(self, number: int) -> bool:
         """Whether it can be read without fetching; if so it counts as just used."""
-        if self._cache is None or not self.is_remote(number):
-            return True
-        return self._cache.touch(self._remote_file(number))
+        cache = self._cache_of(number)
+        return cache is None or cache.touch(self._remote_file(number))
 
     def try_fetch(self, number: int, *, wait: bool) -> bool:
         """Brings a shard into the cache; without ``wait``, not if another process is at it."""
-        if self._cache is None or not self.is_remote(number):
-            return True
-        return self._cache.fetch(self._remote_file(number), wait=wait)
+        cache = self._cache_of(number)
+        return cache is None or cache.fetch(self._remote_file(number), wait=wait)
 
     def check_sizes(self) -> None:
         """Looks at every shard's size, before anything is trained on them.
@@ -173,9 +175,8 @@ class ShardFiles:
     def forget(self, number: int) -> bool:
         """Lets go of the cached copy of a remote shard, which may have been damaged on this disk;
         whether there was one."""
-        if self._cache is None or not self.is_remote(number):
-            return False
-        return self._cache.forget(self._remote_file(number))
+        cache = self._cache_of(number)
+        return cache is not None and cache.forget(self._remote_file(number))
 
     def require_room(self, num_shards: int) -> None:
         """Whether the cache can hold ``num_shards`` of the remote shards at a time.
@@ -199,6 +200,10 @@ class ShardFiles:
         for descriptor in self._open.values():
             os.close(descriptor)
         self._open.clear()
+
+    def _cache_of(self, number: int) -> Cache | None:
+        """What a remote shard comes through; None for a local one."""
+        return self._cache if self._cache is not None and self.is_remote(number) else None
 
     def _remote_file(self, number: int) -> RemoteFile:
         shard = self._shards[number]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from rtl_dist.data.balanced import BalancedOrder, ClassMembers, group_by_class
 from rtl_dist.data.cache import Cache
 from rtl_dist.data.foreign import require_known
 from rtl_dist.data.order import Order
@@ -78,6 +79,21 @@ class Split:
     def order(self, seed: int, *, window: int | None) -> Order:
         """The training stream; see ``Order``."""
         return Order(self.shards.sizes(), seed, window)
+
+    def balanced_order(self, seed: int) -> BalancedOrder:
+        """The training stream with each class equally often; see ``BalancedOrder``. Only for
+        single-label data of which every class has a sample. Reads all labels, once a process.
+
+        Raises:
+            ShardError: a label is out of range.
+        """
+        return BalancedOrder(self.shards.sizes(), seed, self._class_members)
+
+    @cached_property
+    def _class_members(self) -> ClassMembers:
+        assert self.label_matrix is None
+        labels = self.labels(np.arange(self.num_samples))
+        return group_by_class(labels, num_classes=len(self.class_counts))
 
     def shard_path(self, number: int) -> Path:
         """The local file of a shard; a remote one is fetched into the cache first."""

@@ -20,8 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 from rtl_dist.data.dataset import MULTI_LABEL, Dataset, open_dataset
-from rtl_dist.data.processes import map_in_order
-from rtl_dist.data.shard_files import ShardFiles, Shards
+from rtl_dist.data.processes import map_in_order, num_workers
+from rtl_dist.data.shard_files import Shards
 from rtl_dist.data.verifying.duplicates import Digests, Duplicates, find_duplicates
 from rtl_dist.data.verifying.findings import DamageList
 from rtl_dist.data.verifying.shards import ShardJob, check_shard
@@ -108,6 +108,8 @@ def verify(
     num_samples = {name: split.num_rows for name, split in splits.items()}
     sizes = {name: SizeTable() for name in splits}
     digests = Digests(num_samples)
+    shard_bytes = [shard.bytes for split in splits.values() for shard in split.split.shards]
+    alone = sum(shard_bytes) < _ALONE_BELOW_BYTES
     with tqdm(
         desc=f"verifying {Path(path).name}",
         total=sum(num_samples.values()),
@@ -115,7 +117,7 @@ def verify(
         disable=None if show_progress else True,  # None: quiet when stderr is no terminal
     ) as bar:
         jobs = _jobs(dataset, splits.values())
-        number = _num_workers(workers, splits.values())
+        number = num_workers(workers, len(shard_bytes), alone=alone)
         try:
             with closing(map_in_order(check_shard, jobs, number, bar.update)) as results:
                 for result in results:
@@ -151,19 +153,6 @@ def _report_path(dataset: str, out: Path | None) -> Path:
     return path
 
 
-def _num_workers(asked: int | None, splits: Iterable[CheckedSplit]) -> int:
-    """How many processes; 1 means in this process."""
-    shards = [shard for split in splits for shard in split.split.shards]
-    if asked is None and sum(shard.bytes for shard in shards) < _ALONE_BELOW_BYTES:
-        return 1
-    try:
-        # the affinity mask, because the count of CPUs lies under SLURM and cgroups
-        available = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on this operating system
-        available = os.cpu_count() or 1
-    return min(asked or available, len(shards))
-
-
 def _jobs(dataset: Dataset, splits: Iterable[CheckedSplit]) -> Iterator[ShardJob]:
     """A job a shard, made when it is its turn."""
     for checked in splits:
@@ -174,7 +163,7 @@ def _jobs(dataset: Dataset, splits: Iterable[CheckedSplit]) -> Iterator[ShardJob
             yield ShardJob(
                 split=split.name,
                 shard=entry[0],
-                files=ShardFiles(dataset.where, entry, split.files.cache),
+                files=dataset.shard_files(entry),
                 samples=samples,
                 rows=np.asarray(split.index[samples]),
                 labels=checked.labels(samples),

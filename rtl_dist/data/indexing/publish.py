@@ -17,23 +17,17 @@ from rtl_dist.data.dataset import (
     DESCRIPTION,
     FORMAT,
     INDEX_FOLDER,
+    INDEXER_KEY,
     MULTI_LABEL,
+    PACKER_KEY,
     fingerprint_of,
 )
 from rtl_dist.data.indexing.merge import Labelling, LeftOutSample
 from rtl_dist.data.indexing.scan import ShardScan
 from rtl_dist.data.packing.publish import npy_bytes
-from rtl_dist.data.packing.work import (
-    LEFT_OUT_FILE,
-    PACKER_KEY,
-    WORK_FOLDER,
-    locked,
-    publishing,
-)
+from rtl_dist.data.packing.work import LEFT_OUT_FILE, WORK_FOLDER, locked, publishing
 from rtl_dist.errors import DataError, UserError
 from rtl_dist.urls import is_url
-
-INDEXER_KEY = "indexer"  # in dataset.json, where `pack` has the packer's
 
 
 def check_place(out: Path, overwrite: bool) -> list[Path]:

@@ -12,11 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from rtl_dist.data.dataset import DESCRIPTION, FORMAT, INDEX_FOLDER, MULTI_LABEL, fingerprint_of
+from rtl_dist.data.dataset import (
+    DESCRIPTION,
+    FORMAT,
+    INDEX_FOLDER,
+    MULTI_LABEL,
+    PACKER_KEY,
+    fingerprint_of,
+)
 from rtl_dist.data.packing.plan import Plan, ShardPlan
 from rtl_dist.data.packing.work import (
     LEFT_OUT_FILE,
-    PACKER_KEY,
     ShardRecord,
     publishing,
     read_record,

@@ -21,7 +21,7 @@ from rtl_dist.data.foreign import suffix_of
 from rtl_dist.data.packing.images import MAX_FILE_BYTES, checked_image
 from rtl_dist.data.packing.plan import Plan, ShardPlan
 from rtl_dist.data.packing.work import ShardRecord, is_finished, publishing, record_shard
-from rtl_dist.data.processes import map_in_order
+from rtl_dist.data.processes import map_in_order, num_workers
 from rtl_dist.data.sources.items import Item
 from rtl_dist.data.tar import TarWriter
 from rtl_dist.errors import DataError, RtlDistError
@@ -42,22 +42,11 @@ class Job:
     resize: int | None
 
 
-def num_workers(asked: int | None, plan: Plan) -> int:
-    """How many processes to pack with; 1 means in this process."""
-    if asked is not None:
-        return min(asked, len(plan.shards))
-    if plan.source_bytes < _ALONE_BELOW_BYTES:
-        return 1
-    try:
-        # the affinity mask, because the count of CPUs lies under SLURM and cgroups
-        available = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on this operating system
-        available = os.cpu_count() or 1
-    return min(available, len(plan.shards))
-
-
-def write_shards(plan: Plan, out: Path, workers: int, advance: Callable[[int], Any]) -> int:
+def write_shards(plan: Plan, out: Path, workers: int | None, advance: Callable[[int], Any]) -> int:
     """Writes every shard that is not there yet; ``advance(n)`` is told of n more items done.
+
+    Args:
+        workers: processes; None chooses.
 
     Returns:
         How many shards were kept from an earlier start.
@@ -74,8 +63,9 @@ def write_shards(plan: Plan, out: Path, workers: int, advance: Callable[[int], A
         resize=plan.options.resize,
     )
     work = functools.partial(write_shard, job)
+    count = num_workers(workers, len(plan.shards), alone=plan.source_bytes < _ALONE_BELOW_BYTES)
     try:
-        with contextlib.closing(map_in_order(work, plan.shards, workers, advance)) as kept:
+        with contextlib.closing(map_in_order(work, plan.shards, count, advance)) as kept:
             return sum(kept)
     except BrokenProcessPool as error:
         raise RtlDistError(

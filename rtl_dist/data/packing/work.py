@@ -17,13 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from rtl_dist.data.dataset import DESCRIPTION, INDEX_FOLDER
+from rtl_dist.data.dataset import DESCRIPTION, INDEX_FOLDER, PACKER_KEY
 from rtl_dist.errors import UserError
 from rtl_dist.files import flush_to_disk, sha256_of
 
 WORK_FOLDER = ".pack"
 LEFT_OUT_FILE = "left_out.csv"
-PACKER_KEY = "packer"  # in dataset.json; tells our own data sets from those `index` described
 
 _PLAN, _LOCK = "plan.json", "lock"
 

@@ -9,13 +9,11 @@ from typing import Any
 import numpy as np
 
 from rtl_dist.data.dataset import INDEX_FOLDER, LOAD_ERRORS, MULTI_LABEL, Dataset
-from rtl_dist.data.packing.work import PACKER_KEY
-from rtl_dist.data.shard_files import ShardFiles, Shards
+from rtl_dist.data.shard_files import Shards
 from rtl_dist.data.split import INDEX_DTYPE, Split
 from rtl_dist.data.verifying.findings import Damage, DamageList
 from rtl_dist.errors import DataError, RtlDistError
 from rtl_dist.files import sha256_of
-from rtl_dist.urls import is_url
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,17 +103,16 @@ def check_split(dataset: Dataset, name: str, found: DamageList) -> CheckedSplit:
         matrix = files.read(".labels", entry.get("labels_sha256"), shape, np.dtype(np.uint8))
         if len(matrix) != len(index):  # no row then says whose labels it holds
             matrix = None
-    is_remote = dataset.place.is_remote or any(is_url(shard.path) for shard in shards)
     split = CheckedSplit(
         split=Split(
             name=name,
             dataset=dataset.place,
             shards=shards,
-            files=ShardFiles(dataset.where, shards, dataset.place.cache if is_remote else None),
+            files=dataset.shard_files(shards),
             class_counts=counts,
             index=index,
             label_matrix=matrix,
-            are_ours=PACKER_KEY in dataset.description,
+            are_ours=dataset.is_ours,
         ),
         has_labels=dataset.task != MULTI_LABEL or matrix is not None,
     )
