@@ -14,7 +14,7 @@ if sys.path and os.path.realpath(sys.path[0] or ".") == os.path.dirname(os.path.
     # others of the same name; the project's root belongs there instead.
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 
-from rtl_dist.commands import run_command, train_arguments
+from rtl_dist.commands import first_imports, run_command, train_arguments
 from rtl_dist.config import Config, load_config
 
 
@@ -24,10 +24,11 @@ def train(config: Config) -> str:
     Raises:
         RtlDistError: with the exit code to leave with; see ``errors``.
     """
-    from rtl_dist.engine import fit
-    from rtl_dist.run import already_done, finish, open_data, open_job, resolve
-    from rtl_dist.run_folder import keep_resolved, owned_run_folder
-    from rtl_dist.runtime import Runtime
+    with first_imports():
+        from rtl_dist.engine import fit
+        from rtl_dist.run import already_done, finish, open_data, open_job, resolve
+        from rtl_dist.run_folder import keep_resolved, owned_run_folder
+        from rtl_dist.runtime import Runtime
 
     config = keep_resolved(config)
     with Runtime(config.precision) as runtime, owned_run_folder(config, runtime) as run:
