@@ -11,12 +11,11 @@ from rtl_dist.config import Config, Stage
 from rtl_dist.data.augment import TrainTransform
 from rtl_dist.data.loader import make_loader, to_device
 from rtl_dist.data.microbatches import TrainingMicrobatches, microbatch_positions
-from rtl_dist.data.order import Order
+from rtl_dist.data.order import TrainingStream
 from rtl_dist.data.ring import Batch
 from rtl_dist.data.split import Split
 from rtl_dist.data.stream import stream_microbatches
-from rtl_dist.features import can_cache, compute_features, views_of_stage
-from rtl_dist.model.classifier import Classifier
+from rtl_dist.features import FeatureMaker, ViewBatches, views_of_stage
 from rtl_dist.runtime import Runtime
 
 
@@ -24,11 +23,11 @@ from rtl_dist.runtime import Runtime
 class StageBatches:
     """This rank's microbatches of a stage, in order.
 
-    stand_in: one of the same shapes that holds nothing. bad: damaged samples met in opening it.
+    are_features: what the frozen part made of the images, not images. bad: damaged samples met in
+    opening it.
     """
 
     iterator: Iterator[Batch]
-    stand_in: Batch
     are_features: bool = False
     bad: list[str] = field(default_factory=list)
 
@@ -37,8 +36,10 @@ class StageBatches:
         self.iterator = iter(())
 
 
-def training_order(split: Split, config: Config) -> Order:
+def training_order(split: Split, config: Config) -> TrainingStream:
     """The stream that a config trains on."""
+    if config.data.sampling == "balanced":
+        return split.balanced_order(config.seed)
     window = config.data.window if config.data.shuffle == "window" else None
     return split.order(config.seed, window=window)
 
@@ -47,8 +48,9 @@ def open_stage_batches(
     stage: Stage,
     *,
     config: Config,
-    model: Classifier,
     split: Split,
+    features: FeatureMaker | None,
+    num_classes: int,
     runtime: Runtime,
     first_step: int,
     end_step: int,
@@ -57,13 +59,14 @@ def open_stage_batches(
 ) -> StageBatches:
     """Opens the microbatches of steps ``[first_step, end_step)`` for this rank.
 
+    Args:
+        features: of the stage's frozen part, if it has one.
+
     Raises:
         StopRequested: while features were computed. RtlDistError: a rank's loader failed then.
     """
-    size = config.data.image_size
-    stand_in = _stand_in((micro_batch_size, config.data.channels, size, size), split, runtime)
     if first_step >= end_step:
-        return StageBatches(iterator=iter(()), stand_in=stand_in)
+        return StageBatches(iterator=iter(()))
     global_batch_size = config.batch.global_
     positions = microbatch_positions(
         first_step,
@@ -73,36 +76,10 @@ def open_stage_batches(
         rank=runtime.rank,
         world_size=runtime.world_size,
     )
-    order = training_order(split, config)
-    if can_cache(config, stage, split, num_features=model.head.in_features):
-        assert stage.views is not None
-        views = views_of_stage(
-            stage,
-            first_step=first_step,
-            end_step=end_step,
-            global_batch_size=global_batch_size,
-            num_samples=split.num_samples,
-        )
-        cache = compute_features(
-            model,
-            split,
-            views,
-            config=config,
-            runtime=runtime,
-            micro_batch_size=micro_batch_size,
-            workers=workers,
-        )
-        batches = cache.batches(
-            positions, size=micro_batch_size, split=split, order=order, num_views=stage.views
-        )
-        return StageBatches(
-            iterator=(to_device(batch, runtime.device) for batch in batches),
-            stand_in=_stand_in((micro_batch_size, model.head.in_features), split, runtime),
-            are_features=True,
-            bad=cache.bad,
-        )
     transform = TrainTransform(
-        config.augment, image_size=config.data.image_size, channels=config.data.channels
+        config.augment_of(stage),
+        image_size=config.image_size_of(stage),
+        channels=config.data.channels,
     )
     if config.data.backend == "stream":
         stream = stream_microbatches(
@@ -112,25 +89,60 @@ def open_stage_batches(
             seed=config.seed,
             first_step=first_step,
             rank=runtime.rank,
-            num_classes=model.head.out_features,
+            num_classes=num_classes,
             workers=workers,
             device=runtime.device,
         )
-        return StageBatches(iterator=iter(stream), stand_in=stand_in)
+        return StageBatches(iterator=iter(stream))
+    order = training_order(split, config)
+    if features is not None and _can_be_cached(stage, config):
+        assert stage.views is not None
+        numbers = tuple(range(stage.views))
+        if config.data.sampling == "natural":
+            numbers = views_of_stage(
+                stage.views,
+                first_step=first_step,
+                end_step=end_step,
+                global_batch_size=global_batch_size,
+                num_samples=split.num_samples,
+            )
+        to_come = (end_step - first_step) * global_batch_size
+        views = features.training_views(split, numbers, samples_to_come=to_come)
+        if views is not None:
+            cached = ViewBatches(
+                views=views,
+                order=order,
+                split=split,
+                num_views=stage.views,
+                size=micro_batch_size,
+            )
+            return StageBatches(
+                iterator=(to_device(batch, runtime.device) for batch in cached.at(positions)),
+                are_features=True,
+                bad=[name for view in views.values() for name in view.bad],
+            )
     microbatches = TrainingMicrobatches(
-        split,
-        transform,
-        order=order,
-        size=micro_batch_size,
-        views=stage.views,
+        split, transform, order=order, size=micro_batch_size, views=stage.views
     )
     loader = make_loader(microbatches, positions, workers=workers, device=runtime.device)
-    return StageBatches(iterator=iter(loader), stand_in=stand_in)
+    return StageBatches(iterator=iter(loader))
 
 
-def _stand_in(shape: tuple[int, ...], split: Split, runtime: Runtime) -> Batch:
-    """Black images, or features of zero, of whatever the first sample is."""
-    samples = torch.zeros(shape[0], dtype=torch.int64)
-    dtype = torch.uint8 if len(shape) == 4 else runtime.dtype
-    labels = torch.from_numpy(split.labels(samples.numpy()))
-    return to_device(Batch(torch.zeros(shape, dtype=dtype), labels, samples, []), runtime.device)
+def black_microbatch(
+    split: Split, *, count: int, channels: int, image_size: int, device: torch.device
+) -> Batch:
+    """Images of nothing with labels of nothing, in place of a microbatch that cannot be had."""
+    shape = (count, channels, image_size, image_size)
+    images = torch.zeros(shape, dtype=torch.uint8)
+    samples = torch.full((count,), -1)
+    if split.label_matrix is None:
+        labels = torch.zeros(count, dtype=torch.int64)
+    else:
+        labels = torch.zeros(count, split.label_matrix.shape[1])
+    return to_device(Batch(images, labels, samples, []), device)
+
+
+def _can_be_cached(stage: Stage, config: Config) -> bool:
+    """Whether a view's features serve again: not where images are mixed before the network."""
+    wanted = stage.cache == "auto" and stage.views is not None
+    return wanted and not config.augment_of(stage).mixes

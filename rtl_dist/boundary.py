@@ -10,15 +10,14 @@ import logging
 import time
 from typing import Any
 
-from rtl_dist.checkpoint import Snapshot, optimizer_tensors, save_checkpoint
+from rtl_dist.checkpoint import Snapshot, save_checkpoint
 from rtl_dist.config import Stage
 from rtl_dist.errors import DataError, RtlDistError, StopRequested
-from rtl_dist.evaluation import FeatureBlocks, evaluate_split, split_features
 from rtl_dist.job import Job
 from rtl_dist.model.folder import write_model_folder
-from rtl_dist.model.parts import set_modes
 from rtl_dist.run_folder import run_identity
 from rtl_dist.schedule import StageSpan
+from rtl_dist.stage_evaluator import StageEvaluator
 from rtl_dist.stage_trainer import StageTrainer
 from rtl_dist.state import Best
 from rtl_dist.totals import add_counts, non_finite, train_metrics
@@ -39,7 +38,7 @@ class Boundary:
         self._end_step = job.state.stage_first_step + span.num_steps
         self._elapsed_before_s = job.state.elapsed_s
         self._opened_at = opened_at
-        self._val_features: FeatureBlocks | None = None
+        self._evaluator = StageEvaluator(stage, job, trainer)
         self._restart_window()
 
     @property
@@ -51,11 +50,13 @@ class Boundary:
 
         Raises:
             StopRequested: on every rank, after saving. DataError: too many damaged samples.
+            OutOfMemory: a microbatch did not fit; the step was not taken and does not count.
             RtlDistError: a rank's loader failed, or the loss is no longer finite; nothing was saved
                 since.
         """
         self._job.state.elapsed_s = self._elapsed_s()
         stop = self._act_on_agreement()
+        self._stop_if_lost()
         self._log_if_due()
         if stop:
             self._stop()
@@ -70,46 +71,27 @@ class Boundary:
         job, state = self._job, self._job.state
         self._fold_totals()
         speed = self._speed()
-        try:
-            metrics = self._evaluate()
-        except StopRequested:
-            set_modes(job.model, self._stage)
-            self._stop()
-        set_modes(job.model, self._stage)
-        row = self._row() | train_metrics(state.since_eval, task=job.dataset.task)
-        row |= {f"val/{name}": value for name, value in metrics.items()}
-        for name in ("top1", "micro_f1"):
-            if f"train/{name}" in row and name in metrics:
-                row[f"gap/{name}"] = row[f"train/{name}"] - metrics[name]
-        state.last_eval = state.last_log = state.step
-        state.since_eval, state.since_log = [], []
-        is_best = self._judge(row)
-        self._log(row | self._trainer.rates | speed)
-        LOG.info("%s", _summary(row, is_best))
-        if is_best:
-            job.runtime.from_main(
-                lambda: write_model_folder(
-                    job.run / "best", job.evaluated_model, job.config, job.dataset
+        with self._evaluator.model() as model:
+            try:
+                metrics = self._evaluator.metrics(model)
+            except StopRequested:
+                self._stop()
+            row = self._row() | train_metrics(state.since_eval, task=job.dataset.task)
+            row |= {f"val/{name}": value for name, value in metrics.items()}
+            for name in ("top1", "micro_f1"):
+                if f"train/{name}" in row and name in metrics:
+                    row[f"gap/{name}"] = row[f"train/{name}"] - metrics[name]
+            state.last_eval = state.last_log = state.step
+            state.since_eval, state.since_log = [], []
+            is_best = self._judge(row)
+            self._judge_stage(row)
+            self._log(row | self._trainer.rates | speed)
+            LOG.info("%s", _summary(row, is_best))
+            if is_best:
+                job.runtime.from_main(
+                    lambda: write_model_folder(job.run / "best", model, job.config, job.dataset)
                 )
-            )
         self._restart_window()
-
-    def _evaluate(self) -> dict[str, float]:
-        """The val metrics; under a frozen trunk its features are computed once for the stage. An
-        averaged model's trunk is another one, and still moves."""
-        job = self._job
-        if self._trainer.on_features and not job.average and self._val_features is None:
-            self._val_features = split_features(
-                job.model, job.val, runtime=job.runtime, workers=job.workers
-            )
-        return evaluate_split(
-            job.evaluated_model,
-            job.dataset,
-            job.val,
-            runtime=job.runtime,
-            workers=job.workers,
-            features=self._val_features,
-        )
 
     @property
     def _evaluation_is_due(self) -> bool:
@@ -125,6 +107,7 @@ class Boundary:
         )
         if num_bad:
             self._count_bad()
+        self._trainer.accept()
         if self._trainer.ledger:
             job.state.ledger_bytes = self._trainer.ledger.write()
         return stop
@@ -132,10 +115,21 @@ class Boundary:
     def _stop(self) -> None:
         state = self._job.state
         if state.last_checkpoint != state.step:
-            self._save()
+            self.save()
         raise StopRequested(
             f"stopped at step {state.step} and saved; start the same command to go on"
         )
+
+    def _stop_if_lost(self) -> None:
+        """Ends a run of which no step is taken any more."""
+        in_a_row, limit = self._trainer.skipped.in_a_row, self._job.config.optim.skip_limit
+        if in_a_row >= limit:
+            raise RtlDistError(
+                f"{in_a_row} steps in a row up to step {self._job.state.step} (stage"
+                f" {self._stage.name}) were not taken, as their gradient was infinite or not a"
+                " number; lower its lr or set optim.clip_grad_norm, and use another run.dir; the"
+                f" last checkpoint here is of step {self._job.state.last_checkpoint}"
+            )
 
     def _log_if_due(self) -> None:
         job, state = self._job, self._job.state
@@ -147,14 +141,19 @@ class Boundary:
         state.since_log, state.last_log = [], state.step
 
     def _log(self, row: dict[str, Any]) -> None:
+        state = self._job.state
+        if new := state.bad_names[state.bad_logged :]:
+            row = row | {"data/bad_names": "; ".join(new)}
+            state.bad_logged = len(state.bad_names)
         self._job.runtime.from_main(lambda: self._job.tracker.log(row))
 
     def _save_if_due(self) -> None:
         job = self._job
         if self.at_stage_end or job.is_due(job.config.checkpoint.every, job.state.last_checkpoint):
-            self._save()
+            self.save()
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Saves a checkpoint now."""
         job, state = self._job, self._job.state
         self._fold_totals()
         self._trainer.require_sound()
@@ -162,13 +161,14 @@ class Boundary:
 
         def save() -> None:
             state.metrics_bytes = job.tracker.flush()
-            scaler = self._trainer.scaler
+            optimizer = self._trainer.optimizer_state()
             snapshot = Snapshot(
                 state=state,
                 model=job.model.state_dict(),
-                optimizer=optimizer_tensors(self._trainer.optimizer, self._trainer.names),
+                optimizer=optimizer.tensors,
                 ema=job.average.model.state_dict() if job.average else {},
-                scaler=scaler.state_dict() if scaler is not None else {},
+                stage_best=job.stage_best,
+                scaler=optimizer.scaler,
                 identity=run_identity(job.config, job.dataset),
             )
             save_checkpoint(job.run, snapshot, keep=job.config.checkpoint.keep)
@@ -179,8 +179,8 @@ class Boundary:
         """Reads the device's counts; a deliberate wait for it, at logging and saving only."""
         state = self._job.state
         counts = self._trainer.totals.flush(self._job.runtime)
-        allowed = counts[0] // 2 if self._job.runtime.precision == "fp16" else 0
-        if non_finite(counts) > allowed:
+        state.skipped_steps, state.skipped_in_a_row = self._trainer.skipped.exact()
+        if non_finite(counts) > counts[0] // 2:  # steps with fewer were skipped, if it mattered
             raise RtlDistError(
                 f"the loss became infinite or not a number by step {state.step} (stage"
                 f" {self._stage.name}); lower its lr or set optim.clip_grad_norm, and use another"
@@ -207,27 +207,28 @@ class Boundary:
             )
 
     def _judge(self, row: dict[str, Any]) -> bool:
-        """Whether an evaluation is the best so far: a better metric, or an equal one (small splits
-        have many ties) at a lower loss. Counts patience. All ranks judge alike, by equal metrics.
-        """
-        state, early_stop = self._job.state, self._job.config.early_stop
-        metric = early_stop.metric
-        sign = -1 if metric == "val/loss" else 1
-        rating = (sign * row[metric], -row["val/loss"])
-        best = state.best
-        if best is None or best.metric != metric or rating > (sign * best.value, -best.loss):
-            state.best = Best(
-                value=row[metric],
-                metric=metric,
-                loss=row["val/loss"],
-                step=state.step,
-                epoch=self._job.epoch,
-                stage=self._stage.name,
-            )
+        """Whether an evaluation is the best so far. All ranks judge alike, by equal metrics."""
+        found = self._rated(row, self._job.config.early_stop.metric)
+        is_best = _is_better(found, self._job.state.best)
+        if is_best:
+            self._job.state.best = found
+        return is_best
+
+    def _judge_stage(self, row: dict[str, Any]) -> None:
+        """Counts the stage's patience, and keeps its best weights where it has some."""
+        job, state = self._job, self._job.state
+        patience = job.config.patience_of(self._stage)
+        metric = job.config.early_stop_of(self._stage).metric
+        found, best = self._rated(row, metric), state.stage_best
+        if _is_better(found, best):
+            state.stage_best = found
+            if patience is not None:
+                job.keep_as_stage_best()
+        if best is None or (best.value != found.value and state.stage_best is found):
             state.evals_without_best = 0
-            return True
-        state.evals_without_best += 1
-        if early_stop.patience is not None and state.evals_without_best >= early_stop.patience:
+            return
+        state.evals_without_best += 1  # an equal metric at a lower loss is no reason to go on
+        if patience is not None and state.evals_without_best >= patience:
             state.stopped_early = True
             LOG.info(
                 "stage %s ends early: no better %s in %d evaluations",
@@ -235,7 +236,16 @@ class Boundary:
                 metric,
                 state.evals_without_best,
             )
-        return False
+
+    def _rated(self, row: dict[str, Any], metric: str) -> Best:
+        return Best(
+            value=row[metric],
+            metric=metric,
+            loss=row["val/loss"],
+            step=self._job.state.step,
+            epoch=self._job.epoch,
+            stage=self._stage.name,
+        )
 
     def _elapsed_s(self) -> float:
         return self._elapsed_before_s + time.perf_counter() - self._opened_at
@@ -250,9 +260,8 @@ class Boundary:
         }
         if state.bad_samples:
             row["data/bad_samples"] = state.bad_samples
-        if new := state.bad_names[state.bad_logged :]:
-            row["data/bad_names"] = "; ".join(new)
-            state.bad_logged = len(state.bad_names)
+        if state.skipped_steps:
+            row["train/skipped_steps"] = state.skipped_steps
         return row
 
     def _speed(self) -> dict[str, float]:
@@ -272,6 +281,14 @@ class Boundary:
         self._window_opened_at = time.perf_counter()
         self._window_first_step = self._job.state.step
         self._trainer.data_wait_s = 0.0
+
+
+def _is_better(found: Best, best: Best | None) -> bool:
+    """A better metric, or an equal one (small splits have many ties) at a lower loss."""
+    if best is None or best.metric != found.metric:
+        return True
+    sign = -1 if found.metric == "val/loss" else 1
+    return (sign * found.value, -found.loss) > (sign * best.value, -best.loss)
 
 
 def _summary(row: dict[str, Any], is_best: bool) -> str:

@@ -29,19 +29,23 @@ FOLDER = "checkpoints"
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
 _TEMPORARY = ".incomplete-"
+_TENSORS = ("model", "optimizer", "ema", "stage_best")
 
 
 @dataclass(kw_only=True)
 class Snapshot:
     """All of a run at one step. Tensors by name; ``optimizer`` as ``<state>/<parameter>``.
 
-    ``scaler`` is the loss scaler's state (fp16 only). ``identity`` must be equal when resuming.
+    ``stage_best`` is the model (``model/...``) and its average (``ema/...``) at the best evaluation
+    of a stage with patience. ``scaler`` is the loss scaler's state (fp16 only). ``identity`` must
+    be equal when resuming.
     """
 
     state: TrainState
     model: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
     ema: dict[str, torch.Tensor]
+    stage_best: dict[str, torch.Tensor]
     scaler: dict[str, Any]
     identity: dict[str, Any]
 
@@ -57,7 +61,7 @@ def save_checkpoint(run: Path, snapshot: Snapshot, *, keep: int) -> Path:
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        for name in ("model", "optimizer", "ema"):
+        for name in _TENSORS:
             save_tensors(getattr(snapshot, name), temporary / f"{name}.safetensors")
         state = {
             "schema": SCHEMA,
@@ -120,7 +124,9 @@ def load_checkpoint(folder: Path) -> Snapshot:
     if content["schema"] != SCHEMA:
         raise UserError(f"{folder} is of schema {content['schema']}, this version reads {SCHEMA}")
     tensors = {
-        name: load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer", "ema")
+        # an earlier version wrote no stage_best
+        name: load_file(folder / file) if (file := f"{name}.safetensors") in manifest else {}
+        for name in _TENSORS
     }
     return Snapshot(
         state=TrainState.from_dict(content["state"]),
@@ -154,8 +160,8 @@ def restore_optimizer(
     Raises:
         UserError: a tensor belongs to no parameter of this stage.
     """
-    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    position = {name: i for i, name in enumerate(order)}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    position = {names[id(p)]: i for i, p in enumerate(parameters)}
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         kind, _, name = key.partition("/")
@@ -164,6 +170,11 @@ def restore_optimizer(
                 f"the checkpoint's optimizer knows {name!r}, this stage does not train"
                 " it: resume with the config the run was started with"
             )
+        parameter = parameters[position[name]]
+        if value.shape == parameter.shape:
+            # strides like the parameter's: the fused kernels go through memory, not through indices
+            # (torch 2.15, CPU), and what safetensors holds is not channels_last
+            value = torch.empty_like(parameter, device=value.device, dtype=value.dtype).copy_(value)
         state.setdefault(position[name], {})[kind] = value
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}

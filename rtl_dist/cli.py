@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from rtl_dist import __version__
-from rtl_dist.commands import add_debug, run_command, train_arguments
+from rtl_dist.commands import add_debug, first_imports, run_command, train_arguments
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,6 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
+    _add_find_lr(commands)
     _add_pack(commands)
     _add_index(commands)
     _add_verify(commands)
@@ -35,6 +36,31 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         from rtl_dist.train import train
 
         return train(load_config(arguments.config, arguments.overrides))
+
+    parser.set_defaults(run=run)
+
+
+def _add_find_lr(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "find-lr",
+        help="look for a stage's learning rate, without training",
+        description="The learning-rate range test of one stage: steps at growing rates, then a"
+        " tenth of the largest rate at which the smoothed loss is still within 5 % of its lowest."
+        " It starts from the config's weights, also for a stage that comes after others:"
+        " model.weights=RUN starts from those of a run, and lr: auto in the config tests each stage"
+        " where it begins. Figures and picture go to a folder beside run.dir, which is left alone:"
+        " its name and -find-lr. Several processes (torchrun -m rtl_dist find-lr ...) find the same"
+        " rate.",
+    )
+    train_arguments(parser)
+    parser.add_argument("--stage", metavar="NAME", help="default: the first stage of the config")
+
+    def run(arguments: argparse.Namespace) -> str:
+        with first_imports():
+            from rtl_dist.config import load_config
+            from rtl_dist.find_lr import find_lr
+
+        return find_lr(load_config(arguments.config, arguments.overrides), arguments.stage)
 
     parser.set_defaults(run=run)
 
@@ -213,7 +239,7 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "evaluate",
         help="exact metrics, confusion matrix, precision-recall, calibration, mistakes",
         description="Evaluates a trained model on a split of a data set: metrics.json,"
-        " tables, pictures and report.html in OUT. Several processes (torchrun -m rtl_dist.cli"
+        " tables, pictures and report.html in OUT. Several processes (torchrun -m rtl_dist"
         " evaluate ...) give the same figures.",
     )
     parser.add_argument("model", help="a run folder (its best weights), checkpoint or model folder")
@@ -230,7 +256,8 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     add_debug(parser)
 
     def run(arguments: argparse.Namespace) -> str:
-        from rtl_dist.evaluate_model import evaluate
+        with first_imports():
+            from rtl_dist.evaluate_model import evaluate
 
         return evaluate(
             arguments.model,

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
+from torch import nn
 
+from rtl_dist.errors import RtlDistError
+from rtl_dist.model.batchnorm import StepStatistics
 from rtl_dist.model.classifier import Classifier
+from rtl_dist.runtime import Runtime
 
 
 class Average:
@@ -18,7 +24,8 @@ class Average:
         self._decay = decay
 
     @torch.no_grad()
-    def update(self, model: Classifier) -> None:
+    def update(self, model: Classifier, *, taken: torch.Tensor) -> None:
+        """taken: a bool on the device; without effect if the step was not taken."""
         averaged, weights = [], []
         for mine, theirs in zip(
             self.model.state_dict().values(), model.state_dict().values(), strict=True
@@ -27,5 +34,62 @@ class Average:
                 averaged.append(mine)
                 weights.append(theirs)
             else:
-                mine.copy_(theirs)
-        torch._foreach_lerp_(averaged, weights, 1 - self._decay)
+                mine.copy_(torch.where(taken, theirs, mine))
+        moved = torch._foreach_sub(weights, averaged)
+        torch._foreach_mul_(moved, 1 - self._decay)
+        torch._foreach_add_(moved, averaged)
+        # chosen, not multiplied by 0: what overflowed times 0 is not 0
+        kept = [torch.where(taken, new, old) for new, old in zip(moved, averaged, strict=True)]
+        torch._foreach_copy_(averaged, kept)
+
+    @contextmanager
+    def with_statistics_of(
+        self,
+        batches: Iterable[torch.Tensor],
+        layers: set[str],
+        runtime: Runtime,
+    ) -> Iterator[None]:
+        """Within the block the BatchNorm layers named have the statistics that the averaged weights
+        really meet (Izmailov et al. 2018, arXiv 1803.05407, section 3.2), in place of an average of
+        those that other weights met.
+
+        Args:
+            batches: uint8 images (n, C, S, S), equally many on every rank.
+
+        Raises:
+            RtlDistError: on every rank, if the loader of one failed.
+        """
+        chosen = [m for name, m in self.model.named_modules() if name in layers]
+        for layer in chosen:
+            layer.train()
+        statistics = StepStatistics(self.model, momentum=1.0)
+        statistics.begin()
+        try:
+            failure = None
+            try:
+                for images in batches:
+                    with torch.no_grad(), runtime.accelerator.autocast():
+                        self.model(images)
+                    statistics.add()
+            except RtlDistError as error:
+                failure = error
+            runtime.agree(bad_samples=0, failure=failure)
+            true = torch.ones((), dtype=torch.bool, device=runtime.device)
+            statistics.fold(runtime.mean_over_ranks, taken=true)
+            self.model.eval()
+            yield
+        finally:
+            self.model.eval()
+            statistics.put_back()
+            statistics.close()
+
+
+def learning_statistics(model: nn.Module) -> set[str]:
+    """The names of the BatchNorm layers whose running statistics follow the data now."""
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and module.training
+        and module.track_running_stats
+    }

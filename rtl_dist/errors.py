@@ -39,3 +39,7 @@ class RemoteError(RtlDistError):
 
 class WorkerError(RtlDistError):
     """A loader process was killed, or has no memory left."""
+
+
+class OutOfMemory(RtlDistError):
+    """The device's memory does not hold a microbatch; smaller ones may go on from the same step."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 from rtl_dist.data.augment import EvalTransform
 from rtl_dist.data.dataset import MULTI_LABEL, Dataset
@@ -13,15 +15,30 @@ from rtl_dist.data.loader import make_loader
 from rtl_dist.data.microbatches import SplitMicrobatches
 from rtl_dist.data.split import Split
 from rtl_dist.errors import DataError, RtlDistError, StopRequested
+from rtl_dist.feature_store import View
+from rtl_dist.features import EVAL_BLOCK, cannot_evaluate
 from rtl_dist.metrics import Predictions, compute_metrics
 from rtl_dist.model.classifier import Classifier
+from rtl_dist.model.divided import divide
 from rtl_dist.runtime import Runtime
 
-_BATCH_SIZE = 64
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenView:
+    """A split as the frozen part of the model has it, and the rest, which makes scores of it."""
+
+    view: View
+    trained: nn.Module
 
 
-# One rank's share of a split under a frozen trunk: sample numbers int64 (n,) and features (n, F).
-FeatureBlocks = list[tuple[np.ndarray, torch.Tensor]]
+def eval_transform(model: Classifier) -> EvalTransform:
+    """How an evaluation looks at an image."""
+    preprocessing = model.preprocessing
+    return EvalTransform(
+        image_size=preprocessing.image_size,
+        crop_pct=preprocessing.crop_pct,
+        channels=preprocessing.channels,
+    )
 
 
 def predict_split(
@@ -31,12 +48,12 @@ def predict_split(
     *,
     runtime: Runtime,
     workers: int,
-    features: FeatureBlocks | None = None,
+    frozen: FrozenView | None = None,
 ) -> Predictions | None:
     """Scores a split, blocks of it shared among the ranks; the model is left in eval mode.
 
     Args:
-        features: what ``split_features`` made of this split with this trunk, to score from.
+        frozen: what the model's frozen part made of this split, to score from.
 
     Returns:
         on rank 0 every sample's scores in index order, elsewhere None.
@@ -50,13 +67,11 @@ def predict_split(
     model.eval()
     scored: list[tuple[np.ndarray, np.ndarray]] = []
     with torch.inference_mode():
-        if features is None:
-            blocks = _forward(model, model, split, runtime=runtime, workers=workers)
+        if frozen is None:
+            blocks = _from_images(model, split, runtime=runtime, workers=workers)
         else:
-            blocks = iter(features)
-        for samples, out in blocks:
-            with runtime.accelerator.autocast():
-                logits = out if features is None else model.classify(out)
+            blocks = _from_view(frozen, split, runtime=runtime)
+        for samples, logits in blocks:
             scores = logits.float()
             scores = scores.sigmoid() if dataset.task == MULTI_LABEL else scores.softmax(1)
             scored.append((samples, scores.cpu().numpy()))
@@ -71,16 +86,6 @@ def predict_split(
     return assembled[0] if assembled else None
 
 
-@torch.inference_mode()
-def split_features(
-    model: Classifier, split: Split, *, runtime: Runtime, workers: int
-) -> FeatureBlocks:
-    """This rank's blocks of a split as the trunk's features, kept on the device. Raises as
-    ``predict_split``."""
-    model.eval()
-    return list(_forward(model, model.features, split, runtime=runtime, workers=workers))
-
-
 def evaluate_split(
     model: Classifier,
     dataset: Dataset,
@@ -88,11 +93,11 @@ def evaluate_split(
     *,
     runtime: Runtime,
     workers: int,
-    features: FeatureBlocks | None = None,
+    frozen: FrozenView | None = None,
 ) -> dict[str, float]:
     """The split's metrics (see ``metrics``), equal on every rank; raises as ``predict_split``."""
     predictions = predict_split(
-        model, dataset, split, runtime=runtime, workers=workers, features=features
+        model, dataset, split, runtime=runtime, workers=workers, frozen=frozen
     )
 
     def compute() -> dict[str, float]:
@@ -103,27 +108,33 @@ def evaluate_split(
     return metrics
 
 
-def _forward(
-    model: Classifier,
-    function: Callable[[torch.Tensor], torch.Tensor],
-    split: Split,
-    *,
-    runtime: Runtime,
-    workers: int,
+def _from_view(
+    frozen: FrozenView, split: Split, *, runtime: Runtime
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-    """``function`` of this rank's blocks of a split, after the evaluation's view of each image."""
-    preprocessing = model.preprocessing
-    blocks = range(0, split.num_samples, _BATCH_SIZE)[runtime.rank :: runtime.world_size]
+    """Sample numbers and logits of this rank's blocks, from what the frozen part made of them."""
+    blocks = range(0, split.num_samples, EVAL_BLOCK)[runtime.rank :: runtime.world_size]
+    for first in blocks:
+        if runtime.was_asked_to_stop:
+            break
+        samples = np.arange(first, min(first + EVAL_BLOCK, split.num_samples))
+        inputs = frozen.view.features[first : first + len(samples)].to(runtime.device)
+        with runtime.accelerator.autocast():
+            yield samples, frozen.trained(inputs)
+    _agree_to_go_on(split, runtime, failure=None)
+
+
+def _from_images(
+    model: Classifier, split: Split, *, runtime: Runtime, workers: int
+) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    """Sample numbers and logits of this rank's blocks, after the evaluation's view of each image.
+
+    The trunk is run as a frozen one, BatchNorm folded: what a stage's cached features give.
+    """
+    divided = divide(model, "head", dtype=runtime.autocast_dtype)
+    assert divided.frozen is not None
+    blocks = range(0, split.num_samples, EVAL_BLOCK)[runtime.rank :: runtime.world_size]
     loader = make_loader(
-        SplitMicrobatches(
-            split,
-            EvalTransform(
-                image_size=preprocessing.image_size,
-                crop_pct=preprocessing.crop_pct,
-                channels=preprocessing.channels,
-            ),
-            size=_BATCH_SIZE,
-        ),
+        SplitMicrobatches(split, eval_transform(model), size=EVAL_BLOCK),
         blocks,
         workers=min(workers, len(blocks)),
         device=runtime.device,
@@ -141,20 +152,23 @@ def _forward(
                     bad += batch.bad
                     continue
                 with runtime.accelerator.autocast():
-                    out = function(batch.inputs)
-                yield batch.samples.numpy(), out
+                    logits = divided.trained(divided.frozen(batch.inputs))
+                yield batch.samples.numpy(), logits
         except RtlDistError as error:
             failure = error  # the other ranks are told below
+    _agree_to_go_on(split, runtime, failure=failure)
+    _refuse_bad(runtime, bad)
+
+
+def _agree_to_go_on(split: Split, runtime: Runtime, *, failure: RtlDistError | None) -> None:
     if runtime.agree(bad_samples=0, failure=failure)[0]:
         raise StopRequested(f"stopped while evaluating {split.name}; start the same command again")
-    _refuse_bad(runtime, bad)
 
 
 def _refuse_bad(runtime: Runtime, bad: list[str]) -> None:
     every = [name for names in runtime.gather(bad) for name in names]
     if every:
-        more = f", and {len(every) - 1} more" if len(every) > 1 else ""
-        raise DataError(f"cannot evaluate exactly: {every[0]}{more}")
+        raise DataError(cannot_evaluate(every))
 
 
 def _assemble(

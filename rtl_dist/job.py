@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from rtl_dist.config import Config
 from rtl_dist.data.dataset import Dataset
 from rtl_dist.data.split import Split
@@ -30,8 +32,13 @@ class Job:
     average: Average | None
     tracker: Tracker
     state: TrainState
-    micro_batch_size: int
+    stage_best: dict[str, torch.Tensor]
     workers: int
+
+    @property
+    def micro_batch_size(self) -> int:
+        """The canonical microbatch; memory may have forced another than the config's."""
+        return self.state.micro_batch_size or int(self.config.batch.micro)
 
     @property
     def evaluated_model(self) -> Classifier:
@@ -41,6 +48,27 @@ class Job:
     @property
     def epoch(self) -> float:
         return self.state.samples_seen / self.train.num_samples
+
+    def keep_as_stage_best(self) -> None:
+        """Copies the weights, so that the stage can hand them on when it ends."""
+        tensors = {f"model/{k}": v for k, v in self.model.state_dict().items()}
+        if self.average:
+            tensors |= {f"ema/{k}": v for k, v in self.average.model.state_dict().items()}
+        self.stage_best = {name: value.to("cpu", copy=True) for name, value in tensors.items()}
+
+    def go_back_to_stage_best(self) -> None:
+        """Puts back what ``keep_as_stage_best`` took."""
+        models = {"model": self.model} | ({"ema": self.average.model} if self.average else {})
+        for kind, model in models.items():
+            prefix = f"{kind}/"
+            model.load_state_dict(
+                {
+                    name.removeprefix(prefix): value
+                    for name, value in self.stage_best.items()
+                    if name.startswith(prefix)
+                }
+            )
+        self.stage_best = {}
 
     def is_due(self, every: Every, last: int) -> bool:
         return is_due(

@@ -1,29 +1,30 @@
-"""Optimizer, parameter groups and loss."""
+"""The optimizer and its parameter groups."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from rtl_dist.config import Optim, Stage
-from rtl_dist.data.dataset import MULTI_LABEL
 from rtl_dist.model.classifier import Classifier
 from rtl_dist.model.parts import NORMS, parts_of
 
 
-def build_optimizer(model: Classifier, stage: Stage, config: Optim) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: Classifier, stage: Stage, config: Optim, *, lr: float
+) -> torch.optim.Optimizer:
     """A fresh optimizer over the stage's trainable parameters, each in one group.
 
-    Groups carry ``part``, ``base_lr`` (the head's ``stage.lr``, times ``layer_decay`` for each part
+    Groups carry ``part``, ``base_lr`` (the head's ``lr``, times ``layer_decay`` for each part
     further down) and ``weight_decay``, which is 0 for biases and norms, told by module type.
+
+    It is a fused one, which can be told by a tensor, ``found_inf``, not to take a step: nobody has
+    to wait for the device to know whether the gradient was finite.
     """
     groups = []
     parts = parts_of(model)
     for depth, (part, modules) in enumerate(reversed(list(parts.items()))):
-        base_lr = stage.lr * stage.layer_decay**depth
+        base_lr = lr * stage.layer_decay**depth
         decayed, plain = _split_by_decay(modules)
         for parameters, decay in ((decayed, config.weight_decay), (plain, 0.0)):
             if parameters:
@@ -40,12 +41,15 @@ def build_optimizer(model: Classifier, stage: Stage, config: Optim) -> torch.opt
     wanted = [p for p in model.parameters() if p.requires_grad]
     if {id(p) for p in covered} != {id(p) for p in wanted} or len(covered) != len(wanted):
         raise RuntimeError("the optimizer does not cover every trainable parameter exactly once")
-    fused = covered[0].is_cuda
     if config.name == "sgd":
-        return torch.optim.SGD(
-            groups, momentum=config.momentum, nesterov=config.momentum > 0, fused=fused or None
-        )
-    return torch.optim.AdamW(groups, betas=config.betas, fused=fused or None)
+        momentum = config.momentum
+        sgd = torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0, fused=True)
+        if momentum:
+            # left to itself, a first step that is not taken leaves memory as it was found (2.15)
+            for parameter in wanted:
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
+    return torch.optim.AdamW(groups, betas=config.betas, fused=True)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:
@@ -57,37 +61,18 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[
     return rates
 
 
-def make_loss(
-    config: Optim, *, task: str, class_counts: tuple[int, ...], device: torch.device
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """The training loss a sample: (scores (n, C), labels) to (n,).
+def require_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Proves that every group has the rate that ``set_learning_rates`` gave it.
 
-    labels: int64 (n,), float (n, C) of class probabilities (mixup), or 0/1 for multi-label data,
-    whose loss is binary cross-entropy averaged over the classes. Class weights scale each sample's
-    own loss and are not normalised within a batch, so the loss does not depend on how a batch is
-    split; "balanced" weights average 1 over the training set.
+    Raises:
+        RuntimeError: something else has set it.
     """
-    smoothing = config.label_smoothing
-    counts = torch.tensor(class_counts, dtype=torch.float64).clamp(min=1)
-    weight = None
-    if config.class_weights == "balanced":
-        weight = (counts.sum() / (len(counts) * counts)).to(device)
-
-    def cross_entropy(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        losses = F.cross_entropy(scores, labels, reduction="none", label_smoothing=smoothing)
-        if weight is None:
-            return losses
-        of_sample = weight[labels] if labels.ndim == 1 else labels.to(weight.dtype) @ weight
-        return losses * of_sample.to(losses.dtype)
-
-    def binary_cross_entropy(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        smooth = labels.to(scores.dtype) * (1 - smoothing) + 0.5 * smoothing
-        losses = F.binary_cross_entropy_with_logits(scores, smooth, reduction="none")
-        if weight is not None:
-            losses = losses * torch.where(labels > 0.5, weight.to(losses.dtype), 1.0)
-        return losses.mean(1)
-
-    return binary_cross_entropy if task == MULTI_LABEL else cross_entropy
+    for group in optimizer.param_groups:
+        if group["lr"] != group["base_lr"] * factor:
+            raise RuntimeError(
+                f"the learning rate of {group['part']} is {group['lr']} and was to be"
+                f" {group['base_lr'] * factor}"
+            )
 
 
 def _split_by_decay(modules: list[nn.Module]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

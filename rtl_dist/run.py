@@ -14,7 +14,7 @@ import torch
 
 from rtl_dist.batches import training_order
 from rtl_dist.checkpoint import Snapshot, load_newest_checkpoint
-from rtl_dist.config import Config, Stage
+from rtl_dist.config import Config, EarlyStop, Stage
 from rtl_dist.data.dataset import (
     DESCRIPTION,
     MULTI_LABEL,
@@ -29,12 +29,13 @@ from rtl_dist.errors import DataError, RtlDistError, StopRequested, UserError
 from rtl_dist.evaluation import predict_split
 from rtl_dist.files import sha256_of, write_json
 from rtl_dist.job import Job
+from rtl_dist.memory import resolve_micro_batch_size
 from rtl_dist.metrics import compute_metrics
 from rtl_dist.model.build import build_model
 from rtl_dist.model.folder import WEIGHTS, load_model
 from rtl_dist.model.parts import digest, trainable_parts
 from rtl_dist.run_folder import describe_run, read_results, restore, run_identity
-from rtl_dist.runtime import Runtime, configure_logging, resolve_micro_batch_size
+from rtl_dist.runtime import Runtime, configure_logging
 from rtl_dist.schedule import StageSpan, stage_spans
 from rtl_dist.state import TrainState
 from rtl_dist.tracking import build_tracker
@@ -56,11 +57,11 @@ def open_data(config: Config, runtime: Runtime) -> Dataset:
     configure_logging(is_main=runtime.is_main)
 
     def pack_if_missing() -> None:
-        from rtl_dist.data.pack import pack
-
         root = Path(config.data.path)
         if config.data.source is None or (root / DESCRIPTION).exists():
             return
+        from rtl_dist.data.pack import pack
+
         LOG.info("packing %s into %s", config.data.source, root)
         pack(config.data.source, root, val_fraction=config.data.val_fraction)
 
@@ -79,25 +80,50 @@ def resolve(config: Config, runtime: Runtime, dataset: Dataset) -> Config:
     Raises:
         UserError: the processes, the metric or the mixing do not fit the data or the batch.
     """
-    micro = resolve_micro_batch_size(
-        config, world_size=runtime.world_size, device_type=runtime.device.type
+    stages = [
+        stage
+        if stage.early_stop is None
+        else replace(
+            stage,
+            early_stop=_measured(stage.early_stop, dataset, f"stages.{stage.name}.early_stop"),
+        )
+        for stage in config.stages
+    ]
+    config = replace(
+        config,
+        precision=runtime.precision,
+        early_stop=_measured(config.early_stop, dataset, "early_stop"),
+        stages=stages,
     )
-    metric = config.early_stop.metric
+    if dataset.task == MULTI_LABEL:
+        _require_single_label_options_unused(config)
+    if config.batch.sync_batchnorm and runtime.device.type != "cuda":
+        raise UserError("batch.sync_batchnorm: torch has it for GPUs only; set it to false")
+    micro = resolve_micro_batch_size(config, runtime, num_classes=dataset.num_classes)
+    return replace(config, batch=replace(config.batch, micro=micro))
+
+
+def _measured(early_stop: EarlyStop, dataset: Dataset, path: str) -> EarlyStop:
+    metric = early_stop.metric
     if metric == "auto":
         metric = "val/map" if dataset.task == MULTI_LABEL else "val/top1"
     if metric not in _METRICS[dataset.task]:
         raise UserError(
-            f"early_stop.metric: {metric} is not measured on {dataset.task} data; choose"
+            f"{path}.metric: {metric} is not measured on {dataset.task} data; choose"
             f" {', '.join(_METRICS[dataset.task])}"
         )
-    if dataset.task == MULTI_LABEL and (config.augment.mixup or config.augment.cutmix):
+    return replace(early_stop, metric=metric)
+
+
+def _require_single_label_options_unused(config: Config) -> None:
+    if any(config.augment_of(stage).mixes for stage in config.stages):
         raise UserError("augment.mixup: and cutmix need single-label data; set them to 0")
-    return replace(
-        config,
-        batch=replace(config.batch, micro=micro),
-        precision=runtime.precision,
-        early_stop=replace(config.early_stop, metric=metric),
-    )
+    if config.data.sampling == "balanced":
+        raise UserError("data.sampling: balanced needs single-label data; leave it out")
+    if config.optim.logit_adjustment:
+        raise UserError("optim.logit_adjustment: needs single-label data; set it to 0")
+    if config.optim.loss == "cross_entropy":
+        raise UserError("optim.loss: cross_entropy needs single-label data; use bce or focal")
 
 
 def already_done(config: Config, runtime: Runtime, run: Path, dataset: Dataset) -> str | None:
@@ -139,8 +165,9 @@ def open_job(
         _check_classes(dataset, config.data.train, train.class_counts)
         for split in (train, val):
             runtime.from_main(functools.partial(check_split, dataset, split))
-    most_shards = training_order(train, config).most_shards_at_once()
-    runtime.on_every_rank(lambda: train.files.require_room(most_shards))
+    runtime.on_every_rank(
+        lambda: train.files.require_room(training_order(train, config).most_shards_at_once())
+    )
     restored = restore(run, config, dataset, runtime)
     if restored is None:
         model, origin = build_model(
@@ -161,6 +188,8 @@ def open_job(
                 stage.name,
                 stage.batchnorm,
             )
+    if config.batch.sync_batchnorm:
+        model.trunk = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model.trunk)
     model.to(device=runtime.device, dtype=runtime.dtype, memory_format=torch.channels_last)
     average = Average(model, config.optim.ema) if config.optim.ema else None
     if average and restored is not None:
@@ -196,7 +225,7 @@ def open_job(
         average=average,
         tracker=tracker,
         state=state,
-        micro_batch_size=int(config.batch.micro),
+        stage_best=restored.stage_best if restored else {},
         workers=resolve_workers(config.data.workers, local_world_size=runtime.local_world_size),
     )
     spans = stage_spans(
@@ -253,6 +282,9 @@ def _results(job: Job, status: str) -> dict[str, Any]:
         "steps": state.step,
         "samples_seen": state.samples_seen,
         "skipped_steps": state.skipped_steps,
+        "microbatch_halvings": [
+            {"from_step": step, "micro": size} for step, size in state.halvings
+        ],
         "bad_samples": {"count": state.bad_samples, "names": state.bad_names},
         "dataset_fingerprint": job.dataset.fingerprint,
         "elapsed_s": round(state.elapsed_s, 3),

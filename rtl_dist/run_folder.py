@@ -24,6 +24,7 @@ from rtl_dist.checkpoint import Snapshot, has_checkpoint, load_newest_checkpoint
 from rtl_dist.config import Config, Data, Stage, read_run_config, to_dict, to_yaml
 from rtl_dist.data import region
 from rtl_dist.data.dataset import Dataset
+from rtl_dist.data.processes import available_cpus
 from rtl_dist.errors import UserError
 from rtl_dist.files import write_json, write_text
 from rtl_dist.runtime import Runtime
@@ -31,7 +32,7 @@ from rtl_dist.runtime import Runtime
 LOG = logging.getLogger("rtl_dist")
 
 # What may differ between a run and its continuation: where things are and what is reported.
-_FREE = ("run", "track", "checkpoint", "eval", "early_stop", "compile")
+_FREE = ("run", "track", "checkpoint", "eval", "early_stop", "compile", "features")
 _FREE_KEYS = {
     "data": (
         "path",
@@ -183,14 +184,15 @@ def _refuse_other_identity(run: Path, then: dict[str, Any], now: dict[str, Any])
 def _filled(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """An earlier version's config with the keys that it did not know, at their defaults: what it
     did is what they say."""
-    some = Config(data=Data(path=""), stages=[Stage(name="", epochs=1, lr=1)])
+    some = Config(data=Data(path=""), stages=[Stage(name="any", epochs=1, lr=1)])
     defaults = to_dict(some)
-    return {
+    filled = {
         section: {key: defaults[section].get(key) for key in now[section]} | value
         if isinstance(value, dict)
         else value
         for section, value in then.items()
     }
+    return filled | {"stages": [defaults["stages"][0] | stage for stage in then["stages"]]}
 
 
 def _differences(then: Any, now: Any, path: str) -> Iterator[str]:
@@ -256,9 +258,7 @@ def _environment(runtime: Runtime) -> dict[str, Any]:
         "platform": platform.platform(),
         "hostname": socket.gethostname(),
         "device": torch.cuda.get_device_name(runtime.device) if cuda else _cpu_name(),
-        "cpus": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cpus": available_cpus(),
         "precision": runtime.precision,
         "region_decoding": region.available(),
         "world_size": runtime.world_size,

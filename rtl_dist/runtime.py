@@ -25,8 +25,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from tqdm import tqdm
 
-from rtl_dist.config import Config, Precision
-from rtl_dist.data.loader import available_cpus
+from rtl_dist.config import Precision
+from rtl_dist.data.processes import available_cpus
 from rtl_dist.errors import RtlDistError, StopRequested, UserError
 from rtl_dist.launched import launched_world_size
 
@@ -34,7 +34,6 @@ LOG = logging.getLogger("rtl_dist")
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
-_AUTO_MICRO_LIMIT = {"cpu": 32, "cuda": 128}
 
 
 class Runtime:
@@ -85,6 +84,18 @@ class Runtime:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """What autocast multiplies in; None without autocast."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+
+    @property
+    def device_name(self) -> str:
+        """What kind of device computes; another one may round otherwise."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"cpu, {torch.backends.cpu.get_cpu_capability()}"
 
     def __enter__(self) -> Runtime:
         for name in STOP_SIGNALS:
@@ -149,13 +160,9 @@ class Runtime:
     @property
     def was_asked_to_stop(self) -> bool:
         """Whether this rank was, or its launcher is gone: accelerate's ends at a SIGTERM without
-        passing it on. Act on it only where all ranks do (``stop_requested``)."""
+        passing it on. Act on it only where all ranks do (``agree``)."""
         orphaned = self._launcher is not None and os.getppid() != self._launcher
         return self._stop_signal is not None or orphaned
-
-    def stop_requested(self) -> bool:
-        """Whether any rank has been asked to stop; the same answer on every rank."""
-        return self.agree(bad_samples=0, failure=None)[0]
 
     def agree(self, *, bad_samples: int, failure: RtlDistError | None) -> tuple[bool, int]:
         """One exchange a step: (whether any rank was asked to stop, bad samples of all ranks).
@@ -260,35 +267,6 @@ def resolve_precision(wanted: Precision) -> Precision:
     return "bf16" if _cpu_has_bf16() else "no"
 
 
-def resolve_micro_batch_size(config: Config, *, world_size: int, device_type: str) -> int:
-    """The canonical microbatch: configured, or the largest divisor of this rank's share of the
-    global batch within what this kind of device takes comfortably.
-
-    Raises:
-        UserError: the number of microbatches is not a multiple of the number of processes.
-    """
-    total = config.batch.global_
-    if config.batch.micro != "auto":
-        micro = config.batch.micro
-    else:
-        if total % world_size:
-            raise UserError(
-                f"batch.global: {total} cannot be shared equally by {world_size} processes; use a"
-                f" multiple of {world_size}"
-            )
-        share, limit = total // world_size, _AUTO_MICRO_LIMIT.get(device_type, 32)
-        micro = max(size for size in range(1, min(share, limit) + 1) if share % size == 0)
-    num_microbatches = total // micro
-    if num_microbatches % world_size:
-        fitting = [w for w in range(1, num_microbatches + 1) if num_microbatches % w == 0]
-        raise UserError(
-            f"batch: {num_microbatches} microbatches (global {total} / micro {micro}) cannot be"
-            f" shared by {world_size} processes; use {_or(fitting)} processes, or another"
-            " batch.micro"
-        )
-    return micro
-
-
 def configure_logging(*, is_main: bool) -> None:
     """Messages of rank 0 on stderr as plain lines; the other ranks' only when they warn."""
     LOG.handlers.clear()
@@ -297,11 +275,6 @@ def configure_logging(*, is_main: bool) -> None:
     LOG.addHandler(handler)
     LOG.setLevel(logging.INFO if is_main else logging.WARNING)
     LOG.propagate = False
-
-
-def _or(numbers: list[int]) -> str:
-    shown = [str(n) for n in numbers]
-    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} or {shown[-1]}"
 
 
 def _user_chose_threads() -> bool:

@@ -6,135 +6,186 @@ import contextlib
 import logging
 import time
 import warnings
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 
-from rtl_dist.batches import StageBatches, open_stage_batches
-from rtl_dist.checkpoint import Snapshot, restore_optimizer
+from rtl_dist.batches import StageBatches, black_microbatch, open_stage_batches
+from rtl_dist.checkpoint import optimizer_tensors, restore_optimizer
+from rtl_dist.compilation import compiling_pays
 from rtl_dist.config import Stage
 from rtl_dist.data.order import derive_key
 from rtl_dist.data.ring import Batch
-from rtl_dist.errors import RtlDistError
+from rtl_dist.errors import OutOfMemory, RtlDistError
+from rtl_dist.features import FeatureMaker
 from rtl_dist.job import Job
 from rtl_dist.ledger import Ledger
+from rtl_dist.losses import make_loss
 from rtl_dist.mixing import make_mixer
 from rtl_dist.model.batchnorm import StepStatistics
-from rtl_dist.model.classifier import HeadOnly
+from rtl_dist.model.divided import divide
 from rtl_dist.model.parts import (
     digest,
+    first_trainable_part,
     freeze_for,
     frozen_tensors,
     parameters_without_gradient,
     trainable_tensors,
 )
-from rtl_dist.optim import build_optimizer, make_loss, set_learning_rates
+from rtl_dist.optim import build_optimizer, require_learning_rates, set_learning_rates
 from rtl_dist.schedule import StageSpan, learning_rate_factor
+from rtl_dist.skipping import SkippedSteps
 from rtl_dist.totals import TrainTotals
 
 LOG = logging.getLogger("rtl_dist")
 _FORWARD_STREAM = 3  # keys dropout and mixup apart from the data order and the augmentation
+_STAND_IN_SIZE = 2  # images
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """tensors: as ``optimizer_tensors`` has them. scaler: the loss scaler's (fp16 only)."""
+
+    tensors: dict[str, torch.Tensor]
+    scaler: dict[str, Any]
 
 
 class StageTrainer:
     """Takes the steps of one stage.
 
     What happens at step boundaries looks at its public attributes: ``totals`` (counts since last
-    flushed), ``bad`` (damaged samples met since last cleared), ``failure`` (of the loader),
-    ``rates`` (of the last step),
-    ``data_wait_s`` (since last cleared), ``on_features`` (the trunk is frozen and not run),
-    ``ledger``, ``optimizer``, ``scaler`` and ``names`` (of parameters, by id).
+    flushed), ``skipped`` (steps not taken), ``bad`` (damaged samples met since last cleared),
+    ``failure`` (of the loader or the memory: the step was spoiled on purpose), ``rates`` (of the
+    last step), ``data_wait_s`` (since last cleared), ``boundary`` (the first trained part),
+    ``frozen`` and ``trained`` (the model, cut below it), ``features`` (of the frozen part),
+    ``on_features`` (the frozen part is not run), ``ledger``.
     """
 
-    def __init__(self, stage: Stage, span: StageSpan, job: Job, restored: Snapshot | None) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        span: StageSpan,
+        job: Job,
+        kept: OptimizerState | None = None,
+        *,
+        lr: float,
+        num_steps: int | None = None,
+    ) -> None:
+        """
+        Args:
+            kept: of an optimizer to go on with.
+            lr: of the head, the stage's own or what was found for it.
+            num_steps: to read data for; None: what is left of the stage.
+        """
         self._stage, self._job, self._num_steps = stage, job, span.num_steps
-        config, runtime, model = job.config, job.runtime, job.model
+        config, runtime, model, state = job.config, job.runtime, job.model, job.state
         freeze_for(model, stage)
-        self.names = {id(p): name for name, p in model.named_parameters()}
-        self.optimizer = build_optimizer(model, stage, config.optim)
-        if restored is not None and restored.optimizer:
-            restore_optimizer(self.optimizer, self.names, restored.optimizer)
-        self.rates = self._set_rates(max(0, job.state.step - job.state.stage_first_step - 1))
+        self._names = {id(p): name for name, p in model.named_parameters()}
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._optimizer = build_optimizer(model, stage, config.optim, lr=lr)
+        if kept is not None and kept.tensors:
+            restore_optimizer(self._optimizer, self._names, kept.tensors)
+        self._warmup, self._shape = config.warmup_of(stage), config.schedule_of(stage)
+        done = state.step - state.stage_first_step
+        self.rates = set_learning_rates(self._optimizer, self._planned_factor(max(0, done - 1)))
+        self.boundary = first_trainable_part(model, stage)
+        divided = divide(model, self.boundary, dtype=runtime.autocast_dtype)
+        self.frozen, self.trained = divided.frozen, divided.trained
+        self.features = self._feature_maker()
+        left = state.stage_first_step + span.num_steps - state.step
         self._batches: StageBatches = open_stage_batches(
             stage,
             config=config,
-            model=model,
             split=job.train,
+            features=self.features,
+            num_classes=job.dataset.num_classes,
             runtime=runtime,
-            first_step=job.state.step,
-            end_step=job.state.stage_first_step + span.num_steps,
+            first_step=state.step,
+            end_step=state.step + (left if num_steps is None else num_steps),
             micro_batch_size=job.micro_batch_size,
             workers=job.workers,
         )
         self.on_features = self._batches.are_features
-        module = HeadOnly(model) if self.on_features else model
-        with warnings.catch_warnings():
-            # torch 2.14 renames broadcast_buffers; its old name serves every version we support
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            self._wrapped, self._stepper = runtime.accelerator.prepare(
-                module,
-                self.optimizer,
-                device_placement=[True, False],  # restored state is where it belongs already
-            )
-        if config.compile is True:
-            self._wrapped = torch.compile(self._wrapped)
-        self.scaler = runtime.accelerator.scaler
-        if restored is not None and restored.scaler and self.scaler is not None:
-            self.scaler.load_state_dict(restored.scaler)
+        self._wrap(kept)
         self._statistics = StepStatistics(model)
         task = job.dataset.task
-        counts = job.train.class_counts
-        self._loss = make_loss(config.optim, task=task, class_counts=counts, device=runtime.device)
-        self._mix = make_mixer(config.augment, num_classes=job.dataset.num_classes)
+        self._loss = make_loss(
+            config.optim, task=task, class_counts=job.train.class_counts, device=runtime.device
+        )
+        self._mix = make_mixer(config.augment_of(stage), num_classes=job.dataset.num_classes)
         self.totals = TrainTotals(task=task, device=runtime.device)
-        self.ledger = Ledger(job.run, runtime, job.state) if config.run.ledger else None
+        self.skipped = SkippedSteps(
+            runtime.device, total=state.skipped_steps, in_a_row=state.skipped_in_a_row
+        )
+        self.ledger = Ledger(job.run, runtime, state) if config.run.ledger else None
         self.bad: list[str] = list(self._batches.bad)
         self.failure: RtlDistError | None = None
         self.data_wait_s = 0.0
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._gradients_checked = False
         self._frozen_digest = digest(frozen_tensors(model))
         runtime.require_equal("the frozen weights", self._frozen_digest)
         self.require_sound()
-        LOG.info("stage %s: %s", stage.name, self._describe())
 
-    def step(self) -> None:
-        """One optimizer step over this rank's microbatches of the global batch."""
+    def step(self, rate_factor: float | None = None) -> None:
+        """One optimizer step over this rank's microbatches of the global batch; it counts once the
+        ranks have agreed that none of them failed.
+
+        Args:
+            rate_factor: of the learning rates; None: the schedule's.
+        """
         job, state, accelerator = self._job, self._job.state, self._job.runtime.accelerator
-        self.rates = self._set_rates(state.step - state.stage_first_step)
+        if rate_factor is None:
+            rate_factor = self._planned_factor(state.step - state.stage_first_step)
+        self.rates = set_learning_rates(self._optimizer, rate_factor)
         per_rank = job.config.batch.global_ // job.micro_batch_size // job.runtime.world_size
         self._statistics.begin()
         for i in range(per_rank):
             last = i == per_rank - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self._wrapped):
-                self._microbatch(job.runtime.rank * per_rank + i, per_rank)
+                self._microbatch(job.runtime.rank * per_rank + i, per_rank, last=last)
         if not self._gradients_checked and self.failure is None:
             self._check_gradients()
-        if job.config.optim.clip_grad_norm is not None:
-            accelerator.clip_grad_norm_(self._parameters, job.config.optim.clip_grad_norm)
-        was_taken = take_step(self._stepper, self.scaler)
+        taken = self._take_step()
         self._stepper.zero_grad(set_to_none=True)
-        if not was_taken:
-            self._statistics.discard()
-            state.skipped_steps += 1
-        else:
-            self._statistics.fold(job.runtime.mean_over_ranks)
-            if job.average:
-                job.average.update(job.model)
-        state.step += 1
-        state.samples_seen += job.config.batch.global_
+        self._statistics.fold(job.runtime.mean_over_ranks, taken=taken)
+        if job.average:
+            job.average.update(job.model, taken=taken)
+        self.skipped.note(taken)
+        require_learning_rates(self._optimizer, rate_factor)
+
+    def accept(self) -> None:
+        """Counts the last step."""
+        self.totals.accept()
+        self._job.state.step += 1
+        self._job.state.samples_seen += self._job.config.batch.global_
+
+    def optimizer_state(self) -> OptimizerState:
+        """To be saved, or to go on from."""
+        tensors = optimizer_tensors(self._optimizer, self._names)
+        return OptimizerState(tensors, self._scaler.state_dict() if self._scaler else {})
 
     def require_sound(self) -> None:
-        """Proves that frozen weights and statistics have not moved and that the ranks agree.
+        """Proves that frozen weights and statistics have not moved, that trained ones are finite
+        and that the ranks agree on both.
 
         Raises:
-            RuntimeError: on every rank.
+            RuntimeError: on every rank. RtlDistError: the weights are no numbers any more.
         """
         model, runtime = self._job.model, self._job.runtime
         moved = digest(frozen_tensors(model)) != self._frozen_digest
         if any(runtime.gather(moved)):
             raise RuntimeError(f"stage {self._stage.name}: a frozen weight or statistic moved")
-        runtime.require_equal("the trainable weights", digest(trainable_tensors(model)))
+        trained = trainable_tensors(model)
+        runtime.require_equal("the trainable weights", digest(trained))
+        if not all(bool(value.isfinite().all()) for value in trained.values()):
+            raise RtlDistError(
+                f"weights became infinite or not a number by step {self._job.state.step} (stage"
+                f" {self._stage.name}); lower its lr or set optim.clip_grad_norm, and use another"
+                f" run.dir; the last checkpoint here, of step {self._job.state.last_checkpoint}, is"
+                " older"
+            )
 
     def close(self) -> None:
         """Ends the workers and takes the wrapping off the model."""
@@ -144,44 +195,172 @@ class StageTrainer:
         accelerator.unwrap_model(self._wrapped, keep_fp32_wrapper=False)
         accelerator.free_memory()
 
-    def _set_rates(self, step_in_stage: int) -> dict[str, float]:
-        optim = self._job.config.optim
-        factor = learning_rate_factor(
-            step_in_stage, num_steps=self._num_steps, warmup=optim.warmup, shape=optim.schedule
+    def describe(self) -> str:
+        """What the stage is about to do."""
+        trained = sum(p.numel() for p in self._parameters)
+        total = sum(p.numel() for p in self._job.model.parameters())
+        how = ""
+        if self.on_features:
+            how = f", on cached features from below {self.boundary}"
+        elif self.frozen is not None:
+            how = f", all below {self.boundary} without autograd"
+        most = "up to " if self._stage.until == "plateau" else ""
+        return (
+            f"{most}{self._num_steps} steps of {self._job.config.batch.global_} images, training"
+            f" {trained:,} of {total:,} parameters{how}"
         )
-        return set_learning_rates(self.optimizer, factor)
 
-    def _microbatch(self, microbatch: int, per_rank: int) -> None:
+    # --- building ------------------------------------------------------------------------------
+
+    def _feature_maker(self) -> FeatureMaker | None:
+        if self.frozen is None or self._stage.cache == "off":
+            return None
         job = self._job
-        batch = self._next_batch()
+        return FeatureMaker(
+            self.frozen,
+            self.boundary,
+            config=job.config,
+            stage=self._stage,
+            dataset=job.dataset,
+            runtime=job.runtime,
+            micro_batch_size=job.micro_batch_size,
+            workers=job.workers,
+        )
+
+    def _wrap(self, kept: OptimizerState | None) -> None:
+        """DDP around what is trained, mixed precision, and compilation where it pays."""
+        job, accelerator = self._job, self._job.runtime.accelerator
+        state, compiles = job.state, job.config.compile
+        if compiles == "auto" and state.is_compiled is None:
+            state.is_compiled = compiling_pays(
+                self.trained,
+                lambda: self._inputs_of(self._black_batch(job.micro_batch_size)),
+                num_images=self._num_steps * job.config.batch.global_,
+                runtime=job.runtime,
+                what=self._stage.name,
+            )
+        with warnings.catch_warnings():
+            # torch 2.14 renames broadcast_buffers; its old name serves every version we support
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            self._wrapped, self._stepper = accelerator.prepare(
+                self.trained,
+                self._optimizer,
+                device_placement=[True, False],  # restored state is where it belongs already
+            )
+        if compiles is True or (compiles == "auto" and state.is_compiled):
+            self._wrapped = torch.compile(self._wrapped)
+            self.frozen = None if self.frozen is None else torch.compile(self.frozen)
+        self._scaler = accelerator.scaler
+        if kept is not None and kept.scaler and self._scaler is not None:
+            self._scaler.load_state_dict(kept.scaler)
+
+    # --- a step --------------------------------------------------------------------------------
+
+    def _planned_factor(self, step_in_stage: int) -> float:
+        return learning_rate_factor(
+            step_in_stage, num_steps=self._num_steps, warmup=self._warmup, shape=self._shape
+        )
+
+    def _microbatch(self, microbatch: int, per_rank: int, *, last: bool) -> None:
+        """Adds one microbatch's gradient. After a failure only the step's last one is passed
+        through, in whose collectives the other ranks wait."""
+        batch = self._next_batch() if self.failure is None else None
+        if batch is not None:
+            self.failure = self._learn_from(batch, microbatch, per_rank, shares=last)
+        if self.failure is not None and last:
+            self._spoil()
+
+    def _learn_from(
+        self, batch: Batch, microbatch: int, per_rank: int, *, shares: bool
+    ) -> OutOfMemory | None:
+        """Forward and backward pass; returns the failure if the memory does not hold them.
+
+        shares: gradients are shared among the ranks in the backward pass.
+        """
+        job = self._job
         self.bad += batch.bad
-        if self.ledger and self.failure is None:
+        if self.ledger:
             self.ledger.note(job.state.step, microbatch, batch)
-        inputs, labels = batch.inputs, batch.labels
         torch.manual_seed(
             derive_key(job.config.seed, _FORWARD_STREAM, job.state.step, microbatch) >> 1
         )
-        mixed, targets = self._mix(inputs, labels)
-        scores = self._wrapped(mixed)
-        losses = self._loss(scores, targets)
-        job.runtime.accelerator.backward(losses.sum() / (len(losses) * per_rank))
-        self._statistics.add()
-        self.totals.add(losses.detach(), scores.detach(), labels)
+        is_sharing = False
+        try:
+            mixed, targets = self._mix(batch.inputs, batch.labels)
+            scores = self._wrapped(self._inputs_of(batch._replace(inputs=mixed)))
+            losses = self._loss(scores, targets)
+            loss = losses.sum() / (len(losses) * per_rank)
+            is_sharing = shares and job.runtime.world_size > 1
+            job.runtime.accelerator.backward(loss)
+            self._statistics.add()
+            self.totals.add(losses.detach(), scores.detach(), batch.labels)
+        except torch.OutOfMemoryError:
+            pass  # handled below, when what the exception holds on to is free
+        else:
+            return None
+        if is_sharing:  # part of the gradients have gone to the others, the rest never will
+            raise RtlDistError(
+                f"out of memory while sharing gradients in step {job.state.step}; set batch.micro"
+                f" below {job.micro_batch_size}, use another run.dir and start again"
+            )
+        return OutOfMemory(f"out of memory with microbatches of {job.micro_batch_size}")
 
-    def _next_batch(self) -> Batch:
-        """The next microbatch. If there is none because the loader failed, an empty-handed stand-in
-        finishes the step, in whose collectives the other ranks wait; at its boundary all ranks end
-        together and nothing of it is kept."""
+    def _spoil(self) -> None:
+        """Makes the gradient of every parameter not a number, so that no rank takes this step."""
+        self._stepper.zero_grad(set_to_none=True)
+        if self._job.runtime.device.type == "cuda":
+            torch.cuda.empty_cache()
+        scores = self._wrapped(self._inputs_of(self._black_batch(_STAND_IN_SIZE)))
+        everything = scores.sum() + sum(p.sum() for p in self._parameters)
+        self._job.runtime.accelerator.backward(everything * torch.nan)
+
+    def _inputs_of(self, batch: Batch) -> torch.Tensor:
+        """What goes into the trained part: images, or what the frozen part makes of them."""
+        is_images = batch.inputs.dtype == torch.uint8 or not self.on_features
+        if self.frozen is None or not is_images:
+            return batch.inputs
+        with self._job.runtime.accelerator.autocast():
+            out: torch.Tensor = self.frozen(batch.inputs)
+        return out
+
+    def _black_batch(self, count: int) -> Batch:
+        job = self._job
+        return black_microbatch(
+            job.train,
+            count=count,
+            channels=job.config.data.channels,
+            image_size=job.config.image_size_of(self._stage),
+            device=job.runtime.device,
+        )
+
+    def _next_batch(self) -> Batch | None:
+        """The next microbatch; None if the loader failed."""
         asked_at = time.perf_counter()
-        if self.failure is None:
-            try:
-                batch = next(self._batches.iterator)
-            except RtlDistError as error:
-                self.failure = error
-        if self.failure is not None:
-            batch = self._batches.stand_in
+        batch = None
+        try:
+            batch = next(self._batches.iterator)
+        except RtlDistError as error:
+            self.failure = error
         self.data_wait_s += time.perf_counter() - asked_at
         return batch
+
+    def _take_step(self) -> torch.Tensor:
+        """Steps the optimizer unless the gradient is not finite; returns whether it did, a bool on
+        the device."""
+        accelerator, limit = self._job.runtime.accelerator, self._job.config.optim.clip_grad_norm
+        if self._scaler is not None:
+            if limit is not None:
+                accelerator.clip_grad_norm_(self._parameters, limit)
+            taken = take_scaled_step(self._stepper, self._scaler)
+            return torch.tensor(taken, device=self._job.runtime.device)
+        if limit is not None:
+            norm = accelerator.clip_grad_norm_(self._parameters, limit)
+        else:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters])
+        taken = norm.isfinite()
+        self._optimizer.found_inf = (~taken).to(torch.float32)
+        self._stepper.step()
+        return taken
 
     def _check_gradients(self) -> None:
         """A parameter that DDP or the compiler forgot would silently never learn."""
@@ -190,23 +369,14 @@ class StageTrainer:
             raise RuntimeError(f"stage {self._stage.name}: no gradient reached {without}")
         self._gradients_checked = True
 
-    def _describe(self) -> str:
-        trained = sum(p.numel() for p in self._parameters)
-        total = sum(p.numel() for p in self._job.model.parameters())
-        how = ", on cached features" if self.on_features else ""
-        return (
-            f"{self._num_steps} steps of {self._job.config.batch.global_} images, training"
-            f" {trained:,} of {total:,} parameters{how}"
-        )
 
-
-def take_step(stepper: AcceleratedOptimizer, scaler: torch.amp.GradScaler | None) -> bool:
+def take_scaled_step(stepper: AcceleratedOptimizer, scaler: torch.amp.GradScaler) -> bool:
     """Steps the optimizer; False if the loss scaler skipped the step because of an overflow.
 
     Accelerate's ``optimizer_step_was_skipped`` is always False with a fused optimizer, which
     handles the overflow within its own step; a scale that fell says it in either case. Reading the
     scale waits for the device; with loss scaling (fp16) a step does so anyway.
     """
-    before = scaler.get_scale() if scaler is not None else 0.0
+    before = scaler.get_scale()
     stepper.step()
-    return scaler is None or scaler.get_scale() >= before
+    return scaler.get_scale() >= before

@@ -27,6 +27,11 @@ class TrainState:
     it began. last_*: ``step`` when it last happened. since_log, since_eval: training counts (whole
     numbers, see ``totals``) since then. metrics_bytes: the length of ``metrics.jsonl`` then.
     bad_samples: damaged samples replaced so far.
+
+    Of the current stage: stage_best and evals_without_best (its best evaluation, and how many came
+    since), lr (where the config says auto), is_compiled (where it says auto; None: not yet judged).
+    micro_batch_size: since memory did not hold the config's; None: the config's. halvings: the
+    steps from which on smaller ones were used, and their sizes.
     """
 
     step: int = 0
@@ -39,9 +44,15 @@ class TrainState:
     since_log: list[int] = field(default_factory=list)
     since_eval: list[int] = field(default_factory=list)
     best: Best | None = None
+    stage_best: Best | None = None
     evals_without_best: int = 0
     stopped_early: bool = False
+    lr: float | None = None
+    is_compiled: bool | None = None
     skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    micro_batch_size: int | None = None
+    halvings: list[list[int]] = field(default_factory=list)
     bad_samples: int = 0
     bad_names: list[str] = field(default_factory=list)
     bad_logged: int = 0
@@ -56,6 +67,14 @@ class TrainState:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainState:
         values = dict(values)
-        if values.get("best") is not None:
-            values["best"] = Best(**values["best"])
+        for name in ("best", "stage_best"):
+            if values.get(name) is not None:
+                values[name] = Best(**values[name])
         return cls(**values)
+
+    def begin_next_stage(self) -> None:
+        self.stage += 1
+        self.stage_first_step = self.step
+        self.stage_best = self.lr = self.is_compiled = None
+        self.evals_without_best = 0
+        self.stopped_early = False

@@ -20,11 +20,15 @@ _SIZE = 6
 
 
 class TrainTotals:
-    """Counts on the device; nothing is read back until ``flush``, so a step never waits for it."""
+    """Counts on the device; nothing is read back until ``flush``, so a step never waits for it.
+
+    What is added counts once its step is accepted.
+    """
 
     def __init__(self, *, task: str, device: torch.device) -> None:
         self._task = task
         self._counts = torch.zeros(_SIZE, dtype=torch.int64, device=device)
+        self._of_step = torch.zeros_like(self._counts)
 
     @torch.no_grad()
     def add(self, losses: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor) -> None:
@@ -42,7 +46,11 @@ class TrainTotals:
         else:
             said, true = scores > 0, labels > 0.5
             counts += [(said & true).sum(), (said & ~true).sum(), (~said & true).sum()]
-        self._counts += torch.stack(counts)
+        self._of_step += torch.stack(counts)
+
+    def accept(self) -> None:
+        self._counts += self._of_step
+        self._of_step.zero_()
 
     def flush(self, runtime: Runtime) -> list[int]:
         """The counts of all ranks since the last flush, then starts again from zero."""

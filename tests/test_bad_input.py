@@ -152,20 +152,6 @@ def test_truncated_picture_is_left_out_by_name(tmp_path, capsys):
     assert open_dataset(tmp_path / "out").split("train").num_samples == 8
 
 
-def test_processes_that_do_not_divide_the_microbatches(tmp_path, dataset):
-    from rtl_dist.config import parse_config
-    from rtl_dist.errors import UserError
-    from rtl_dist.runtime import resolve_micro_batch_size
-
-    config = parse_config(tiny_config(dataset, tmp_path / "run"))
-    for fits in (1, 2, 4):
-        assert resolve_micro_batch_size(config, world_size=fits, device_type="cpu") == 4
-    with pytest.raises(
-        UserError, match=r"4 microbatches .* cannot be shared by 3 processes; use 1, 2"
-    ):
-        resolve_micro_batch_size(config, world_size=3, device_type="cpu")
-
-
 def test_a_launcher_that_left_this_process_alone(tmp_path, dataset, capsys, monkeypatch):
     """Two processes that each believe they are alone would both train and both write."""
     import accelerate

@@ -8,6 +8,8 @@ from torch import nn
 
 from rtl_dist.model.batchnorm import StepStatistics
 
+TAKEN, SKIPPED = torch.tensor(True), torch.tensor(False)
+
 
 def network() -> nn.Sequential:
     torch.manual_seed(0)
@@ -38,10 +40,12 @@ def step_at(world: int, batches: list[torch.Tensor], steps: int) -> list[dict[st
                 net(batch)
                 statistics[rank].add()
             # one fold to learn this rank's mean, undone, as a collective would exchange it
-            statistics[rank].fold(lambda mean, sums=sums: sums.append(mean.clone()) or mean)
+            statistics[rank].fold(
+                lambda mean, sums=sums: sums.append(mean.clone()) or mean, taken=TAKEN
+            )
         mean = sum(sums) / world
         for rank in statistics:
-            rank.fold(lambda _, mean=mean: mean)
+            rank.fold(lambda _, mean=mean: mean, taken=TAKEN)
     return [buffers(net) for net in ranks]
 
 
@@ -65,7 +69,7 @@ def test_the_statistics_are_those_of_the_microbatches_averaged():
     for batch in batches:
         net(batch)
         statistics.add()
-    statistics.fold(lambda value: value)
+    statistics.fold(lambda value: value, taken=TAKEN)
     after = buffers(net)
     torch.testing.assert_close(after["1.running_mean"], 0.9 * before["1.running_mean"] + 0.1 * mean)
     torch.testing.assert_close(
@@ -74,17 +78,69 @@ def test_the_statistics_are_those_of_the_microbatches_averaged():
     assert after["1.num_batches_tracked"] == 1
 
 
-def test_a_skipped_step_leaves_no_trace_of_its_overflow():
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize("factor", [1.0, float("inf")])
+def test_a_step_that_is_not_taken_leaves_no_trace(factor):
+    net, twin, batches = network(), network(), microbatches(3)
+    skipping, plain = StepStatistics(net), StepStatistics(twin)
+    for number, batch in enumerate(batches):
+        before = buffers(net)
+        skipping.begin()
+        net(batch * (factor if number == 1 else 1.0))
+        skipping.add()
+        assert not same(before, buffers(net))
+        skipping.fold(lambda value: value, taken=SKIPPED if number == 1 else TAKEN)
+        assert same(before, buffers(net)) is (number == 1)
+        if number != 1:
+            plain.begin()
+            twin(batch)
+            plain.add()
+            plain.fold(lambda value: value, taken=TAKEN)
+    assert same(buffers(twin), buffers(net))  # what overflowed is not in a later step either
+
+
+def test_a_step_is_put_back_as_if_it_had_not_begun():
     net = network()
     before = buffers(net)
     statistics = StepStatistics(net)
     statistics.begin()
     net(microbatches(1)[0] * float("inf"))
-    statistics.add()
     assert not torch.isfinite(net[1].running_mean).all()
-    statistics.discard()
-    after = buffers(net)
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    statistics.put_back()
+    assert same(before, buffers(net))
+    net(microbatches(1)[0])
+    statistics.add()
+    statistics.fold(lambda value: value, taken=TAKEN)
+    assert not same(before, buffers(net))
+    statistics.put_back()
+    assert same(before, buffers(net))
+
+
+def test_statistics_can_be_taken_whole():
+    net, batches = network(), microbatches(2)
+    outputs = [net[0](batch) for batch in batches]
+    statistics = StepStatistics(net, momentum=1.0)
+    statistics.begin()
+    for batch in batches:
+        net(batch)
+        statistics.add()
+    statistics.fold(lambda value: value, taken=TAKEN)
+    expected = torch.stack([out.mean((0, 2, 3)) for out in outputs]).mean(0)
+    torch.testing.assert_close(net[1].running_mean, expected)
+    statistics.close()
+    assert (net[1].momentum, net[3].momentum) == (0.1, 0.3)
+
+
+def test_a_step_without_microbatches_is_no_division_by_zero():
+    net = network()
+    before = buffers(net)
+    statistics = StepStatistics(net)
+    statistics.begin()  # the loader failed before the first
+    statistics.fold(lambda value: value, taken=SKIPPED)
+    assert same(before, buffers(net))
 
 
 def test_frozen_layers_are_left_alone_and_momenta_come_back():
@@ -96,7 +152,7 @@ def test_frozen_layers_are_left_alone_and_momenta_come_back():
     statistics.begin()
     net(microbatches(1)[0])
     statistics.add()
-    statistics.fold(lambda value: value)
+    statistics.fold(lambda value: value, taken=TAKEN)
     statistics.close()
     assert (net[1].momentum, net[3].momentum) == (0.1, 0.3)
     after = buffers(net)
@@ -110,5 +166,14 @@ def test_a_network_without_layers_in_training_costs_nothing(frozen):
     statistics = StepStatistics(net)
     statistics.begin()
     statistics.add()
-    statistics.fold(lambda value: pytest.fail("nothing to exchange"))
-    statistics.discard()
+    statistics.fold(lambda value: pytest.fail("nothing to exchange"), taken=TAKEN)
+    statistics.put_back()
+
+
+def test_a_layer_that_averages_over_all_time_does_so_again_afterwards():
+    net = network()
+    net[1].momentum = None
+    statistics = StepStatistics(net)
+    assert net[1].momentum == 1.0
+    statistics.close()
+    assert net[1].momentum is None

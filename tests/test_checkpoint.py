@@ -27,6 +27,7 @@ def snapshot(step: int) -> Snapshot:
         model={"w": torch.full((2, 3), float(step)).to(memory_format=torch.contiguous_format)},
         optimizer={"exp_avg/w": torch.ones(2, 3)},
         ema={},
+        stage_best={},
         scaler={"scale": 65536.0},
         identity={"classes": ["a", "b"]},
     )
@@ -138,7 +139,7 @@ def test_an_optimizer_goes_on_bit_for_bit(tmp_path, kind):
 
     net, optimizer = make()
     train(net, optimizer, range(3))
-    state = Snapshot(state=TrainState(step=3), model=net.state_dict(), ema={}, scaler={},
+    state = Snapshot(state=TrainState(step=3), model=net.state_dict(), ema={}, stage_best={}, scaler={},
                      optimizer=optimizer_tensors(optimizer, names(net)), identity={})  # fmt: skip
     save_checkpoint(tmp_path, state, keep=1)
     loaded = load_newest_checkpoint(tmp_path)

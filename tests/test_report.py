@@ -19,6 +19,7 @@ from rtl_dist.report.figure import plain
 from rtl_dist.report.files import write_bytes
 from rtl_dist.report.history import read_history
 from rtl_dist.report.html import Page
+from rtl_dist.report.lr_finder import draw_range_test, read_range_test
 from rtl_dist.report.plots import _distinct_rates, _label_levels, _thin
 from rtl_dist.report.run import draw_run, duration
 
@@ -59,6 +60,18 @@ def make_rows(multi=False, epochs=(3, 5), steps_per_epoch=8):
                     row["val/map"] = value + 0.05
             rows.append(row)
     return rows
+
+
+def make_range_test(run, name, content=None):
+    """``lr_finder/<name>.json`` as a stage with ``lr: auto`` leaves it, or other content."""
+    rng = np.random.default_rng(2)
+    rates = np.geomspace(1e-6, 1.0, 80)
+    losses = 2.3 - 1.5 / (1 + (2e-3 / rates)) + (3 * rates) ** 2 + rng.normal(0, 0.05, 80)
+    whole = {"stage": name, "lr": 0.0123, "rates": rates.tolist(), "losses": losses.tolist()}
+    path = run / "lr_finder" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(whole if content is None else content))
+    return path
 
 
 def make_run(folder, rows, results=True):
@@ -167,6 +180,70 @@ def test_damaged_lines_and_losses_that_are_not_numbers_are_told(tmp_path):
     text = draw_run(run).read_text(encoding="utf-8")
     assert "could not be read: 5" in text
     assert "first at step 11" in text
+
+
+def test_steps_not_taken_and_smaller_microbatches_are_told(tmp_path):
+    rows = make_rows()
+    run = make_run(tmp_path, rows)
+    text = draw_run(run).read_text(encoding="utf-8")
+    assert "not taken" not in text
+    assert "smaller" not in text
+    results = json.loads((run / "results.json").read_text())
+    halvings = [{"from_step": 7, "micro": 2}, {"from_step": 9, "micro": 1}]
+    results |= {"skipped_steps": 3, "microbatch_halvings": halvings}
+    (run / "results.json").write_text(json.dumps(results))
+    text = draw_run(run).read_text(encoding="utf-8")
+    assert "3 steps were not taken" in text
+    assert "2 from step 7, 1 from step 9." in text
+    (run / "results.json").unlink()  # still running
+    rows[-1]["train/skipped_steps"] = 1
+    assert "1 step was not taken" in draw_run(make_run(tmp_path, rows, results=False)).read_text()
+    (run / "results.json").write_text(json.dumps({"microbatch_halvings": [1, {}], "x": 2}))
+    assert_self_contained(draw_run(run))
+
+
+def test_range_tests_are_drawn_in_the_order_of_the_stages(tmp_path):
+    run = make_run(tmp_path, make_rows())
+    make_range_test(run, "finetune")
+    make_range_test(run, "head")
+    make_range_test(run, "a/b <i>$x_")  # a name is anyone's text
+    text = assert_self_contained(draw_run(run))
+    for name in ("finetune", "head", "a-b-i-x_"):
+        assert_drawn(run / "plots" / f"lr_finder_{name}.png")
+    places = [text.index(f">Stage {name}: 0.012 was chosen.") for name in ("head", "finetune")]
+    assert places == sorted(places)
+    assert "Stage a/b &lt;i&gt;$x_: 0.012" in text
+    assert "a tenth of the largest rate at which the smoothed loss is still within 5 %" in text
+    assert text.count("data:image/png;base64,") == len(PLOTS) + 3
+    assert_no_leftovers(run)
+
+
+def test_a_damaged_range_test_is_told_and_the_rest_drawn(tmp_path):
+    run = make_run(tmp_path, make_rows())
+    make_range_test(run, "head")
+    make_range_test(run, "x").write_text('{"stage": "x", "ra')
+    text = assert_self_contained(draw_run(run))
+    assert "lr_finder/x.json is damaged" in text
+    assert "Stage head: 0.012" in text
+
+
+@pytest.mark.parametrize("content", [
+    [], {}, {"stage": "x", "lr": 0.1}, {"stage": "x", "lr": 0.1, "rates": [1, 2], "losses": [1]},
+    {"stage": "x", "lr": 0.1, "rates": [1.0], "losses": [float("nan")]},
+    {"stage": "x", "lr": 0.1, "rates": [0.0], "losses": [1.0]},
+    {"stage": "x", "lr": 0.1, "rates": 1, "losses": 2},
+])  # fmt: skip
+def test_a_range_test_that_does_not_say_what_it_should_is_damaged(tmp_path, content):
+    assert read_range_test(make_range_test(tmp_path, "x", content)) is None
+
+
+@pytest.mark.parametrize("points", [[], [(1e-6, 2.0)], [(1e-6, 2.0), (1e-5, 1e12)]])
+def test_a_range_test_that_ended_at_once_still_draws(tmp_path, points):
+    rates, losses = [rate for rate, _ in points], [loss for _, loss in points]
+    content = {"stage": "x", "lr": 1e-7 if points else None, "rates": rates, "losses": losses}
+    test = read_range_test(make_range_test(tmp_path, "x", content))
+    assert ("1e-07 was chosen" if points else "no rate was found") in test.caption
+    assert_drawn(draw_range_test(test, tmp_path))
 
 
 def test_steps_done_again_after_a_resume_count_once(tmp_path):

@@ -15,16 +15,18 @@ README = PACKAGE.parent / "README.md"
 LAYERS = [
     ["errors", "files", "schedule", "state", "launched", "urls"],
     ["config"],
-    ["data", "metrics"],
+    ["data", "metrics", "feature_store"],
     ["model", "runtime"],
-    ["totals", "optim", "mixing", "ema", "checkpoint", "tracking", "ledger", "features"],
+    ["totals", "optim", "losses", "skipping", "mixing", "ema", "checkpoint", "tracking", "ledger"],
+    ["features", "compilation", "memory"],
     ["batches", "evaluation", "run_folder"],
     ["job"],
     ["stage_trainer"],
+    ["stage_evaluator", "lr_finder"],
     ["boundary"],
     ["engine", "report"],
     ["evaluate_model", "run", "commands"],
-    ["train"],
+    ["train", "find_lr"],
     ["cli", "__main__"],
 ]
 LAYER_OF = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

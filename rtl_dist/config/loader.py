@@ -63,10 +63,30 @@ def parse_config(tree: dict[str, Any], *, origin: str = "config") -> Config:
         UserError: see ``load_config``.
     """
     try:
-        config: Config = _build(Config, tree, "")
+        config: Config = _build(Config, _inherited(tree), "")
     except UserError as error:
         raise UserError(f"{origin}: {error}") from None
     return config
+
+
+def _inherited(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree in which a stage's own ``augment`` and ``early_stop`` are whole sections: what they
+    do not say is as it is for all stages."""
+    stages = tree.get("stages")
+    if not isinstance(stages, list):
+        return tree
+    whole = []
+    for stage in stages:
+        if isinstance(stage, dict):
+            sections = {
+                name: {**(tree.get(name) or {}), **stage[name]}
+                for name in ("augment", "early_stop")
+                if isinstance(stage.get(name), dict) and isinstance(tree.get(name) or {}, dict)
+            }
+            whole.append({**stage, **sections})
+        else:
+            whole.append(stage)
+    return {**tree, "stages": whole}
 
 
 def to_dict(config: Any) -> Any:

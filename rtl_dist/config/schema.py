@@ -6,6 +6,7 @@ dotted path. Checks across sections are in ``Config``.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,6 +14,7 @@ from rtl_dist.schedule import Every
 from rtl_dist.urls import is_url, secret_in
 
 Precision = Literal["auto", "no", "fp16", "bf16", "fp64"]
+_PLATEAU_PATIENCE = 2  # evaluations
 
 
 def _check(condition: bool, message: str) -> None:
@@ -75,6 +77,10 @@ class Data:
     order of its own and mixes the samples of some of them at a time; for remote data that is larger
     than the cache, or must start before much of it has come. The order is the same wherever the
     data lies and whatever is cached."""
+    sampling: Literal["natural", "balanced"] = "natural"
+    """natural: each sample once an epoch. balanced: each class equally often, each of its samples
+    once in the class's own epochs, so that those of small classes come more often; an epoch is then
+    a number of samples. Single-label data only."""
     window: int = 16
     """Half the shards that the cache must hold under ``shuffle: window``; the samples of 4/3
     ``window`` shards are mixed at a time."""
@@ -94,6 +100,10 @@ class Data:
         _check(self.workers == "auto" or self.workers >= 0, "workers: must be auto or at least 0")
         _check(self.bad_samples >= 0, "bad_samples: must be at least 0")
         _check(self.window >= 1, f"window: must be at least 1, not {self.window}")
+        _check(
+            self.sampling == "natural" or (self.shuffle == "full" and self.backend == "indexed"),
+            "sampling: balanced needs shuffle: full and backend: indexed",
+        )
         _check(self.cache_gb is None or self.cache_gb > 0, "cache_gb: must be positive or null")
         secret = secret_in(self.path) if is_url(self.path) else None
         _check(secret is None, f"path: {secret}")
@@ -136,6 +146,11 @@ class Augment:
     cutmix: float = 0.0
     """Alpha of CutMix (arXiv 1905.04899). With mixup too, each microbatch draws one of them."""
 
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a microbatch are mixed with each other."""
+        return self.mixup > 0 or self.cutmix > 0
+
     def __post_init__(self) -> None:
         _check_fraction(self, "hflip", "vflip", "erasing")
         low, high = self.crop_scale
@@ -168,6 +183,30 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EarlyStop:
+    metric: str = "auto"
+    """What best means: val/loss or one of the val/ metrics. auto: val/top1, or val/map for
+    multi-label data."""
+    patience: int | None = None
+    """End a stage after this many evaluations of it without a better one; null: never. A stage with
+    patience hands the weights of its best evaluation on, whichever way it ended."""
+
+    def __post_init__(self) -> None:
+        known = (
+            "auto",
+            "val/top1",
+            "val/top5",
+            "val/macro_f1",
+            "val/loss",
+            "val/map",
+            "val/micro_f1",
+            "val/exact_match",
+        )
+        _check(self.metric in known, f"metric: must be one of {', '.join(known)}")
+        _check(self.patience is None or self.patience >= 1, "patience: must be positive or null")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
     name: str
     """Names the stage in metrics, plots and checkpoints."""
@@ -175,32 +214,65 @@ class Stage:
     """Length in epochs; may be a fraction. Or ``steps``."""
     steps: int | None = None
     """Length in optimizer steps. Or ``epochs``."""
+    until: Literal["end", "plateau"] = "end"
+    """end: the stage takes its whole length. plateau: it ends once ``early_stop.patience``
+    evaluations (2, where that is null) brought nothing better, and its length is the most it may
+    take; as its end is not known before, the rate then stays constant after warm-up."""
     trainable: str | list[str] = "all"
-    """head, all, or a list of the model's parts such as [layer4, head]; all else is frozen."""
-    lr: float
-    """Learning rate of the head at the end of warm-up; deeper parts by ``layer_decay``."""
+    """head, all, or a part of the model or a list of them, such as [layer4, head]; ``layer3+``
+    means a part and all above it. All else is frozen."""
+    lr: float | Literal["auto"]
+    """Learning rate of the head at the end of warm-up; deeper parts by ``layer_decay``. auto: found
+    by a range test on the stage's own first steps, which then are taken back."""
     layer_decay: float = 1.0
     """Each part further from the head learns at this factor of the one above it."""
     batchnorm: Literal["frozen", "stats", "train"] = "frozen"
     """BatchNorm within the trainable parts. frozen: running statistics used and held, affine held.
     stats: statistics follow the data, affine held. train: both learn."""
+    schedule: Literal["cosine", "linear", "constant"] | None = None
+    """Of this stage; null: ``optim.schedule``, or constant under ``until: plateau``."""
+    warmup: float | None = None
+    """Of this stage; null: ``optim.warmup``."""
+    image_size: int | None = None
+    """Side of the square this stage trains on; null: ``data.image_size``, on which every stage is
+    evaluated."""
+    augment: Augment | None = None
+    """Keys of ``augment`` that are different in this stage; null: none."""
+    early_stop: EarlyStop | None = None
+    """Keys of ``early_stop`` that are different in this stage; null: none."""
     views: int | None = None
     """Augmented views a sample cycles through; null: a new one every epoch."""
     cache: Literal["auto", "off"] = "auto"
-    """Whether a frozen trunk's features are computed once a view and kept in memory, where they
-    fit. Needs ``trainable: head`` and ``views``; the trained head is the same either way."""
+    """Whether what the frozen parts below the first trained one make of an image is computed once a
+    view and kept on disk (see ``features``), where it fits and pays. Needs ``views``; the trained
+    weights are the same either way."""
 
     def __post_init__(self) -> None:
+        _check(
+            re.fullmatch(r"\w[\w.+ -]{0,63}", self.name) is not None,
+            f"name: letters, digits, - _ + . and spaces, up to 64 and not {self.name!r}: it also"
+            " names files",
+        )
         _check(
             (self.epochs is None) != (self.steps is None),
             "epochs: a stage has either epochs or steps",
         )
         _check(self.epochs is None or self.epochs > 0, "epochs: must be positive")
         _check(self.steps is None or self.steps > 0, "steps: must be positive")
-        _check(self.lr > 0, f"lr: must be positive, not {self.lr}")
+        _check(self.lr == "auto" or self.lr > 0, f"lr: must be positive or auto, not {self.lr}")
         _check(0 < self.layer_decay <= 1, "layer_decay: must lie in 0 to 1")
         _check(self.views is None or self.views > 0, "views: must be positive or null")
         _check(self.trainable != [], "trainable: must name at least one part")
+        _check(self.warmup is None or self.warmup >= 0, "warmup: must be at least 0")
+        _check(
+            self.image_size is None or self.image_size >= 8,
+            f"image_size: must be at least 8, not {self.image_size}",
+        )
+        _check(
+            self.until == "end" or self.schedule in (None, "constant"),
+            f"schedule: {self.schedule} falls towards an end that until: plateau does not know;"
+            " leave it out",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,8 +293,21 @@ class Optim:
     ema: float = 0.0
     """Decay a step of an exponential moving average of the weights, which is then what is
     evaluated and kept as best; 0: none."""
+    ema_batchnorm: Literal["reestimated", "averaged"] = "reestimated"
+    """Statistics of the averaged weights' BatchNorm layers, where such learn. reestimated: measured
+    with those weights on training images before each evaluation. averaged: like the weights."""
+    loss: Literal["auto", "cross_entropy", "bce", "focal"] = "auto"
+    """auto: cross_entropy, or bce for multi-label data. bce: a yes or no for each class (binary
+    cross-entropy). focal: easy samples count less (arXiv 1708.02002)."""
+    focal_gamma: float = 2.0
+    """Of focal: the loss is multiplied by (1 - p)^gamma; 0: not at all."""
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: the loss of a class is weighted by the inverse of its frequency."""
+    logit_adjustment: float = 0.0
+    """Adds this times the logarithm of each class's frequency to the scores in the loss (arXiv
+    2007.07314), so that small classes are not outvoted; 1 is the paper's choice, 0 none."""
+    skip_limit: int = 20
+    """A step whose gradient is not finite is not taken. This many in a row end the run."""
 
     def __post_init__(self) -> None:
         _check_fraction(self, "label_smoothing", "momentum")
@@ -233,6 +318,17 @@ class Optim:
         _check(0 <= self.ema < 1, f"ema: must lie in 0 to 1, not {self.ema}")
         _check(self.weight_decay >= 0, "weight_decay: must be at least 0")
         _check(self.warmup >= 0, "warmup: must be at least 0")
+        _check(self.focal_gamma >= 0, "focal_gamma: must be at least 0")
+        _check(self.logit_adjustment >= 0, "logit_adjustment: must be at least 0")
+        _check(
+            self.logit_adjustment == 0 or self.loss in ("auto", "cross_entropy", "focal"),
+            "logit_adjustment: needs loss: cross_entropy or focal",
+        )
+        _check(
+            self.logit_adjustment == 0 or self.class_weights == "none",
+            "logit_adjustment: and class_weights both make up for rare classes; choose one",
+        )
+        _check(self.skip_limit >= 1, "skip_limit: must be at least 1")
         _check(
             self.clip_grad_norm is None or self.clip_grad_norm > 0,
             "clip_grad_norm: must be positive or null",
@@ -245,7 +341,11 @@ class Batch:
     """Samples an optimizer step, over all processes; never depends on the hardware."""
     micro: Literal["auto"] | int = "auto"
     """Samples of one forward pass; part of the run's identity (BatchNorm, mixup and dropout see one
-    microbatch), so auto is resolved once and written to the run's config."""
+    microbatch), so auto is resolved once and written to the run's config: on a GPU the largest that
+    fits its memory, on a CPU up to 32."""
+    sync_batchnorm: bool = False
+    """BatchNorm layers that learn see the microbatches of all processes at once (torch's
+    SyncBatchNorm, GPUs only). The result then depends on the number of processes."""
 
     def __post_init__(self) -> None:
         _check(self.global_ > 0, "global: must be positive")
@@ -258,6 +358,19 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Features:
+    cache_dir: str | None = None
+    """Folder where the features of frozen parts are kept and found again by later runs; on a
+    cluster one that all nodes see. null: ``rtl_dist/features`` in the user's cache folder."""
+    cache_gb: float = 20.0
+    """How much it may hold, in 10^9 bytes; what was used least recently goes first. A stage whose
+    features are larger trains without."""
+
+    def __post_init__(self) -> None:
+        _check(self.cache_gb > 0, "cache_gb: must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     every: Every = field(default_factory=lambda: Every.parse("1 epoch"))
     """At most this much is done again after a kill."""
@@ -266,29 +379,6 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         _check(self.keep >= 1, "keep: must be at least 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EarlyStop:
-    metric: str = "auto"
-    """What best means: val/loss or one of the val/ metrics. auto: val/top1, or val/map for
-    multi-label data."""
-    patience: int | None = None
-    """End a stage after this many evaluations of it without a new best; null: never."""
-
-    def __post_init__(self) -> None:
-        known = (
-            "auto",
-            "val/top1",
-            "val/top5",
-            "val/macro_f1",
-            "val/loss",
-            "val/map",
-            "val/micro_f1",
-            "val/exact_match",
-        )
-        _check(self.metric in known, f"metric: must be one of {', '.join(known)}")
-        _check(self.patience is None or self.patience >= 1, "patience: must be positive or null")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,7 +409,9 @@ class Config:
     """auto: bf16 where the hardware really has it, else fp16 on a GPU, else full precision.
     fp64 is for proofs of equality."""
     compile: Literal["auto"] | bool = "auto"
-    """torch.compile of the training step. auto: off; its cost is repaid in long runs only."""
+    """torch.compile of each stage's network. auto: where much work remains, both ways are timed
+    when the stage begins, and the faster one is taken."""
+    features: Features = Features()
     checkpoint: Checkpoint = Checkpoint()
     early_stop: EarlyStop = EarlyStop()
     eval: Eval = Eval()
@@ -330,8 +422,37 @@ class Config:
         names = [stage.name for stage in self.stages]
         _check(len(set(names)) == len(names), f"stages: names must differ, not {names}")
         _check(0 <= self.seed < 2**63, "seed: must lie in 0 to 2^63 - 1")
-        mixes = self.augment.mixup > 0 or self.augment.cutmix > 0
+        for number, stage in enumerate(self.stages):
+            augment = self.augment_of(stage)
+            _check(
+                not (augment.mixes and self.data.backend == "stream"),
+                f"{'augment' if stage.augment is None else f'stages.{number}.augment'}.mixup: needs"
+                " data.backend: indexed",
+            )
         _check(
-            not (mixes and self.data.backend == "stream"),
-            "augment.mixup: needs data.backend: indexed",
+            self.data.sampling == "natural"
+            or (self.optim.class_weights == "none" and self.optim.logit_adjustment == 0),
+            "data.sampling: balanced makes up for rare classes, as do optim.class_weights and"
+            " optim.logit_adjustment; choose one",
         )
+
+    def augment_of(self, stage: Stage) -> Augment:
+        return stage.augment or self.augment
+
+    def early_stop_of(self, stage: Stage) -> EarlyStop:
+        return stage.early_stop or self.early_stop
+
+    def image_size_of(self, stage: Stage) -> int:
+        return stage.image_size or self.data.image_size
+
+    def patience_of(self, stage: Stage) -> int | None:
+        patience = self.early_stop_of(stage).patience
+        return _PLATEAU_PATIENCE if patience is None and stage.until == "plateau" else patience
+
+    def schedule_of(self, stage: Stage) -> str:
+        if stage.until == "plateau":
+            return "constant"
+        return stage.schedule or self.optim.schedule
+
+    def warmup_of(self, stage: Stage) -> float:
+        return self.optim.warmup if stage.warmup is None else stage.warmup

@@ -15,22 +15,25 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class StepStatistics:
-    """Use once a stage: ``begin``; ``add`` after each microbatch; ``fold`` or ``discard``.
+    """Use once a stage: ``begin``; ``add`` after each microbatch; ``fold``.
 
     While in use a layer's momentum is 1, so a forward pass leaves exactly that microbatch's mean
-    and unbiased variance in its buffers.
+    and unbiased variance in its buffers. Of the step's mean the statistics take ``momentum``, each
+    layer's own if None.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, momentum: float | None = None) -> None:
         self._layers = [
             m
             for m in model.modules()
             if isinstance(m, _BatchNorm) and m.training and m.track_running_stats
         ]
-        self._momenta = [0.1 if m.momentum is None else m.momentum for m in self._layers]
+        self._momenta = [m.momentum for m in self._layers]
         self._buffers = [b for m in self._layers for b in (m.running_mean, m.running_var)]
         self._counts = [m.num_batches_tracked for m in self._layers]
-        self._weights = [w for w in self._momenta for _ in range(2)]
+        own = [0.1 if m is None else m for m in self._momenta]
+        weights = own if momentum is None else [momentum] * len(self._layers)
+        self._weights = [w for w in weights for _ in range(2)]
         self._before: list[torch.Tensor] = []
         self._sums: list[torch.Tensor] = []
         self._counts_before: list[torch.Tensor] = []
@@ -49,23 +52,29 @@ class StepStatistics:
             torch._foreach_add_(self._sums, self._buffers)
             self._num_added += 1
 
-    def fold(self, mean_over_ranks: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Moves the running statistics towards this step's by each layer's own momentum."""
+    def fold(
+        self, mean_over_ranks: Callable[[torch.Tensor], torch.Tensor], *, taken: torch.Tensor
+    ) -> None:
+        """Moves the running statistics towards this step's by each layer's own momentum.
+
+        taken: a bool on the device. If the step is not taken the statistics are put back, or what
+        overflowed would stay in them (pytorch #88474).
+        """
         if not self._buffers:
             return
-        flat = torch.cat([s.reshape(-1) for s in self._sums]) / self._num_added
+        flat = torch.cat([s.reshape(-1) for s in self._sums]) / max(1, self._num_added)
         flat = mean_over_ranks(flat)
         step = flat.split([b.numel() for b in self._buffers])
         for buffer, before, now, weight in zip(
             self._buffers, self._before, step, self._weights, strict=True
         ):
-            buffer.copy_(before.lerp(now.view_as(before), weight))
+            moved = before.lerp(now.view_as(before), weight)
+            buffer.copy_(torch.where(taken, moved, before))
         for count, before in zip(self._counts, self._counts_before, strict=True):
-            count.copy_(before + 1)
+            count.copy_(before + taken)
 
-    def discard(self) -> None:
-        """The step was skipped: puts the statistics back, or an overflow would stay in them
-        (pytorch #88474)."""
+    def put_back(self) -> None:
+        """As if this step had not begun."""
         for buffer, before in zip(
             self._buffers + self._counts, self._before + self._counts_before, strict=True
         ):

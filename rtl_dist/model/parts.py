@@ -58,15 +58,25 @@ def trainable_parts(model: Classifier, stage: Stage) -> set[str]:
     if stage.trainable == "all":
         return set(known)
     wanted = [stage.trainable] if isinstance(stage.trainable, str) else stage.trainable
+    chosen: set[str] = set()
     for name in wanted:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+        part = name.removesuffix("+")
+        if part not in known:
+            near = difflib.get_close_matches(part, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UserError(
-                f"stages.{stage.name}.trainable: the model has no part {name!r}{hint}"
-                f" (its parts: {', '.join(known)}, or all)"
+                f"stages.{stage.name}.trainable: the model has no part {part!r}{hint}"
+                f" (its parts: {', '.join(known)}; all; or a part and all above it, such as"
+                f" {known[-2]}+)"
             )
-    return set(wanted)
+        chosen |= set(known[known.index(part) :]) if name.endswith("+") else {part}
+    return chosen
+
+
+def first_trainable_part(model: Classifier, stage: Stage) -> str:
+    """The lowest part a stage trains: nothing below it changes in the stage."""
+    chosen = trainable_parts(model, stage)
+    return next(name for name in parts_of(model) if name in chosen)
 
 
 def freeze_for(model: Classifier, stage: Stage) -> None:

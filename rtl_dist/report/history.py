@@ -71,7 +71,7 @@ class History:
         points = [
             (row["epoch"], row[name])
             for row in self.rows
-            if _is_finite(row.get(name)) and (evaluations or "val/loss" not in row)
+            if is_finite(row.get(name)) and (evaluations or "val/loss" not in row)
         ]
         array = np.array(points, dtype=np.float64).reshape(-1, 2)
         return array[:, 0], array[:, 1]
@@ -85,14 +85,14 @@ class History:
         points: list[tuple[float, float, float]] = []
         since: list[float] = []
         for row in self.rows:
-            if _is_finite(row.get(f"train/{metric}")):
+            if is_finite(row.get(f"train/{metric}")):
                 since.append(row[f"train/{metric}"])
-            if not _is_finite(row.get(f"val/{metric}")):
+            if not is_finite(row.get(f"val/{metric}")):
                 continue
             value = row[f"val/{metric}"]
-            if _is_finite(row.get(f"train/{metric}")):
+            if is_finite(row.get(f"train/{metric}")):
                 train = row[f"train/{metric}"]
-            elif _is_finite(row.get(f"gap/{metric}")):
+            elif is_finite(row.get(f"gap/{metric}")):
                 train = value + row[f"gap/{metric}"]
             else:
                 train = float(np.mean(since)) if since else math.nan
@@ -115,7 +115,7 @@ class History:
             end, step = rows[-1]["epoch"], int(rows[-1]["step"])
             for row in rows:
                 # A clock that starts again at a resume counts from there.
-                now = row["elapsed_s"] if _is_finite(row.get("elapsed_s")) else elapsed
+                now = row["elapsed_s"] if is_finite(row.get("elapsed_s")) else elapsed
                 seconds += now - elapsed if now >= elapsed else now
                 elapsed = now
             part = History(rows=tuple(rows), unreadable=())
@@ -186,12 +186,12 @@ def _parse(line: str) -> dict[str, Any] | None:
         row = json.loads(line)
     except ValueError:
         return None
-    if isinstance(row, dict) and _is_finite(row.get("step")) and _is_finite(row.get("epoch")):
+    if isinstance(row, dict) and is_finite(row.get("step")) and is_finite(row.get("epoch")):
         return row
     return None
 
 
-def _is_finite(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return math.isfinite(value)

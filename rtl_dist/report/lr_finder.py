@@ -1,0 +1,142 @@
+"""The picture of a learning-rate range test: the loss at each rate, and the rate chosen."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rtl_dist.report.figure import (
+    BLUE,
+    GREEN,
+    GREEN_TEXT,
+    SKY,
+    VERMILLION,
+    dress,
+    new_figure,
+    outside_legend,
+    plain,
+    png,
+    say,
+)
+from rtl_dist.report.files import write_bytes
+from rtl_dist.report.history import is_finite
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FOLDER = "lr_finder"
+_NAME_LENGTH = 80  # of a stage within the name of a picture
+
+
+@dataclass(frozen=True, kw_only=True)
+class RangeTest:
+    """The loss before the step at each rate; ``lr`` is what was made of it, None if nothing."""
+
+    stage: str
+    lr: float | None
+    rates: list[float]
+    losses: list[float]
+
+    @property
+    def caption(self) -> str:
+        chosen = "no rate was found" if self.lr is None else f"{self.lr:.2g} was chosen"
+        return (
+            f"Stage {self.stage}: {chosen}. From step to step the rate was raised, and at the end"
+            " all steps were taken back. The choice is a tenth of the largest rate at which the"
+            " smoothed loss is still within 5 % of its lowest."
+        )
+
+
+def find_range_tests(run: Path) -> list[Path]:
+    """The files of a run's range tests, in order of their names."""
+    return sorted((run / FOLDER).rglob("*.json"))  # a stage may be named a/b
+
+
+def read_range_test(path: Path) -> RangeTest | None:
+    """What ``lr_finder/<stage>.json`` says; None when it is missing or damaged."""
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        points = list(zip(content["rates"], content["losses"], strict=True))
+        lr = content["lr"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not all(is_finite(rate) and rate > 0 and is_finite(loss) for rate, loss in points):
+        return None
+    return RangeTest(
+        stage=str(content.get("stage", path.stem)),
+        lr=lr if is_finite(lr) and lr > 0 else None,
+        rates=[rate for rate, _ in points],
+        losses=[loss for _, loss in points],
+    )
+
+
+def draw_range_test(test: RangeTest, run: Path) -> Path:
+    """Writes ``plots/lr_finder_<stage>.png`` into a run folder; returns its path.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    name = re.sub(r"[^\w-]+", "-", test.stage)[:_NAME_LENGTH]
+    path = run / "plots" / f"lr_finder_{name}.png"
+    write_bytes(path, png(range_test_figure(test)))
+    return path
+
+
+def range_test_figure(test: RangeTest) -> Figure:
+    """Loss against rate, raw and smoothed, with the chosen rate."""
+    figure = new_figure(9.0, 4.6)
+    axes = figure.add_subplot()
+    title = f"Looking for the learning rate of {plain(test.stage)}"
+    dress(axes, title=title, x="learning rate", y="training loss (nats)")
+    if not test.losses:
+        say(axes, "the loss was a number at no rate")
+        return figure
+    from rtl_dist.lr_finder import smoothed  # late: it brings accelerate, which reports do not need
+
+    values = smoothed(test.losses)
+    axes.set_xscale("log")
+    axes.plot(
+        test.rates,
+        test.losses,
+        color=SKY,
+        linewidth=0.9,
+        marker=".",
+        markersize=4,
+        alpha=0.7,
+        label="loss of each step",
+    )
+    axes.plot(test.rates, values, color=BLUE, linewidth=2.0, label="smoothed")
+    low, high = min(test.losses), max(values)  # what single steps lost beyond that is cut off
+    margin = 0.06 * (high - low) or 1.0
+    axes.set_ylim(low - margin, high + margin)
+    if (lr := test.lr) is not None:
+        near = min(range(len(values)), key=lambda i: abs(math.log(test.rates[i] / 10 / lr)))
+        axes.plot(
+            test.rates[near],
+            values[near],
+            linestyle="none",
+            marker="o",
+            markersize=8,
+            color=VERMILLION,
+            zorder=4,
+            label="largest rate within 5 %\nof the lowest",
+        )
+        axes.axvline(lr, color=GREEN, linewidth=2.0, linestyle="--", label="chosen: a tenth of it")
+        axes.annotate(
+            f"{lr:.2g}",
+            (lr, 1.0),
+            xytext=(5, -4),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            fontsize=11,
+            fontweight="bold",
+            color=GREEN_TEXT,
+            ha="left",
+            va="top",
+        )
+    outside_legend(axes)
+    return figure

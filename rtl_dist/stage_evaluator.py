@@ -1,0 +1,114 @@
+"""What a stage is judged by: the model or its average, on the whole val split."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+
+from rtl_dist.batches import training_order
+from rtl_dist.config import Stage
+from rtl_dist.data.augment import TrainTransform
+from rtl_dist.data.loader import make_loader
+from rtl_dist.data.microbatches import TrainingMicrobatches
+from rtl_dist.ema import learning_statistics
+from rtl_dist.evaluation import FrozenView, eval_transform, evaluate_split
+from rtl_dist.job import Job
+from rtl_dist.model.classifier import Classifier
+from rtl_dist.model.divided import divide
+from rtl_dist.model.parts import digest, set_modes
+from rtl_dist.stage_trainer import StageTrainer
+
+_STATISTICS_SAMPLES = 1024  # images that BatchNorm statistics are measured on, at least
+
+
+class StageEvaluator:
+    """Evaluates during one stage; every method is called by all ranks."""
+
+    def __init__(self, stage: Stage, job: Job, trainer: StageTrainer) -> None:
+        self._stage, self._job, self._trainer = stage, job, trainer
+        self._frozen: FrozenView | None = None
+        self._looked = False
+
+    @contextmanager
+    def model(self) -> Iterator[Classifier]:
+        """The model that counts, as it is to be evaluated and kept. Afterwards the trained one is
+        in the stage's modes again."""
+        job = self._job
+        try:
+            with self._measured_statistics():
+                yield job.evaluated_model
+        finally:
+            set_modes(job.model, self._stage)
+
+    def metrics(self, model: Classifier) -> dict[str, float]:
+        """The val metrics; what is frozen is computed once for the stage. Raises as
+        ``predict_split``."""
+        job = self._job
+        if not self._looked:
+            self._frozen = self._frozen_view(model)
+            self._looked = True
+        return evaluate_split(
+            model,
+            job.dataset,
+            job.val,
+            runtime=job.runtime,
+            workers=job.workers,
+            frozen=self._frozen,
+        )
+
+    def _frozen_view(self, model: Classifier) -> FrozenView | None:
+        job, trainer = self._job, self._trainer
+        if trainer.features is None:
+            return None
+        trained = trainer.trained
+        if job.average:  # its frozen part is another one, if a stage before trained it
+            dtype = job.runtime.autocast_dtype
+            own = divide(job.average.model, trainer.boundary, dtype=dtype)
+            the_same = divide(job.model, trainer.boundary, dtype=dtype)
+            if own.frozen is None or the_same.frozen is None:
+                return None
+            if digest(own.frozen.state_dict()) != digest(the_same.frozen.state_dict()):
+                return None
+            trained = own.trained
+        view = trainer.features.evaluation_view(job.val, eval_transform(model))
+        return None if view is None else FrozenView(view=view, trained=trained)
+
+    @contextmanager
+    def _measured_statistics(self) -> Iterator[None]:
+        """Within the block the average's BatchNorm statistics are those that its weights meet."""
+        job = self._job
+        layers = learning_statistics(job.model)
+        wanted = job.config.optim.ema_batchnorm == "reestimated" and layers
+        if job.average is None or not wanted or job.config.data.backend == "stream":
+            with nullcontext():
+                yield
+            return
+        with job.average.with_statistics_of(self._training_images(), layers, job.runtime):
+            yield
+
+    def _training_images(self) -> Iterator[torch.Tensor]:
+        """This rank's share of the first microbatches of the stream, the same at any number of
+        ranks."""
+        job, stage, config = self._job, self._stage, self._job.config
+        size, batch = job.micro_batch_size, config.batch.global_
+        num_images = math.ceil(min(_STATISTICS_SAMPLES, job.train.num_samples) / batch) * batch
+        positions = range(0, num_images, size)[job.runtime.rank :: job.runtime.world_size]
+        microbatches = TrainingMicrobatches(
+            job.train,
+            TrainTransform(
+                config.augment_of(stage),
+                image_size=config.image_size_of(stage),
+                channels=config.data.channels,
+            ),
+            order=training_order(job.train, config),
+            size=size,
+            views=stage.views,
+        )
+        loader = make_loader(
+            microbatches, positions, workers=job.workers, device=job.runtime.device
+        )
+        for one in loader:
+            yield one.inputs
