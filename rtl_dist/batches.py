@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from rtl_dist.config import Config, Stage
@@ -15,8 +17,11 @@ from rtl_dist.data.order import TrainingStream
 from rtl_dist.data.ring import Batch
 from rtl_dist.data.split import Split
 from rtl_dist.data.stream import stream_microbatches
-from rtl_dist.features import FeatureMaker, ViewBatches, views_of_stage
+from rtl_dist.feature_store import View
+from rtl_dist.features import FeatureMaker
 from rtl_dist.runtime import Runtime
+
+LOG = logging.getLogger("rtl_dist")
 
 
 @dataclass(kw_only=True)
@@ -95,8 +100,9 @@ def open_stage_batches(
         )
         return StageBatches(iterator=iter(stream))
     order = training_order(split, config)
-    if features is not None and _can_be_cached(stage, config):
-        assert stage.views is not None
+    if features is not None and stage.views is not None and config.augment_of(stage).mixes:
+        LOG.info("no cached features of %s: mixup and cutmix mix the pixels", split.name)
+    elif features is not None and stage.views is not None:
         numbers = tuple(range(stage.views))
         if config.data.sampling == "natural":
             numbers = views_of_stage(
@@ -109,7 +115,7 @@ def open_stage_batches(
         to_come = (end_step - first_step) * global_batch_size
         views = features.training_views(split, numbers, samples_to_come=to_come)
         if views is not None:
-            cached = ViewBatches(
+            cached = _ViewBatches(
                 views=views,
                 order=order,
                 split=split,
@@ -128,6 +134,47 @@ def open_stage_batches(
     return StageBatches(iterator=iter(loader))
 
 
+@dataclass(frozen=True, kw_only=True)
+class _ViewBatches:
+    """The microbatches that ``TrainingMicrobatches`` would yield, as features; see ``Batch``."""
+
+    views: dict[int, View]
+    order: TrainingStream
+    split: Split
+    num_views: int
+    size: int
+
+    def at(self, positions: Iterator[int]) -> Iterator[Batch]:
+        for position in positions:
+            samples, epochs = self.order.samples_at(position, self.size)
+            numbers = epochs % self.num_views
+            inputs: torch.Tensor | None = None
+            used = np.empty_like(samples)
+            for number in np.unique(numbers):
+                view, chosen = self.views[int(number)], numbers == number
+                rows = torch.from_numpy(samples[chosen])
+                features = view.features[rows]
+                if inputs is None:
+                    inputs = features.new_empty((self.size, *features.shape[1:]))
+                inputs[torch.from_numpy(chosen)] = features
+                used[chosen] = view.used[rows].numpy()
+            assert inputs is not None
+            labels = torch.from_numpy(self.split.labels(used))
+            if inputs.ndim == 4:
+                inputs = inputs.contiguous(memory_format=torch.channels_last)
+            yield Batch(inputs, labels, torch.from_numpy(used), [])
+
+
+def views_of_stage(
+    num_views: int, *, first_step: int, end_step: int, global_batch_size: int, num_samples: int
+) -> tuple[int, ...]:
+    """Which views of its cycle the steps of a stage touch, each sample coming once an epoch."""
+    first = first_step * global_batch_size // num_samples
+    last = (end_step * global_batch_size - 1) // num_samples
+    last = min(last, first + num_views - 1)
+    return tuple(sorted({epoch % num_views for epoch in range(first, last + 1)}))
+
+
 def black_microbatch(
     split: Split, *, count: int, channels: int, image_size: int, device: torch.device
 ) -> Batch:
@@ -140,9 +187,3 @@ def black_microbatch(
     else:
         labels = torch.zeros(count, split.label_matrix.shape[1])
     return to_device(Batch(images, labels, samples, []), device)
-
-
-def _can_be_cached(stage: Stage, config: Config) -> bool:
-    """Whether a view's features serve again: not where images are mixed before the network."""
-    wanted = stage.cache == "auto" and stage.views is not None
-    return wanted and not config.augment_of(stage).mixes

@@ -14,13 +14,14 @@ from rtl_dist.checkpoint import Snapshot, save_checkpoint
 from rtl_dist.config import Stage
 from rtl_dist.errors import DataError, RtlDistError, StopRequested
 from rtl_dist.job import Job
+from rtl_dist.model.classifier import Classifier
 from rtl_dist.model.folder import write_model_folder
 from rtl_dist.run_folder import run_identity
 from rtl_dist.schedule import StageSpan
 from rtl_dist.stage_evaluator import StageEvaluator
 from rtl_dist.stage_trainer import StageTrainer
 from rtl_dist.state import Best
-from rtl_dist.totals import add_counts, non_finite, train_metrics
+from rtl_dist.totals import add_counts, train_metrics
 
 LOG = logging.getLogger("rtl_dist")
 
@@ -35,6 +36,7 @@ class Boundary:
         self, stage: Stage, span: StageSpan, job: Job, trainer: StageTrainer, *, opened_at: float
     ) -> None:
         self._stage, self._job, self._trainer = stage, job, trainer
+        self._num_steps = span.num_steps
         self._end_step = job.state.stage_first_step + span.num_steps
         self._elapsed_before_s = job.state.elapsed_s
         self._opened_at = opened_at
@@ -68,30 +70,49 @@ class Boundary:
         """Evaluates, judges and logs; also called when a run goes on from just before this."""
         if not self._evaluation_is_due:
             return
-        job, state = self._job, self._job.state
-        self._fold_totals()
+        state = self._job.state
+        self.fold_totals()
         speed = self._speed()
         with self._evaluator.model() as model:
             try:
                 metrics = self._evaluator.metrics(model)
             except StopRequested:
-                self._stop()
-            row = self._row() | train_metrics(state.since_eval, task=job.dataset.task)
-            row |= {f"val/{name}": value for name, value in metrics.items()}
-            for name in ("top1", "micro_f1"):
-                if f"train/{name}" in row and name in metrics:
-                    row[f"gap/{name}"] = row[f"train/{name}"] - metrics[name]
-            state.last_eval = state.last_log = state.step
-            state.since_eval, state.since_log = [], []
-            is_best = self._judge(row)
-            self._judge_stage(row)
-            self._log(row | self._trainer.rates | speed)
-            LOG.info("%s", _summary(row, is_best))
-            if is_best:
-                job.runtime.from_main(
-                    lambda: write_model_folder(job.run / "best", model, job.config, job.dataset)
-                )
+                metrics = None
+            if metrics is not None:
+                self._record(metrics, model, speed)
+        if metrics is None:
+            self._stop()  # now that the model is again as it is trained
+        if state.stopped_early and state.last_checkpoint != state.step:
+            self.save()  # the stage's last proof, and that it has ended
         self._restart_window()
+
+    def _record(
+        self, metrics: dict[str, float], model: Classifier, speed: dict[str, float]
+    ) -> None:
+        """Logs and judges what an evaluation found, and keeps the model if it is the best."""
+        job, state = self._job, self._job.state
+        row = self._row() | train_metrics(state.since_eval, task=job.dataset.task)
+        row |= {f"val/{name}": value for name, value in metrics.items()}
+        for name in ("top1", "micro_f1"):
+            if f"train/{name}" in row and name in metrics:
+                row[f"gap/{name}"] = row[f"train/{name}"] - metrics[name]
+        state.last_eval = state.last_log = state.step
+        state.since_eval, state.since_log = [], []
+        is_best = self._judge(row)
+        self._judge_stage(row)
+        self._log(row | self._trainer.rates | speed)
+        LOG.info("%s", _summary(row, is_best))
+        if state.stopped_early and state.step < self._end_step:
+            LOG.info(
+                "stage %s ends early: no better %s in its last %d evaluation(s)",
+                self._stage.name,
+                job.config.early_stop_of(self._stage).metric,
+                state.evals_without_best,
+            )
+        if is_best:
+            job.runtime.from_main(
+                lambda: write_model_folder(job.run / "best", model, job.config, job.dataset)
+            )
 
     @property
     def _evaluation_is_due(self) -> bool:
@@ -122,8 +143,9 @@ class Boundary:
 
     def _stop_if_lost(self) -> None:
         """Ends a run of which no step is taken any more."""
-        in_a_row, limit = self._trainer.skipped.in_a_row, self._job.config.optim.skip_limit
-        if in_a_row >= limit:
+        in_a_row = self._trainer.skipped.in_a_row
+        if in_a_row >= min(self._job.config.optim.skip_limit, max(1, self._num_steps // 2)):
+            self.fold_totals()
             raise RtlDistError(
                 f"{in_a_row} steps in a row up to step {self._job.state.step} (stage"
                 f" {self._stage.name}) were not taken, as their gradient was infinite or not a"
@@ -135,7 +157,7 @@ class Boundary:
         job, state = self._job, self._job.state
         if self._evaluation_is_due or not job.is_due(job.config.run.log_every, state.last_log):
             return  # an evaluation's row says all that this one would
-        self._fold_totals()
+        self.fold_totals()
         row = self._row() | train_metrics(state.since_log, task=job.dataset.task)
         self._log(row | self._trainer.rates | self._speed())
         state.since_log, state.last_log = [], state.step
@@ -155,7 +177,7 @@ class Boundary:
     def save(self) -> None:
         """Saves a checkpoint now."""
         job, state = self._job, self._job.state
-        self._fold_totals()
+        self.fold_totals()
         self._trainer.require_sound()
         state.last_checkpoint = state.step
 
@@ -175,17 +197,11 @@ class Boundary:
 
         job.runtime.from_main(save)
 
-    def _fold_totals(self) -> None:
+    def fold_totals(self) -> None:
         """Reads the device's counts; a deliberate wait for it, at logging and saving only."""
         state = self._job.state
         counts = self._trainer.totals.flush(self._job.runtime)
         state.skipped_steps, state.skipped_in_a_row = self._trainer.skipped.exact()
-        if non_finite(counts) > counts[0] // 2:  # steps with fewer were skipped, if it mattered
-            raise RtlDistError(
-                f"the loss became infinite or not a number by step {state.step} (stage"
-                f" {self._stage.name}); lower its lr or set optim.clip_grad_norm, and use another"
-                f" run.dir; the last checkpoint here, of step {state.last_checkpoint}, is older"
-            )
         state.since_log = add_counts(state.since_log, counts)
         state.since_eval = add_counts(state.since_eval, counts)
 
@@ -230,12 +246,6 @@ class Boundary:
         state.evals_without_best += 1  # an equal metric at a lower loss is no reason to go on
         if patience is not None and state.evals_without_best >= patience:
             state.stopped_early = True
-            LOG.info(
-                "stage %s ends early: no better %s in %d evaluations",
-                self._stage.name,
-                metric,
-                state.evals_without_best,
-            )
 
     def _rated(self, row: dict[str, Any], metric: str) -> Best:
         return Best(

@@ -27,7 +27,8 @@ def fit(stage: Stage, span: StageSpan, job: Job, restored: Snapshot | None) -> N
     Raises:
         StopRequested: every rank agreed to stop; a checkpoint was saved.
         DataError: more damaged samples than ``data.bad_samples``.
-        RtlDistError: the loss is no longer finite, or memory does not hold a single image.
+        UserError: memory does not hold the smallest microbatch.
+        RtlDistError: the loss is no longer finite, or a rank's loader failed.
     """
     opened_at = time.perf_counter()
     lr = stage.lr if stage.lr != "auto" else job.state.lr
@@ -37,39 +38,49 @@ def fit(stage: Stage, span: StageSpan, job: Job, restored: Snapshot | None) -> N
         except OutOfMemory as error:
             _halve_microbatch(job, error)
     kept = OptimizerState(restored.optimizer, restored.scaler) if restored else None
-    halved = False
-    while True:
-        trainer = StageTrainer(stage, span, job, kept, lr=lr)
-        try:
-            boundary = Boundary(stage, span, job, trainer, opened_at=opened_at)
-            if halved:
-                boundary.save()  # what the steps to come are made of is another from here on
-            else:
-                LOG.info("stage %s: %s", stage.name, trainer.describe())
-            _train_to_end(trainer, boundary, job, stage, span)
-            break
-        except OutOfMemory as error:
-            kept, halved, opened_at = trainer.optimizer_state(), True, time.perf_counter()
-            _halve_microbatch(job, error)
-        finally:
-            trainer.close()
-    if job.stage_best:
+    while (kept := _train(stage, span, job, kept, lr=lr, opened_at=opened_at)) is not None:
+        opened_at = time.perf_counter()
+    if job.stage_best and job.config.patience_of(stage) is not None:
         assert job.state.stage_best is not None
         LOG.info("stage %s: back to its best, of step %d", stage.name, job.state.stage_best.step)
         job.go_back_to_stage_best()
+    job.stage_best = {}
     job.state.begin_next_stage()
 
 
-def _train_to_end(
-    trainer: StageTrainer, boundary: Boundary, job: Job, stage: Stage, span: StageSpan
-) -> None:
-    boundary.evaluate_if_due()
-    done = job.state.step - job.state.stage_first_step
-    with job.runtime.progress(total=span.num_steps, done=done, what=stage.name, unit="step") as bar:
-        while not boundary.at_stage_end:
-            trainer.step()
-            boundary.cross()
-            bar.update()
+def _train(
+    stage: Stage,
+    span: StageSpan,
+    job: Job,
+    kept: OptimizerState | None,
+    *,
+    lr: float,
+    opened_at: float,
+) -> OptimizerState | None:
+    """Trains to the stage's end, or until memory does not hold a microbatch: then returns what the
+    optimizer knows, on the host, to go on with smaller ones. Nothing else is left of this attempt.
+    """
+    trainer = StageTrainer(stage, span, job, kept, lr=lr)
+    try:
+        boundary = Boundary(stage, span, job, trainer, opened_at=opened_at)
+        LOG.info("stage %s: %s", stage.name, trainer.describe())
+        boundary.evaluate_if_due()
+        done = job.state.step - job.state.stage_first_step
+        with job.runtime.progress(
+            total=span.num_steps, done=done, what=stage.name, unit="step"
+        ) as bar:
+            while not boundary.at_stage_end:
+                trainer.step()
+                try:
+                    boundary.cross()
+                except OutOfMemory as error:
+                    boundary.fold_totals()
+                    _halve_microbatch(job, error)
+                    return trainer.optimizer_state().on_host()
+                bar.update()
+    finally:
+        trainer.close()
+    return None
 
 
 def _halve_microbatch(job: Job, error: OutOfMemory) -> None:

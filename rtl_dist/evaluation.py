@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import nn
 
 from rtl_dist.data.augment import EvalTransform
 from rtl_dist.data.dataset import MULTI_LABEL, Dataset
-from rtl_dist.data.loader import make_loader
+from rtl_dist.data.loader import make_loader, to_device
 from rtl_dist.data.microbatches import SplitMicrobatches
+from rtl_dist.data.ring import Batch
 from rtl_dist.data.split import Split
 from rtl_dist.errors import DataError, RtlDistError, StopRequested
 from rtl_dist.feature_store import View
 from rtl_dist.features import EVAL_BLOCK, cannot_evaluate
 from rtl_dist.metrics import Predictions, compute_metrics
 from rtl_dist.model.classifier import Classifier
-from rtl_dist.model.divided import divide
+from rtl_dist.model.divided import Divided, divide
 from rtl_dist.runtime import Runtime
 
+_KEPT_BYTES = 2**30
 
-@dataclass(frozen=True, kw_only=True)
-class FrozenView:
-    """A split as the frozen part of the model has it, and the rest, which makes scores of it."""
 
-    view: View
-    trained: nn.Module
+@dataclass(kw_only=True)
+class KeptImages:
+    """This rank's share of a split as an evaluation looks at it, kept by the first one if it takes
+    at most 1 GiB of the host's memory: later ones then wait for no loader."""
+
+    batches: list[Batch] = field(default_factory=list)
+    is_whole: bool = False
 
 
 def eval_transform(model: Classifier) -> EvalTransform:
@@ -48,12 +52,16 @@ def predict_split(
     *,
     runtime: Runtime,
     workers: int,
-    frozen: FrozenView | None = None,
+    divided: Divided | None = None,
+    view: View | None = None,
+    kept: KeptImages | None = None,
 ) -> Predictions | None:
     """Scores a split, blocks of it shared among the ranks; the model is left in eval mode.
 
     Args:
-        frozen: what the model's frozen part made of this split, to score from.
+        divided: the model, cut; None: it is cut below its head.
+        view: what the frozen part makes of this split, to score from.
+        kept: images to score, or to be kept.
 
     Returns:
         on rank 0 every sample's scores in index order, elsewhere None.
@@ -65,12 +73,15 @@ def predict_split(
         RuntimeError: a sample was not counted exactly once.
     """
     model.eval()
+    if divided is None:
+        divided = divide(model, "head", dtype=runtime.autocast_dtype)
     scored: list[tuple[np.ndarray, np.ndarray]] = []
     with torch.inference_mode():
-        if frozen is None:
-            blocks = _from_images(model, split, runtime=runtime, workers=workers)
+        if view is None:
+            transform = eval_transform(model)
+            blocks = _from_images(divided, split, transform, kept, runtime=runtime, workers=workers)
         else:
-            blocks = _from_view(frozen, split, runtime=runtime)
+            blocks = _from_view(divided, split, view, runtime=runtime)
         for samples, logits in blocks:
             scores = logits.float()
             scores = scores.sigmoid() if dataset.task == MULTI_LABEL else scores.softmax(1)
@@ -93,11 +104,20 @@ def evaluate_split(
     *,
     runtime: Runtime,
     workers: int,
-    frozen: FrozenView | None = None,
+    divided: Divided | None = None,
+    view: View | None = None,
+    kept: KeptImages | None = None,
 ) -> dict[str, float]:
     """The split's metrics (see ``metrics``), equal on every rank; raises as ``predict_split``."""
     predictions = predict_split(
-        model, dataset, split, runtime=runtime, workers=workers, frozen=frozen
+        model,
+        dataset,
+        split,
+        runtime=runtime,
+        workers=workers,
+        divided=divided,
+        view=view,
+        kept=kept,
     )
 
     def compute() -> dict[str, float]:
@@ -109,7 +129,7 @@ def evaluate_split(
 
 
 def _from_view(
-    frozen: FrozenView, split: Split, *, runtime: Runtime
+    divided: Divided, split: Split, view: View, *, runtime: Runtime
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """Sample numbers and logits of this rank's blocks, from what the frozen part made of them."""
     blocks = range(0, split.num_samples, EVAL_BLOCK)[runtime.rank :: runtime.world_size]
@@ -117,34 +137,40 @@ def _from_view(
         if runtime.was_asked_to_stop:
             break
         samples = np.arange(first, min(first + EVAL_BLOCK, split.num_samples))
-        inputs = frozen.view.features[first : first + len(samples)].to(runtime.device)
+        inputs = view.features[first : first + len(samples)].to(runtime.device)
         with runtime.accelerator.autocast():
-            yield samples, frozen.trained(inputs)
+            yield samples, divided.trained(inputs)
     _agree_to_go_on(split, runtime, failure=None)
 
 
 def _from_images(
-    model: Classifier, split: Split, *, runtime: Runtime, workers: int
+    divided: Divided,
+    split: Split,
+    transform: EvalTransform,
+    kept: KeptImages | None,
+    *,
+    runtime: Runtime,
+    workers: int,
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-    """Sample numbers and logits of this rank's blocks, after the evaluation's view of each image.
-
-    The trunk is run as a frozen one, BatchNorm folded: what a stage's cached features give.
-    """
-    divided = divide(model, "head", dtype=runtime.autocast_dtype)
+    """Sample numbers and logits of this rank's blocks, from the evaluation's view of each image."""
     assert divided.frozen is not None
     blocks = range(0, split.num_samples, EVAL_BLOCK)[runtime.rank :: runtime.world_size]
-    loader = make_loader(
-        SplitMicrobatches(split, eval_transform(model), size=EVAL_BLOCK),
-        blocks,
-        workers=min(workers, len(blocks)),
-        device=runtime.device,
-    )
+    microbatches = SplitMicrobatches(split, transform, size=EVAL_BLOCK)
+    batches: Iterable[Batch]
+    if kept is not None and kept.is_whole:
+        batches = (to_device(batch, runtime.device) for batch in kept.batches)
+    else:
+        batches = make_loader(
+            microbatches, blocks, workers=min(workers, len(blocks)), device=runtime.device
+        )
+        if kept is not None and len(blocks) * math.prod(microbatches.shape) <= _KEPT_BYTES:
+            batches = _keeping(kept, batches)
     bad: list[str] = []
     failure: RtlDistError | None = None
     what = f"evaluating {split.name}"
     with runtime.progress(total=len(blocks), what=what, unit="batch") as bar:
         try:
-            for batch in loader:
+            for batch in batches:
                 bar.update()
                 if runtime.was_asked_to_stop:
                     break
@@ -158,6 +184,15 @@ def _from_images(
             failure = error  # the other ranks are told below
     _agree_to_go_on(split, runtime, failure=failure)
     _refuse_bad(runtime, bad)
+
+
+def _keeping(kept: KeptImages, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches, which are kept once all of them have come."""
+    copies = []
+    for batch in batches:
+        copies.append(batch._replace(inputs=batch.inputs.to("cpu", copy=True)))
+        yield batch
+    kept.batches, kept.is_whole = copies, True
 
 
 def _agree_to_go_on(split: Split, runtime: Runtime, *, failure: RtlDistError | None) -> None:

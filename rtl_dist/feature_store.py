@@ -28,8 +28,8 @@ import torch
 from rtl_dist.files import flush_to_disk
 
 _FEATURES, _USED, _DESCRIPTION = "features.bin", "used.npy", "description.json"
-_TEMPORARY = ".incomplete-"
-_OURS = re.compile(r"[0-9a-f]{32}|" + re.escape(_TEMPORARY) + ".*")  # a user's own are not touched
+_TEMPORARY, _GONE = ".incomplete-", ".gone-"
+_OURS = re.compile(r"(\.incomplete-|\.gone-)?[0-9a-f]{32}.*")  # a user's own are not touched
 _ABANDONED_S = 24 * 3600.0  # a temporary folder that nobody wrote to for so long
 _LEFT_FREE = 0.1  # of the disk's free space
 _CHUNK = 2**24  # bytes read at a time
@@ -97,15 +97,15 @@ class FeatureStore:
         except OSError:
             kept = 0  # there is no store yet
         if kept + num_bytes > self._limit:
-            needed = _gb(kept + num_bytes)
-            return f"{needed} are more than features.cache_gb allows ({_gb(self._limit)})"
+            needed = readable_size(kept + num_bytes)
+            return f"{needed} are more than features.cache_gb allows ({readable_size(self._limit)})"
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.root).free * (1 - _LEFT_FREE) + self._held()
         except OSError as error:
             return f"{self.root} cannot be used ({error.strerror})"
         if num_bytes > free:
-            return f"{_gb(num_bytes)} are more than {self.root} has room for"
+            return f"{readable_size(num_bytes)} are more than {self.root} has room for"
         return None
 
     def reserve(self, key: str, shape: ViewShape, *, keep: set[str]) -> Path:
@@ -121,8 +121,12 @@ class FeatureStore:
         folder.mkdir()
         try:
             with open(folder / _FEATURES, "wb") as file:
-                # really reserved: a file with holes would meet the full disk when it is written to
-                os.posix_fallocate(file.fileno(), 0, max(1, shape.num_samples * shape.row_bytes))
+                size = max(1, shape.num_samples * shape.row_bytes)
+                if hasattr(os, "posix_fallocate"):
+                    # a file with holes would meet the full disk when it is written to
+                    os.posix_fallocate(file.fileno(), 0, size)
+                else:
+                    file.truncate(size)
         except OSError:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -174,7 +178,7 @@ class FeatureStore:
 
     def forget(self, key: str) -> None:
         """In one step: what is left of a folder under its key would keep a new one from it."""
-        gone = self.root / f"{_TEMPORARY}{key}.{os.getpid()}.{time.time_ns()}"
+        gone = self.root / f"{_GONE}{key}.{os.getpid()}.{time.time_ns()}"
         with contextlib.suppress(OSError):
             (self.root / key).rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
@@ -204,7 +208,8 @@ class FeatureStore:
         folder = self.root / key
         description = self._describe(key)
         shape = _shape_of(description)
-        os.utime(folder)
+        with contextlib.suppress(OSError):  # another user's
+            os.utime(folder)
         # copy on write: torch has no read-only tensors
         flat = np.memmap(folder / _FEATURES, dtype=np.uint8, mode="c")
         features = torch.from_numpy(flat)[: shape.num_samples * shape.row_bytes]
@@ -240,20 +245,32 @@ class FeatureStore:
         views = self._views()
         held = sum(size for _, size, _ in views)
         for used_at, size, folder in views:
-            name = folder.name
-            is_new = time.time() - used_at < _ABANDONED_S
-            if name in keep or (name.startswith(_TEMPORARY) and is_new):
+            if folder.name in keep or _is_being_written(folder, used_at):
                 continue
             free = shutil.disk_usage(self.root).free * (1 - _LEFT_FREE)
             if held + num_bytes <= self._limit and num_bytes <= free:
                 return
-            self.forget(name)
+            self.forget(folder.name)
             held -= size
 
     def _require_room_beside(self, keep: set[str], num_bytes: int) -> None:
-        kept = sum(size for _, size, folder in self._views() if folder.name in keep)
+        """What is needed now, and what other runs are writing, is not given up for more."""
+        kept = sum(
+            size
+            for used_at, size, folder in self._views()
+            if folder.name in keep or _is_being_written(folder, used_at)
+        )
         if kept + num_bytes > self._limit:
-            raise OSError(errno.ENOSPC, f"this stage's features are more than {_gb(self._limit)}")
+            raise OSError(
+                errno.ENOSPC,
+                f"{readable_size(kept + num_bytes)} would be in use at once, features.cache_gb"
+                f" allows {readable_size(self._limit)}",
+            )
+
+
+def _is_being_written(folder: Path, used_at: float) -> bool:
+    is_new = time.time() - used_at < _ABANDONED_S
+    return folder.name.startswith(_TEMPORARY) and is_new
 
 
 def write_block(folder: Path, first: int, rows: torch.Tensor) -> int:
@@ -263,7 +280,8 @@ def write_block(folder: Path, first: int, rows: torch.Tensor) -> int:
         OSError: the disk fails.
     """
     content = rows.contiguous().view(-1).view(torch.uint8).numpy().data
-    with open(folder / _FEATURES, "r+b") as file:
+    # not for reading, too: two nodes' blocks may lie in one page
+    with open(os.open(folder / _FEATURES, os.O_WRONLY), "wb") as file:
         offset = first * (len(content) // max(1, len(rows)))
         done = 0
         while done < len(content):
@@ -289,5 +307,8 @@ def _shape_of(description: dict[str, Any]) -> ViewShape:
     )
 
 
-def _gb(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.2f} GB"
+def readable_size(num_bytes: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes:.0f} bytes"

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,16 @@ from rtl_dist.data.augment import EvalTransform, TrainTransform
 from rtl_dist.data.dataset import Dataset
 from rtl_dist.data.loader import make_loader
 from rtl_dist.data.microbatches import SplitMicrobatches
-from rtl_dist.data.order import TrainingStream
-from rtl_dist.data.ring import Batch
 from rtl_dist.data.split import Split
 from rtl_dist.errors import DataError, RtlDistError, StopRequested
-from rtl_dist.feature_store import FeatureStore, View, ViewShape, key_of, write_block
+from rtl_dist.feature_store import (
+    FeatureStore,
+    View,
+    ViewShape,
+    key_of,
+    readable_size,
+    write_block,
+)
 from rtl_dist.files import user_cache_folder
 from rtl_dist.model.divided import FrozenPart
 from rtl_dist.model.parts import digest
@@ -34,6 +39,10 @@ from rtl_dist.runtime import Runtime
 LOG = logging.getLogger("rtl_dist")
 _FORMAT = 1  # another one where old files would be read wrongly
 EVAL_BLOCK = 64  # images scored at a time, with features as without
+
+
+class _NoStoreError(RtlDistError):
+    """Features cannot be kept; known to all ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,17 +85,20 @@ class FeatureMaker:
         root = user_cache_folder() / "features" if folder is None else Path(folder)
         self._store = FeatureStore(root, int(config.features.cache_gb * 1e9))
         self._row = self._measure_row()
-        tensors = dict(frozen.state_dict()) | {"mean": frozen.mean, "std": frozen.std}
-        self._common = {
-            "format": _FORMAT,
-            "weights": digest(tensors),
-            "below": boundary,
-            "dataset": dataset.fingerprint,
-            "precision": runtime.precision,
-            "device": runtime.device_name,
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-        }
+        self._common: dict[str, Any] = runtime.from_main(
+            lambda: {
+                "format": _FORMAT,
+                "network": [config.model.name, version("timm"), boundary, frozen.describe()],
+                "weights": digest(
+                    dict(frozen.state_dict()) | {"mean": frozen.mean, "std": frozen.std}
+                ),
+                "dataset": dataset.fingerprint,
+                "precision": runtime.precision,
+                "device": runtime.device_name,
+                "torch": torch.__version__,
+                "torchvision": torchvision.__version__,
+            }
+        )
 
     def training_views(
         self, split: Split, numbers: tuple[int, ...], *, samples_to_come: int
@@ -163,115 +175,117 @@ class FeatureMaker:
     def _provide(self, tasks: list[_Task], *, most_to_compute: int) -> list[View] | None:
         """The views, those that are not there computed; None where that cannot be or does not
         pay: more images to compute than the stage has still to see."""
-        missing = self._missing(tasks)
-        to_compute = sum(task.shape.num_samples for task in missing)
-        if to_compute > most_to_compute:
-            return None
-        num_bytes = sum(task.shape.num_bytes for task in missing)
-        keep = {task.key for task in tasks}
-        why = self._runtime.from_main(lambda: self._store.why_no_room(num_bytes, keep=keep))
-        if missing and why:
-            LOG.info("training without cached features: %s", why)
-            return None
-        rounds = sum(self._rounds(task) for task in missing)
-        with self._runtime.progress(total=rounds, what="features", unit="batch") as bar:
-            for task in missing:
-                if not self._compute(task, keep, bar):
-                    return None
-                self.num_computed += 1
-        opened = []
         try:
-            opened = [self._store.open(task.key) for task in tasks]
-        except (OSError, ValueError, KeyError) as error:
-            LOG.warning("cached features cannot be opened (%s)", error)
-        if not all(self._runtime.gather(len(opened) == len(tasks))):
-            LOG.info(
-                "training without cached features: not every process sees %s", self._store.root
-            )
+            missing = [task for task in tasks if not self._is_there(task)]
+            to_compute = sum(task.shape.num_samples for task in missing)
+            if to_compute > most_to_compute:
+                raise _NoStoreError(
+                    f"{most_to_compute:,} images are still to come, fewer than the {to_compute:,}"
+                    " of the views that are missing"
+                )
+            num_bytes = sum(task.shape.num_bytes for task in missing)
+            keep = {task.key for task in tasks}
+            why = self._runtime.from_main(lambda: self._store.why_no_room(num_bytes, keep=keep))
+            if missing and why:
+                raise _NoStoreError(why)
+            if missing:
+                LOG.info(
+                    "computing features of %s images of %s (%s) into %s",
+                    f"{to_compute:,}",
+                    tasks[0].split.name,
+                    readable_size(num_bytes),
+                    self._store.root,
+                )
+            rounds = sum(self._rounds(task) for task in missing)
+            with self._runtime.progress(total=rounds, what="features", unit="batch") as bar:
+                for task in missing:
+                    if self._is_there(task):
+                        continue  # another run has made it meanwhile
+                    self._compute(task, keep, bar)
+                    self.num_computed += 1
+            opened = []
+            try:
+                opened = [self._store.open(task.key) for task in tasks]
+            except (OSError, ValueError, KeyError) as error:
+                LOG.warning("cached features cannot be opened (%s)", error)
+            if not all(self._runtime.gather(len(opened) == len(tasks))):
+                raise _NoStoreError(f"not every process can open {self._store.root}")
+        except _NoStoreError as error:
+            LOG.info("no cached features of %s: %s", tasks[0].split.name, error)
             return None
         return opened
 
-    def _missing(self, tasks: list[_Task]) -> list[_Task]:
-        """Those not in the store, or damaged there."""
-        runtime, missing = self._runtime, []
-        there = runtime.from_main(lambda: [self._store.is_clean(task.key) for task in tasks])
-        for task, is_there in zip(tasks, there, strict=True):
-            if is_there:
-                sound = runtime.gather(
-                    self._store.is_sound(task.key, rank=runtime.rank, world_size=runtime.world_size)
-                )
-                if all(sound):
-                    continue
-                LOG.warning("cached features %s are damaged; computing them again", task.key)
-            missing.append(task)
-        return missing
+    def _is_there(self, task: _Task) -> bool:
+        """Whether the store has a task's view, as it was written.
+
+        Raises:
+            _NoStoreError: on every rank, if not all of them see it.
+        """
+        runtime, store = self._runtime, self._store
+        if not runtime.from_main(lambda: store.is_clean(task.key)):
+            return False
+        if not all(runtime.gather(store.has(task.key))):
+            raise _NoStoreError(f"not every process sees {store.root}")
+        share = {"rank": runtime.rank, "world_size": runtime.world_size}
+        if all(runtime.gather(store.is_sound(task.key, **share))):
+            return True
+        LOG.warning("cached features %s are damaged; computing them again", task.key)
+        runtime.from_main(lambda: store.forget(task.key))
+        return False
 
     def _rounds(self, task: _Task) -> int:
         """How many blocks the rank with the most of them has."""
         blocks = math.ceil(task.shape.num_samples / task.shape.block_size)
         return math.ceil(blocks / self._runtime.world_size)
 
-    def _compute(self, task: _Task, keep: set[str], bar: Any) -> bool:
-        """Computes one view, blocks shared among the ranks; False if the disk does not allow it.
+    def _compute(self, task: _Task, keep: set[str], bar: Any) -> None:
+        """Computes one view, blocks shared among the ranks.
 
         A training view's blocks are as large as a microbatch and always full, so the network
         computes what it would compute in training.
+
+        Raises:
+            _NoStoreError: on every rank, if the disk does not allow it.
         """
         runtime, store = self._runtime, self._store
 
-        def reserve() -> tuple[str | None, str]:
-            store.forget(task.key)
+        def reserve() -> str:
+            if store.has(task.key):
+                store.forget(task.key)  # a damaged sample was met in it, which may be whole now
             try:
-                return str(store.reserve(task.key, task.shape, keep=keep)), ""
+                return str(store.reserve(task.key, task.shape, keep=keep))
             except OSError as error:
-                return None, f"{store.root}: {error.strerror}"
+                raise _NoStoreError(f"{store.root}: {error.strerror}") from error
 
-        place, why = runtime.from_main(reserve)
-        if place is None:
-            LOG.warning("training without cached features: %s", why)
-            return False
-        folder = Path(place)
+        folder = Path(runtime.from_main(reserve))
         try:
-            written = self._write_blocks(task, folder, bar)
-        except RtlDistError:
-            if runtime.is_main:
-                store.discard(folder)
-            raise
-        if written is None:
-            LOG.warning("training without cached features: %s cannot be written", store.root)
-            if runtime.is_main:
-                store.discard(folder)
-            return False
-        checksums, used, bad = written
-        if bad and task.view is None:
-            if runtime.is_main:
-                store.discard(folder)
-            raise DataError(cannot_evaluate(bad))
+            checksums, used, bad = self._write_blocks(task, folder, bar)
+            if bad and task.view is None:
+                raise DataError(cannot_evaluate(bad))
 
-        def publish() -> str | None:
-            try:
-                store.publish(
-                    folder,
-                    task.key,
-                    task.shape,
-                    checksums=checksums,
-                    used=used,
-                    bad=bad,
-                    content=task.content,
-                )
-            except OSError as error:
-                return error.strerror or str(error)
-            return None
+            def publish() -> None:
+                try:
+                    store.publish(
+                        folder,
+                        task.key,
+                        task.shape,
+                        checksums=checksums,
+                        used=used,
+                        bad=bad,
+                        content=task.content,
+                    )
+                except OSError as error:
+                    raise _NoStoreError(f"{store.root}: {error.strerror or error}") from error
 
-        why = runtime.from_main(publish)
-        if why:
-            LOG.warning("training without cached features: %s: %s", store.root, why)
-        return not why
+            runtime.from_main(publish)
+        finally:
+            if runtime.is_main:
+                store.discard(folder)  # nothing of it is left under this name if all went well
 
     @torch.no_grad()
     def _write_blocks(
         self, task: _Task, folder: Path, bar: Any
-    ) -> tuple[list[int], np.ndarray, list[str]] | None:
+    ) -> tuple[list[int], np.ndarray, list[str]]:
         runtime, shape = self._runtime, task.shape
         blocks = range(0, shape.num_samples, shape.block_size)
         mine = blocks[runtime.rank :: runtime.world_size]
@@ -304,52 +318,16 @@ class FeatureMaker:
             bar.update()
             stop, num_failed = runtime.agree(bad_samples=disk_failed, failure=failure)
             if stop:
-                raise StopRequested("stopped while features were computed; start again to go on")
+                raise StopRequested(
+                    "stopped while features were computed; whole views are kept: start again to go"
+                    " on"
+                )
             if num_failed:
-                return None
+                raise _NoStoreError(f"{self._store.root} cannot be written by every process")
         everything = sorted(block for of_rank in runtime.gather(done) for block in of_rank)
         samples = [sample for _, _, samples in everything for sample in samples]
         bad = [name for names in runtime.gather(bad) for name in names]
         return [crc for _, crc, _ in everything], np.array(samples, dtype=np.int64), bad
-
-
-@dataclass(frozen=True, kw_only=True)
-class ViewBatches:
-    """The microbatches that ``TrainingMicrobatches`` would yield, as features; see ``Batch``."""
-
-    views: dict[int, View]
-    order: TrainingStream
-    split: Split
-    num_views: int
-    size: int
-
-    def at(self, positions: Iterator[int]) -> Iterator[Batch]:
-        for position in positions:
-            samples, epochs = self.order.samples_at(position, self.size)
-            numbers = epochs % self.num_views
-            inputs: torch.Tensor | None = None
-            used = np.empty_like(samples)
-            for number in np.unique(numbers):  # a microbatch lies in two epochs at most
-                view, chosen = self.views[int(number)], numbers == number
-                rows = torch.from_numpy(samples[chosen])
-                features = view.features[rows]
-                if inputs is None:
-                    inputs = features.new_empty((self.size, *features.shape[1:]))
-                inputs[torch.from_numpy(chosen)] = features
-                used[chosen] = view.used[rows].numpy()
-            assert inputs is not None
-            labels = torch.from_numpy(self.split.labels(used))
-            yield Batch(inputs, labels, torch.from_numpy(used), [])
-
-
-def views_of_stage(
-    num_views: int, *, first_step: int, end_step: int, global_batch_size: int, num_samples: int
-) -> tuple[int, ...]:
-    """Which views of its cycle the steps of a stage touch, each sample coming once an epoch."""
-    first = first_step * global_batch_size // num_samples
-    last = (end_step * global_batch_size - 1) // num_samples
-    last = min(last, first + num_views - 1)
-    return tuple(sorted({epoch % num_views for epoch in range(first, last + 1)}))
 
 
 def cannot_evaluate(bad: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +16,8 @@ from rtl_dist.report.lr_finder import FOLDER, draw_range_test, read_range_test
 from rtl_dist.run import open_data, open_job, resolve
 from rtl_dist.run_folder import owned_run_folder
 from rtl_dist.runtime import Runtime
+
+LOG = logging.getLogger("rtl_dist")
 
 
 def find_lr(config: Config, stage_name: str | None) -> str:
@@ -38,6 +41,13 @@ def find_lr(config: Config, stage_name: str | None) -> str:
         config = resolve(config, runtime, dataset)
         with open_job(config, runtime, run, dataset) as (job, stages, _):
             stage, span = stages[number]
+            if number:
+                LOG.info(
+                    "stage %s is tested with the config's weights, not after stage %s; give"
+                    " model.weights=RUN, or lr: auto in the config, to test what a run has then",
+                    stage.name,
+                    config.stages[number - 1].name,
+                )
             found = find_learning_rate(stage, span, job)
 
             def draw() -> str:

@@ -11,6 +11,7 @@ from rtl_dist.config import Config
 from rtl_dist.data.dataset import Dataset
 from rtl_dist.data.split import Split
 from rtl_dist.ema import Average
+from rtl_dist.evaluation import KeptImages
 from rtl_dist.model.classifier import Classifier
 from rtl_dist.runtime import Runtime
 from rtl_dist.schedule import Every, is_due
@@ -33,6 +34,7 @@ class Job:
     tracker: Tracker
     state: TrainState
     stage_best: dict[str, torch.Tensor]
+    val_images: KeptImages
     workers: int
 
     @property

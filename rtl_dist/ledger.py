@@ -12,6 +12,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rtl_dist.data.ring import Batch
 from rtl_dist.runtime import Runtime
 from rtl_dist.state import TrainState
@@ -31,8 +33,8 @@ class Ledger:
             os.truncate(self._path, min(self._path.stat().st_size, state.ledger_bytes))
 
     def note(self, step: int, microbatch: int, batch: Batch) -> None:
-        is_pixels = batch.inputs.ndim == 4
-        crc = zlib.crc32(batch.inputs.numpy().tobytes()) if is_pixels else None
+        is_pixels = batch.inputs.dtype == torch.uint8
+        crc = zlib.crc32(batch.inputs.cpu().numpy().tobytes()) if is_pixels else None
         self._noted.append(
             {
                 "step": step,

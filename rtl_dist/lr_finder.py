@@ -40,6 +40,8 @@ def find_learning_rate(stage: Stage, span: StageSpan, job: Job) -> float:
     models = [job.model] + ([job.average.model] if job.average else [])
     weights = [{k: v.clone() for k, v in model.state_dict().items()} for model in models]
     state = copy.deepcopy(vars(job.state))
+    scaler = job.runtime.accelerator.scaler
+    scale = scaler.state_dict() if scaler else {}
     trainer = StageTrainer(stage, span, job, lr=1.0, num_steps=_STEPS)
     try:
         rates, losses = _measure(trainer, job, stage)
@@ -47,6 +49,8 @@ def find_learning_rate(stage: Stage, span: StageSpan, job: Job) -> float:
         trainer.close()
         for model, values in zip(models, weights, strict=True):
             model.load_state_dict(values)
+        if scaler:
+            scaler.load_state_dict(scale)
         state["is_compiled"] = job.state.is_compiled  # the stage's, whatever its rate
         vars(job.state).update(state)
     found = suggest(rates, losses)

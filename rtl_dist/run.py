@@ -26,7 +26,7 @@ from rtl_dist.data.dataset import (
 from rtl_dist.data.loader import resolve_workers
 from rtl_dist.ema import Average
 from rtl_dist.errors import DataError, RtlDistError, StopRequested, UserError
-from rtl_dist.evaluation import predict_split
+from rtl_dist.evaluation import KeptImages, predict_split
 from rtl_dist.files import sha256_of, write_json
 from rtl_dist.job import Job
 from rtl_dist.memory import resolve_micro_batch_size
@@ -100,6 +100,11 @@ def resolve(config: Config, runtime: Runtime, dataset: Dataset) -> Config:
     if config.batch.sync_batchnorm and runtime.device.type != "cuda":
         raise UserError("batch.sync_batchnorm: torch has it for GPUs only; set it to false")
     micro = resolve_micro_batch_size(config, runtime, num_classes=dataset.num_classes)
+    if config.batch.sync_batchnorm and micro * runtime.world_size != config.batch.global_:
+        raise UserError(
+            "batch.sync_batchnorm: takes one microbatch a process, whose layers wait for each"
+            f" other; set batch.micro={max(1, config.batch.global_ // runtime.world_size)}"
+        )
     return replace(config, batch=replace(config.batch, micro=micro))
 
 
@@ -116,8 +121,12 @@ def _measured(early_stop: EarlyStop, dataset: Dataset, path: str) -> EarlyStop:
 
 
 def _require_single_label_options_unused(config: Config) -> None:
-    if any(config.augment_of(stage).mixes for stage in config.stages):
-        raise UserError("augment.mixup: and cutmix need single-label data; set them to 0")
+    for number, stage in enumerate(config.stages):
+        augment = config.augment_of(stage)
+        section = "augment" if stage.augment is None else f"stages.{number}.augment"
+        for name in ("mixup", "cutmix"):
+            if getattr(augment, name):
+                raise UserError(f"{section}.{name}: needs single-label data; set it to 0")
     if config.data.sampling == "balanced":
         raise UserError("data.sampling: balanced needs single-label data; leave it out")
     if config.optim.logit_adjustment:
@@ -226,6 +235,7 @@ def open_job(
         tracker=tracker,
         state=state,
         stage_best=restored.stage_best if restored else {},
+        val_images=KeptImages(),
         workers=resolve_workers(config.data.workers, local_world_size=runtime.local_world_size),
     )
     spans = stage_spans(

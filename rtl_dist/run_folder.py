@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import fcntl
 import json
@@ -81,10 +82,14 @@ def owned_run_folder(config: Config, runtime: Runtime) -> Iterator[Path]:
 def restore(run: Path, config: Config, dataset: Dataset, runtime: Runtime) -> Snapshot | None:
     """The newest whole checkpoint, the same on every rank, if it is of this data and config.
 
+    ``batch.micro`` may be a part of what it was, where memory did not hold that: its state then
+    says so, as after a halving within the run.
+
     Raises:
         UserError: on every rank, naming what differs.
     """
     identity = run_identity(config, dataset)
+    micro = int(config.batch.micro)
     found: list[Snapshot] = []
 
     def find() -> int | None:
@@ -92,7 +97,11 @@ def restore(run: Path, config: Config, dataset: Dataset, runtime: Runtime) -> Sn
         if snapshot is None:
             return None
         found.append(snapshot)
-        _refuse_other_identity(run, snapshot.identity, identity)
+        then = snapshot.identity
+        if then["config"]["batch"]["micro"] % micro == 0:
+            then = copy.deepcopy(then)
+            then["config"]["batch"]["micro"] = micro
+        _refuse_other_identity(run, then, identity)
         return snapshot.state.step
 
     step = runtime.from_main(find)
@@ -102,7 +111,18 @@ def restore(run: Path, config: Config, dataset: Dataset, runtime: Runtime) -> Sn
     runtime.require_equal(
         "the checkpoint to resume from", str(snapshot.state.step if snapshot else None)
     )
+    if snapshot is not None:
+        _note_smaller_microbatch(snapshot, micro)
     return snapshot
+
+
+def _note_smaller_microbatch(snapshot: Snapshot, micro: int) -> None:
+    state = snapshot.state
+    before = state.micro_batch_size or snapshot.identity["config"]["batch"]["micro"]
+    if micro < before:
+        state.micro_batch_size = micro
+        state.halvings = [*state.halvings, [state.step, micro]]
+        LOG.warning("from step %d on the canonical microbatch is %d", state.step, micro)
 
 
 def describe_run(run: Path, config: Config, runtime: Runtime) -> None:

@@ -129,6 +129,11 @@ class Runtime:
             dist.destroy_process_group(self._control)
         else:
             self.close()  # gloo's group must go, or its threads abort the process at its exit
+        if isinstance(error, torch.OutOfMemoryError):
+            raise RtlDistError(
+                f"out of memory ({str(error).splitlines()[0]}); set batch.micro lower or use a"
+                " smaller data.image_size, and start the same command again"
+            ) from error
         lost_a_rank = isinstance(error, RuntimeError) and "onnection" in str(error)
         if self.world_size > 1 and lost_a_rank:
             raise RtlDistError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 
@@ -14,10 +14,11 @@ from rtl_dist.data.augment import TrainTransform
 from rtl_dist.data.loader import make_loader
 from rtl_dist.data.microbatches import TrainingMicrobatches
 from rtl_dist.ema import learning_statistics
-from rtl_dist.evaluation import FrozenView, eval_transform, evaluate_split
+from rtl_dist.evaluation import eval_transform, evaluate_split
+from rtl_dist.feature_store import View
 from rtl_dist.job import Job
 from rtl_dist.model.classifier import Classifier
-from rtl_dist.model.divided import divide
+from rtl_dist.model.divided import Divided, divide
 from rtl_dist.model.parts import digest, set_modes
 from rtl_dist.stage_trainer import StageTrainer
 
@@ -29,7 +30,7 @@ class StageEvaluator:
 
     def __init__(self, stage: Stage, job: Job, trainer: StageTrainer) -> None:
         self._stage, self._job, self._trainer = stage, job, trainer
-        self._frozen: FrozenView | None = None
+        self._view: View | None = None
         self._looked = False
 
     @contextmanager
@@ -47,34 +48,41 @@ class StageEvaluator:
         """The val metrics; what is frozen is computed once for the stage. Raises as
         ``predict_split``."""
         job = self._job
+        divided = self._divided()
         if not self._looked:
-            self._frozen = self._frozen_view(model)
-            self._looked = True
+            self._view, self._looked = self._frozen_view(model, divided), True
         return evaluate_split(
             model,
             job.dataset,
             job.val,
             runtime=job.runtime,
             workers=job.workers,
-            frozen=self._frozen,
+            divided=divided,
+            view=self._view,
+            kept=job.val_images,
         )
 
-    def _frozen_view(self, model: Classifier) -> FrozenView | None:
+    def _divided(self) -> Divided | None:
+        """The model that counts, cut as the stage's is, so that its scores do not depend on whether
+        the frozen part's features are at hand."""
         job, trainer = self._job, self._trainer
-        if trainer.features is None:
+        if trainer.frozen is None:
             return None
-        trained = trainer.trained
+        if job.average is None:
+            return Divided(trainer.frozen, trainer.trained)
+        average, dtype = job.average.model, job.runtime.autocast_dtype
+        return divide(average, trainer.boundary, dtype=dtype)
+
+    def _frozen_view(self, model: Classifier, divided: Divided | None) -> View | None:
+        job, trainer = self._job, self._trainer
+        if trainer.features is None or divided is None or divided.frozen is None:
+            return None
         if job.average:  # its frozen part is another one, if a stage before trained it
-            dtype = job.runtime.autocast_dtype
-            own = divide(job.average.model, trainer.boundary, dtype=dtype)
-            the_same = divide(job.model, trainer.boundary, dtype=dtype)
-            if own.frozen is None or the_same.frozen is None:
+            of_model = divide(job.model, trainer.boundary, dtype=job.runtime.autocast_dtype)
+            assert of_model.frozen is not None
+            if digest(divided.frozen.state_dict()) != digest(of_model.frozen.state_dict()):
                 return None
-            if digest(own.frozen.state_dict()) != digest(the_same.frozen.state_dict()):
-                return None
-            trained = own.trained
-        view = trainer.features.evaluation_view(job.val, eval_transform(model))
-        return None if view is None else FrozenView(view=view, trained=trained)
+        return trainer.features.evaluation_view(job.val, eval_transform(model))
 
     @contextmanager
     def _measured_statistics(self) -> Iterator[None]:
@@ -83,8 +91,7 @@ class StageEvaluator:
         layers = learning_statistics(job.model)
         wanted = job.config.optim.ema_batchnorm == "reestimated" and layers
         if job.average is None or not wanted or job.config.data.backend == "stream":
-            with nullcontext():
-                yield
+            yield
             return
         with job.average.with_statistics_of(self._training_images(), layers, job.runtime):
             yield

@@ -51,6 +51,9 @@ class OptimizerState:
     tensors: dict[str, torch.Tensor]
     scaler: dict[str, Any]
 
+    def on_host(self) -> OptimizerState:
+        return OptimizerState({k: v.cpu() for k, v in self.tensors.items()}, self.scaler)
+
 
 class StageTrainer:
     """Takes the steps of one stage.
@@ -152,12 +155,13 @@ class StageTrainer:
         self._statistics.fold(job.runtime.mean_over_ranks, taken=taken)
         if job.average:
             job.average.update(job.model, taken=taken)
-        self.skipped.note(taken)
+        self._taken = taken
         require_learning_rates(self._optimizer, rate_factor)
 
     def accept(self) -> None:
         """Counts the last step."""
         self.totals.accept()
+        self.skipped.note(self._taken)
         self._job.state.step += 1
         self._job.state.samples_seen += self._job.config.batch.global_
 
@@ -177,8 +181,10 @@ class StageTrainer:
         moved = digest(frozen_tensors(model)) != self._frozen_digest
         if any(runtime.gather(moved)):
             raise RuntimeError(f"stage {self._stage.name}: a frozen weight or statistic moved")
-        trained = trainable_tensors(model)
-        runtime.require_equal("the trainable weights", digest(trained))
+        trained, average = trainable_tensors(model), self._job.average
+        runtime.require_equal("the weights", digest(model.state_dict()))
+        if average:
+            runtime.require_equal("the averaged weights", digest(average.model.state_dict()))
         if not all(bool(value.isfinite().all()) for value in trained.values()):
             raise RtlDistError(
                 f"weights became infinite or not a number by step {self._job.state.step} (stage"
@@ -231,6 +237,8 @@ class StageTrainer:
         """DDP around what is trained, mixed precision, and compilation where it pays."""
         job, accelerator = self._job, self._job.runtime.accelerator
         state, compiles = job.state, job.config.compile
+        if compiles == "auto" and job.config.batch.sync_batchnorm:
+            state.is_compiled = False  # a trial of one rank's would wait for the others
         if compiles == "auto" and state.is_compiled is None:
             state.is_compiled = compiling_pays(
                 self.trained,
@@ -284,24 +292,27 @@ class StageTrainer:
         torch.manual_seed(
             derive_key(job.config.seed, _FORWARD_STREAM, job.state.step, microbatch) >> 1
         )
-        is_sharing = False
+        # with SyncBatchNorm also the forward pass waits for the other ranks
+        is_sharing = job.config.batch.sync_batchnorm and job.runtime.world_size > 1
         try:
             mixed, targets = self._mix(batch.inputs, batch.labels)
             scores = self._wrapped(self._inputs_of(batch._replace(inputs=mixed)))
             losses = self._loss(scores, targets)
             loss = losses.sum() / (len(losses) * per_rank)
-            is_sharing = shares and job.runtime.world_size > 1
+            is_sharing |= shares and job.runtime.world_size > 1
             job.runtime.accelerator.backward(loss)
+            is_sharing = False
             self._statistics.add()
             self.totals.add(losses.detach(), scores.detach(), batch.labels)
         except torch.OutOfMemoryError:
             pass  # handled below, when what the exception holds on to is free
         else:
             return None
-        if is_sharing:  # part of the gradients have gone to the others, the rest never will
+        if is_sharing:  # part of it has gone to the others, the rest never will
             raise RtlDistError(
-                f"out of memory while sharing gradients in step {job.state.step}; set batch.micro"
-                f" below {job.micro_batch_size}, use another run.dir and start again"
+                f"out of memory in step {job.state.step}, while the ranks exchanged gradients;"
+                f" start the same command again with batch.micro={job.micro_batch_size // 2}: it"
+                " goes on from its last checkpoint"
             )
         return OutOfMemory(f"out of memory with microbatches of {job.micro_batch_size}")
 
@@ -351,8 +362,7 @@ class StageTrainer:
         if self._scaler is not None:
             if limit is not None:
                 accelerator.clip_grad_norm_(self._parameters, limit)
-            taken = take_scaled_step(self._stepper, self._scaler)
-            return torch.tensor(taken, device=self._job.runtime.device)
+            return take_scaled_step(self._stepper, self._scaler)
         if limit is not None:
             norm = accelerator.clip_grad_norm_(self._parameters, limit)
         else:
@@ -370,13 +380,15 @@ class StageTrainer:
         self._gradients_checked = True
 
 
-def take_scaled_step(stepper: AcceleratedOptimizer, scaler: torch.amp.GradScaler) -> bool:
-    """Steps the optimizer; False if the loss scaler skipped the step because of an overflow.
+def take_scaled_step(stepper: AcceleratedOptimizer, scaler: torch.amp.GradScaler) -> torch.Tensor:
+    """Steps the optimizer; a bool on the device: False if the loss scaler skipped the step because
+    of an overflow.
 
     Accelerate's ``optimizer_step_was_skipped`` is always False with a fused optimizer, which
-    handles the overflow within its own step; a scale that fell says it in either case. Reading the
-    scale waits for the device; with loss scaling (fp16) a step does so anyway.
+    handles the overflow within its own step; a scale that fell says it in either case. The scale is
+    compared on the device: ``get_scale`` would wait for it.
     """
-    before = scaler.get_scale()
+    before = scaler._get_scale_async().clone()
     stepper.step()
-    return scaler.get_scale() >= before
+    taken: torch.Tensor = scaler._get_scale_async() >= before
+    return taken.reshape(())

@@ -258,7 +258,7 @@ def test_null_is_a_value_where_the_type_allows_it(load):
         ("data: {path: d, stream_urls: a.tar}", "data.stream_urls: names the tars"),
         (
             "data: {path: d, backend: stream, stream_urls: a.tar}\naugment: {cutmix: 1}",
-            "augment.mixup: needs data.backend: indexed",
+            "augment.cutmix: needs data.backend: indexed",
         ),
     ],
 )

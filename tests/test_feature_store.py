@@ -248,7 +248,7 @@ def test_what_is_needed_now_stays(store):
 
 def test_the_limit_holds_for_all_that_is_needed_together(store):
     first, other = (add(store, numbered(n), big(4)) for n in range(2))
-    with pytest.raises(OSError, match=r"more than 0\.01 GB") as caught:
+    with pytest.raises(OSError, match="would be in use at once") as caught:
         store.reserve(key_of(numbered(2)), shape_of(big(7)), keep={first})
     assert caught.value.errno == errno.ENOSPC
     assert names_in(store) == {first, other}  # nothing was given up in vain
@@ -259,7 +259,10 @@ def test_folders_that_others_are_writing_stay_and_abandoned_ones_go(store):
     age(store, old.name, 2 * DAY)
     # only its files show that a long computation goes on
     os.utime(fresh, (time.time() - 2 * DAY,) * 2)
-    new = add(store, numbered(2), big(8))
+    new = add(store, numbered(2), big(6))
+    assert names_in(store) == {fresh.name, new}
+    with pytest.raises(OSError, match="would be in use at once"):  # what another run is writing
+        store.reserve(key_of(numbered(3)), shape_of(big(7)), keep=set())
     assert names_in(store) == {fresh.name, new}
 
 
@@ -277,7 +280,7 @@ def test_what_is_not_the_store_s_is_left_alone(store):
 def test_too_much_is_refused_with_the_reason(store, monkeypatch):
     assert store.why_no_room(keep=set(), num_bytes=10 * MB) is None
     assert store.why_no_room(keep=set(), num_bytes=10 * MB + 1) == (
-        "0.01 GB are more than features.cache_gb allows (0.01 GB)"
+        "10.0 MB are more than features.cache_gb allows (10.0 MB)"
     )
     usage = shutil._ntuple_diskusage(100 * MB, 95 * MB, 5 * MB)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
@@ -286,7 +289,7 @@ def test_too_much_is_refused_with_the_reason(store, monkeypatch):
     )  # a tenth of what is free is left
     assert (
         store.why_no_room(keep=set(), num_bytes=6 * MB)
-        == f"0.01 GB are more than {store.root} has room for"
+        == f"6.0 MB are more than {store.root} has room for"
     )
     add(store, rows=big(3))
     assert store.why_no_room(keep=set(), num_bytes=6 * MB) is None  # it would be given up

@@ -102,7 +102,7 @@ def test_a_step_that_the_scaler_skips_is_noticed():
     for factor, taken in ((1.0, True), (float("inf"), False), (1.0, True)):
         before = weight.detach().clone()
         scaler.scale((weight * factor).sum()).backward()
-        assert take_scaled_step(stepper, scaler) is taken
+        assert bool(take_scaled_step(stepper, scaler)) is taken
         assert torch.equal(before, weight.detach()) is not taken
         stepper.zero_grad(set_to_none=True)
 

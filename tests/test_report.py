@@ -20,7 +20,13 @@ from rtl_dist.report.files import write_bytes
 from rtl_dist.report.history import read_history
 from rtl_dist.report.html import Page
 from rtl_dist.report.lr_finder import draw_range_test, read_range_test
-from rtl_dist.report.plots import _distinct_rates, _label_levels, _thin
+from rtl_dist.report.plots import (
+    _distinct_rates,
+    _label_levels,
+    _thin,
+    accuracy_figure,
+    loss_figure,
+)
 from rtl_dist.report.run import draw_run, duration
 
 PLOTS = ("loss.png", "accuracy.png", "learning_rate.png", "throughput.png")
@@ -206,13 +212,13 @@ def test_range_tests_are_drawn_in_the_order_of_the_stages(tmp_path):
     run = make_run(tmp_path, make_rows())
     make_range_test(run, "finetune")
     make_range_test(run, "head")
-    make_range_test(run, "a/b <i>$x_")  # a name is anyone's text
+    make_range_test(run, "a.b c+_é-1")
     text = assert_self_contained(draw_run(run))
-    for name in ("finetune", "head", "a-b-i-x_"):
+    for name in ("finetune", "head", "a.b c+_é-1"):
         assert_drawn(run / "plots" / f"lr_finder_{name}.png")
     places = [text.index(f">Stage {name}: 0.012 was chosen.") for name in ("head", "finetune")]
     assert places == sorted(places)
-    assert "Stage a/b &lt;i&gt;$x_: 0.012" in text
+    assert "Stage a.b c+_é-1: 0.012" in text
     assert "a tenth of the largest rate at which the smoothed loss is still within 5 %" in text
     assert text.count("data:image/png;base64,") == len(PLOTS) + 3
     assert_no_leftovers(run)
@@ -318,3 +324,66 @@ def test_groups_with_equal_rates_share_a_curve_that_breaks_between_stages(tmp_pa
     _, epochs, rates = curves[0]
     assert np.isnan(rates).sum() == 1
     assert epochs[np.flatnonzero(np.isnan(rates))[0]] > 3.0
+
+
+def lines_of(figure):
+    """The curves by what the legend calls them; those it leaves out by matplotlib's own names."""
+    return {line.get_label(): line for line in figure.axes[0].get_lines()}
+
+
+def pieces_of(line):
+    """The epochs of each piece of a line that is drawn unbroken."""
+    x, y = (np.asarray(values, dtype=float) for values in line.get_data())
+    pieces = np.split(x, np.flatnonzero(np.isnan(y)))
+    return [piece[0 if number == 0 else 1 :].tolist() for number, piece in enumerate(pieces)]
+
+
+@pytest.mark.parametrize("draw", [loss_figure, lambda history: accuracy_figure(history, None)])
+def test_training_lines_break_between_stages(tmp_path, draw):
+    lines = lines_of(draw(read_history(make_run(tmp_path, make_rows()))))
+    assert pieces_of(lines["training"]) == [[1, 2, 3], [4, 5, 6, 7, 8]]
+    head, finetune = pieces_of(lines["training, in between"])
+    assert (head[0], head[-1]) == (1 / 8, 3 - 1 / 8)
+    assert (finetune[0], finetune[-1]) == (3 + 1 / 8, 8 - 1 / 8)
+    assert not np.isnan(lines["validation"].get_ydata()).any()
+
+
+def test_a_long_run_is_thinned_within_its_stages(tmp_path):
+    rows = make_rows(epochs=(3, 6), steps_per_epoch=401)
+    for row in rows:
+        row["train/loss"] = 1.0 if row["stage"] == "head" else 3.0
+    line = lines_of(loss_figure(read_history(make_run(tmp_path, rows))))["training, in between"]
+    values = np.asarray(line.get_ydata())
+    assert len(values) < 1600
+    assert set(values[~np.isnan(values)]) == {1.0, 3.0}
+    assert len(pieces_of(line)) == 2
+
+
+def test_a_stage_of_one_evaluation_is_a_dot(tmp_path):
+    lines = lines_of(loss_figure(read_history(make_run(tmp_path, make_rows(epochs=(1, 5))))))
+    assert pieces_of(lines["training"]) == [[1], [2, 3, 4, 5, 6]]
+    assert lines["training"].get_marker() == "."
+    assert lines["training"].get_markevery() == [True] + 6 * [False]
+
+
+@pytest.mark.parametrize("points", [0, 1, 2])
+def test_the_legend_is_silent_about_fewer_than_two_points(tmp_path, points):
+    rows = make_rows()
+    between = [row["step"] for row in rows if "val/loss" not in row][:points]
+    kept = [row for row in rows if "val/loss" in row or row["step"] in between]
+    axes = loss_figure(read_history(make_run(tmp_path, kept))).axes[0]
+    shown = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert ("training, in between" in shown) == (points == 2)
+    assert {"training", "validation"} <= set(shown)
+
+
+def test_of_equal_metrics_the_lower_loss_is_best(tmp_path):
+    rows = make_rows()
+    found = {1.0: (0.5, 0.9), 2.0: (0.7, 0.8), 3.0: (0.7, 0.6), 4.0: (0.8, 0.5), 5.0: (0.8, 0.4),
+             6.0: (0.8, 0.4), 7.0: (0.8, 0.6), 8.0: (0.6, 0.1)}  # fmt: skip
+    for row in rows:
+        if row["epoch"] in found:
+            row["val/top1"], row["val/loss"] = found[row["epoch"]]
+    history = read_history(make_run(tmp_path, rows))
+    assert [(s.best_epoch, s.best) for s in history.stages] == [(3.0, 0.7), (5.0, 0.8)]
+    assert history.best() == (5.0, 0.8)

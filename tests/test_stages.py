@@ -1,12 +1,15 @@
 """Stages: what each may do otherwise than the run, how it ends, and what its steps survive."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from faulty_run import inject
+from launched_runs import SCRIPT, environment
 from safetensors.torch import load_file
 from tiny_runs import make_dataset, metric_rows, newest_checkpoint, tiny_config, write_config
 
@@ -307,6 +310,173 @@ def test_a_microbatch_of_one_that_does_not_fit_is_said(tmp_path, dataset, fault,
     assert "batch.micro cannot be made smaller" in capsys.readouterr().err
 
 
+def test_a_halving_keeps_what_was_counted(tmp_path, dataset, fault, monkeypatch):
+    """A step skipped before it, and the training metrics of all the steps around it."""
+    whole = train(
+        tmp_path, dataset, "whole", stages=[{**ALL, "steps": 6}], run__log_every="6 steps"
+    )
+    seen: list[list[int]] = []
+    import rtl_dist.boundary as room
+
+    metrics = room.train_metrics
+    monkeypatch.setattr(
+        room,
+        "train_metrics",
+        lambda counts, task: seen.append(counts) or metrics(counts, task=task),
+    )
+    fault("oom", 4, 3)
+    learn_from = StageTrainer._learn_from
+
+    def learn(self, batch, microbatch, per_rank, *, shares):
+        loss = self._loss
+        if self._job.state.step == 2:
+            self._loss = lambda scores, labels: loss(scores, labels) * torch.nan
+        try:
+            return learn_from(self, batch, microbatch, per_rank, shares=shares)
+        finally:
+            self._loss = loss
+
+    monkeypatch.setattr(StageTrainer, "_learn_from", learn)
+    changes = {"stages": [{**ALL, "steps": 6}], "eval": {"every": "6 steps"}}
+    run = train(tmp_path, dataset, "halved", run__log_every="6 steps", **changes)
+    assert results(run)["microbatch_halvings"] == [{"from_step": 4, "micro": 2}]
+    assert results(run)["skipped_steps"] == 1
+    assert seen[-1][0] == 6 * 16  # samples
+    assert results(whole)["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize("log_every", ["1 step", "50 steps"])
+def test_one_step_without_any_number_does_not_end_a_run(tmp_path, dataset, monkeypatch, log_every):
+    learn_from, fired = StageTrainer._learn_from, []
+
+    def learn(self, batch, microbatch, per_rank, *, shares):
+        loss = self._loss
+        if self._job.state.step == 2:
+            fired.append(True)
+            self._loss = lambda scores, labels: loss(scores, labels) * torch.nan
+        try:
+            return learn_from(self, batch, microbatch, per_rank, shares=shares)
+        finally:
+            self._loss = loss
+
+    monkeypatch.setattr(StageTrainer, "_learn_from", learn)
+    run = train(
+        tmp_path,
+        dataset,
+        stages=[{**ALL, "steps": 6}],
+        run__log_every=log_every,
+        checkpoint={"every": log_every},
+    )
+    assert len(fired) == 4
+    assert results(run)["skipped_steps"] == 1
+
+
+def test_a_resume_may_take_smaller_microbatches(tmp_path, dataset, monkeypatch, capsys):
+    import rtl_dist.boundary as room
+
+    class Killed(BaseException):
+        pass
+
+    cross = room.Boundary.cross
+
+    def cross_and_die(self):
+        cross(self)
+        if self._job.state.step == 3:
+            raise Killed
+
+    changes = {"stages": [{**ALL, "steps": 6}], "checkpoint": {"every": "1 step"}}
+    with monkeypatch.context() as patch:
+        patch.setattr(room.Boundary, "cross", cross_and_die)
+        with pytest.raises(Killed):
+            train(tmp_path, dataset, **changes)
+    train(tmp_path, dataset, code=2, **changes, batch={"global": 16, "micro": 8})
+    assert "batch.micro was 4 and is 8" in capsys.readouterr().err
+    run = train(tmp_path, dataset, **changes, batch={"global": 16, "micro": 2})
+    assert results(run)["microbatch_halvings"] == [{"from_step": 3, "micro": 2}]
+
+
+@pytest.mark.parametrize("ema", [0, 0.9])
+def test_a_stop_while_evaluating_off_the_checkpoints_loses_nothing(
+    tmp_path, dataset, monkeypatch, ema
+):
+    import os
+    import signal
+
+    import rtl_dist.stage_evaluator as room
+
+    changes = {
+        "stages": [{**ALL, "steps": 9}],
+        "eval": {"every": "3 steps"},
+        "checkpoint": {"every": "100 steps"},
+        "optim": {"ema": ema},
+    }
+    whole = train(tmp_path, dataset, "whole", **changes)
+    evaluate, calls = room.evaluate_split, []
+
+    def ask_and_evaluate(*arguments, **options):
+        calls.append(True)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "evaluate_split", ask_and_evaluate)
+        train(tmp_path, dataset, "stopped", code=75, **changes)
+    assert newest_checkpoint(tmp_path / "stopped").name == "step-00000006"
+    stopped = train(tmp_path, dataset, "stopped", **changes)
+    for name in ("model", "ema", "optimizer"):
+        assert same(weights(stopped, name), weights(whole, name)), name
+    assert metric_rows(stopped) == metric_rows(whole)
+
+
+def test_a_stage_that_ends_early_is_proved_and_saved(tmp_path, dataset, monkeypatch, capsys):
+    stages = [{**HEAD, "steps": 40, "lr": 1e-9, "until": "plateau"}]
+    changes = {"stages": stages, "eval": {"every": "2 steps"}, "checkpoint": {"every": "99 steps"}}
+    train(tmp_path, dataset, **changes)
+    capsys.readouterr()
+    train(tmp_path, dataset, **changes)
+    assert "already done" in capsys.readouterr().out
+    step = StageTrainer.step
+
+    def step_and_damage(self, rate_factor=None):
+        step(self, rate_factor)
+        if self._job.state.step == 5:
+            with torch.no_grad():
+                self._job.model.trunk.layer1[1].running_mean.add_(1e-6)
+
+    monkeypatch.setattr(StageTrainer, "step", step_and_damage)
+    train(tmp_path, dataset, "damaged", code=1, **changes)
+    assert "a frozen weight or statistic moved" in capsys.readouterr().err
+
+
+def test_patience_taken_away_at_a_resume_takes_nothing_back(tmp_path, dataset, monkeypatch):
+    import rtl_dist.boundary as room
+
+    class Killed(BaseException):
+        pass
+
+    cross = room.Boundary.cross
+
+    def cross_and_die(self):
+        cross(self)
+        if self._job.state.step == 6:
+            raise Killed
+
+    changes = {
+        "stages": [{**ALL, "steps": 10, "lr": 3e-2}],
+        "eval": {"every": "2 steps"},
+        "checkpoint": {"every": "1 step"},
+    }
+    plain = train(tmp_path, dataset, "plain", **changes)
+    with monkeypatch.context() as patch:
+        patch.setattr(room.Boundary, "cross", cross_and_die)
+        with pytest.raises(Killed):
+            train(tmp_path, dataset, "killed", **changes, early_stop={"patience": 9})
+    killed = train(tmp_path, dataset, "killed", **changes)
+    digests = [results(run)["weights_sha256"] for run in (plain, killed)]
+    assert digests[0] == digests[1]
+
+
 # --- features ---
 
 
@@ -374,6 +544,57 @@ def make_dataset_of_another_seed(tmp_path: Path) -> Path:
     return tmp_path / "packed"
 
 
+def test_networks_with_the_same_weights_have_features_of_their_own(tmp_path, dataset, computed):
+    """resnetaa50 is a resnet50 with blurred strides: the same names and shapes, other features."""
+    from rtl_dist.config import Data, Model
+    from rtl_dist.files import save_tensors
+    from rtl_dist.model.build import make_classifier
+
+    model = make_classifier(
+        Model(name="resnet50", weights="none"), Data(path=""), num_classes=3, seed=0
+    )
+    save_tensors(model.native_state_dict(), tmp_path / "w.safetensors")
+    for name in ("resnet50", "resnetaa50"):
+        computed.clear()
+        config = {"name": name, "weights": str(tmp_path / "w.safetensors")}
+        train(tmp_path, dataset, name, model=config, stages=[{**HEAD, "epochs": 1, "views": 1}],
+              data__image_size=32)  # fmt: skip
+        assert sorted(computed) == ["train", "val"], name
+
+
+def test_a_ledger_of_cached_activations(tmp_path, dataset):
+    stage = {**ALL, "trainable": "layer2+", "epochs": 4, "views": 1}
+    run = train(tmp_path, dataset, stages=[stage], run__ledger=True, precision="bf16")
+    lines = [json.loads(x) for x in (run / "ledger/samples.jsonl").read_text().splitlines()]
+    assert {line["pixels_crc32"] for line in lines} == {None}
+    assert len(lines) == 4 * metric_rows(run)[-1]["step"]
+
+
+def test_a_view_that_another_run_makes_meanwhile_is_taken(tmp_path, dataset, computed, monkeypatch):
+    """The other run publishes both views while this one computes the first."""
+    folder = str(tmp_path / "features")
+    write, raced = FeatureMaker._write_blocks, []
+
+    def race(self, task, place, bar):
+        if not raced:
+            raced.append(True)
+            config = tiny_config(
+                dataset, tmp_path / "other", **CACHED, features={"cache_dir": folder}
+            )
+            file = write_config(tmp_path / "other.yaml", config)
+            done = subprocess.run([sys.executable, SCRIPT, "--config", file], env=environment())
+            assert done.returncode == 0
+        return write(self, task, place, bar)
+
+    monkeypatch.setattr(FeatureMaker, "_write_blocks", race)
+    run = train(tmp_path, dataset, **CACHED, features={"cache_dir": folder})
+    assert computed == ["train"]  # the other one was there by then, and the val split's
+    assert same(weights(run), weights(tmp_path / "other"))
+    names = [path.name for path in (tmp_path / "features").iterdir()]
+    assert len(names) == 3
+    assert not any(name.startswith(".") for name in names)
+
+
 @pytest.mark.parametrize(
     ("features", "message"),
     [
@@ -407,7 +628,7 @@ def test_a_disk_that_fails_while_features_are_written(tmp_path, dataset, monkeyp
     folder = tmp_path / "features"
     run = train(tmp_path, dataset, **CACHED, features={"cache_dir": str(folder)})
     assert fired
-    assert "training without cached features" in capsys.readouterr().err
+    assert "no cached features of train: " in capsys.readouterr().err
     assert list(folder.iterdir()) == []
     assert same(weights(run), weights(cached))
 

@@ -1,6 +1,7 @@
 """Stages on several processes: faults of one rank, and the same result at 1, 2 and 4."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -96,6 +97,23 @@ def run_faulty(config: str, run: Path, fault: str, world_size: int) -> list[tupl
     return [finish(process) for process in start_ranks(arguments, world_size, program=FAULTY)]
 
 
+def test_processes_that_do_not_see_each_other_s_folder_train_without(config, runs, tmp_path):
+    code = (
+        "import os, sys; sys.path.insert(0, sys.argv[1]); from rtl_dist.train import main;"
+        " store = os.environ['STORE'] + os.environ['RANK'];"
+        " sys.exit(main([*sys.argv[2:], f'features.cache_dir={store}']))"
+    )
+    arguments = [str(ROOT), "--config", config, f"run.dir={tmp_path / 'run'}", "stages.0.steps=41",
+                 "stages.0.lr=1e-3", "stages.1.steps=1"]  # fmt: skip
+    os.environ["STORE"] = str(tmp_path / "store")
+    try:
+        outcomes = [finish(p) for p in start_ranks(arguments, 2, program=("-c", code))]
+    finally:
+        del os.environ["STORE"]
+    assert [code for code, _ in outcomes] == [0, 0], outcomes
+    assert "no cached features of train: " in outcomes[0][1]
+
+
 @pytest.mark.parametrize("fault", ["nan:7:2", "oom:7:2", "oom:7:3"])
 def test_a_fault_of_one_rank_is_everybody_s(config, tmp_path, fault):
     """Rank 1 has microbatches 2 and 3; at 3 the other rank already waits for its gradients."""
@@ -120,7 +138,13 @@ def test_a_fault_of_one_rank_is_everybody_s(config, tmp_path, fault):
 def test_no_memory_while_gradients_are_shared_ends_the_job(config, tmp_path):
     two = run_faulty(config, tmp_path / "two", "oom-backward:7:3", 2)
     assert [code for code, _ in two] == [1, 1], two
-    assert "out of memory while sharing gradients in step 7; set batch.micro" in two[1][1]
+    said = "out of memory in step 7, while the ranks exchanged gradients; start the same command"
+    assert f"{said} again with batch.micro=4" in two[1][1]
+    arguments = ["--config", config, f"run.dir={tmp_path / 'two'}", *SHORT, "batch.micro=4"]
+    outcomes = [finish(process) for process in start_ranks(arguments, 2)]
+    assert [code for code, _ in outcomes] == [0, 0], outcomes
+    results = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert results["microbatch_halvings"] == [{"from_step": 7, "micro": 4}]
 
 
 def test_the_entry_is_the_same_through_torchrun(config, tmp_path):

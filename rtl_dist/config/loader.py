@@ -208,6 +208,8 @@ def _convert_union(arguments: tuple[Any, ...], value: Any, path: str) -> Any:
             return _convert(argument, value, path)
         except UserError as error:
             refusals.append(str(error).removeprefix(f"{path}: "))
+    if len(refusals) == 1 and refusals[0].startswith(path):
+        raise UserError(refusals[0])  # of a key within
     raise UserError(f"{path}: " + "; or ".join(refusals))
 
 

@@ -423,12 +423,13 @@ class Config:
         _check(len(set(names)) == len(names), f"stages: names must differ, not {names}")
         _check(0 <= self.seed < 2**63, "seed: must lie in 0 to 2^63 - 1")
         for number, stage in enumerate(self.stages):
-            augment = self.augment_of(stage)
-            _check(
-                not (augment.mixes and self.data.backend == "stream"),
-                f"{'augment' if stage.augment is None else f'stages.{number}.augment'}.mixup: needs"
-                " data.backend: indexed",
-            )
+            section = "augment" if stage.augment is None else f"stages.{number}.augment"
+            for name in ("mixup", "cutmix"):
+                mixes = getattr(self.augment_of(stage), name) > 0
+                _check(
+                    not (mixes and self.data.backend == "stream"),
+                    f"{section}.{name}: needs data.backend: indexed",
+                )
         _check(
             self.data.sampling == "natural"
             or (self.optim.class_weights == "none" and self.optim.logit_adjustment == 0),

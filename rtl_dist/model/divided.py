@@ -66,6 +66,11 @@ class FrozenPart(nn.Module):
         self.register_buffer("mean", model.mean, persistent=False)
         self.register_buffer("std", model.std, persistent=False)
 
+    def describe(self) -> str:
+        """What is computed, whatever the weights: networks of other layers may have the same."""
+        graph = self.trunk.graph if isinstance(self.trunk, fx.GraphModule) else ""
+        return f"{graph}\n{self.trunk}"
+
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         pixels = images.to(self.mean.dtype).div_(255).sub_(self.mean).div_(self.std)

@@ -121,7 +121,7 @@ class History:
             part = History(rows=tuple(rows), unreadable=())
             _, train, value = part.at_evaluations(self.compared)
             values = part.series(f"val/{self.headline}")
-            best = _highest(*values)
+            best = part._highest(self.headline)
             spans.append(
                 StageSpan(
                     name=str(rows[0].get("stage", "training")),
@@ -140,8 +140,17 @@ class History:
         return spans
 
     def best(self) -> tuple[float, float] | None:
-        """Epoch and value of the highest headline metric on the validation split."""
-        return _highest(*self.series(f"val/{self.headline}"))
+        """Epoch and value of the highest headline metric on the validation split; of equal ones
+        that with the lowest loss, and then the first, as training chooses its best weights."""
+        return self._highest(self.headline)
+
+    def _highest(self, metric: str) -> tuple[float, float] | None:
+        name = f"val/{metric}"
+        rows = [row for row in self.rows if is_finite(row.get(name))]
+        if not rows:
+            return None
+        top = max(rows, key=lambda row: (row[name], -_loss(row)))
+        return float(top["epoch"]), float(top[name])
 
 
 def read_history(run: Path) -> History:
@@ -197,11 +206,8 @@ def is_finite(value: Any) -> bool:
     return math.isfinite(value)
 
 
-def _highest(epochs: np.ndarray, values: np.ndarray) -> tuple[float, float] | None:
-    if not len(values):
-        return None
-    place = int(values.argmax())
-    return float(epochs[place]), float(values[place])
+def _loss(row: dict[str, Any]) -> float:
+    return float(row["val/loss"]) if is_finite(row.get("val/loss")) else math.inf
 
 
 def _last(values: np.ndarray) -> float | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,13 +27,13 @@ from rtl_dist.report.history import is_finite
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FOLDER = "lr_finder"
-_NAME_LENGTH = 80  # of a stage within the name of a picture
+FOLDER = "lr_finder"  # as in rtl_dist.lr_finder, which brings accelerate
 
 
 @dataclass(frozen=True, kw_only=True)
 class RangeTest:
-    """The loss before the step at each rate; ``lr`` is what was made of it, None if nothing."""
+    """The loss before the step at each rate; ``lr`` is what was made of it, None if nothing. The
+    name of a stage can name files."""
 
     stage: str
     lr: float | None
@@ -53,7 +52,7 @@ class RangeTest:
 
 def find_range_tests(run: Path) -> list[Path]:
     """The files of a run's range tests, in order of their names."""
-    return sorted((run / FOLDER).rglob("*.json"))  # a stage may be named a/b
+    return sorted((run / FOLDER).glob("*.json"))
 
 
 def read_range_test(path: Path) -> RangeTest | None:
@@ -67,7 +66,7 @@ def read_range_test(path: Path) -> RangeTest | None:
     if not all(is_finite(rate) and rate > 0 and is_finite(loss) for rate, loss in points):
         return None
     return RangeTest(
-        stage=str(content.get("stage", path.stem)),
+        stage=path.stem,
         lr=lr if is_finite(lr) and lr > 0 else None,
         rates=[rate for rate, _ in points],
         losses=[loss for _, loss in points],
@@ -80,8 +79,7 @@ def draw_range_test(test: RangeTest, run: Path) -> Path:
     Raises:
         OSError: the folder cannot be written.
     """
-    name = re.sub(r"[^\w-]+", "-", test.stage)[:_NAME_LENGTH]
-    path = run / "plots" / f"lr_finder_{name}.png"
+    path = run / "plots" / f"lr_finder_{test.stage}.png"
     write_bytes(path, png(range_test_figure(test)))
     return path
 

@@ -7,7 +7,7 @@ by labelled vertical lines. Each function takes a ``History`` and returns a figu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -64,10 +64,11 @@ def accuracy_figure(history: History, best: tuple[float, float] | None) -> Figur
     epochs, train, value = history.at_evaluations(history.compared)
     both = np.isfinite(train)
     if both.sum() > 1:
+        where, upper = _with_breaks(history, epochs[both], train[both])
         axes.fill_between(
-            epochs[both],
-            100 * train[both],
-            100 * value[both],
+            where,
+            100 * upper,
+            100 * _with_breaks(history, epochs[both], value[both])[1],
             color=ORANGE,
             alpha=0.18,
             linewidth=0,
@@ -113,8 +114,8 @@ def learning_rate_figure(history: History) -> Figure:
             color=CYCLE[place] if few else shades[place],
             linewidth=1.6,
             linestyle=LINE_STYLES[place % len(LINE_STYLES)],
-            marker=_dot(rates),
             label=label,
+            **_dots(rates),
         )
     if curves:
         axes.set_yscale("log")
@@ -142,7 +143,7 @@ def throughput_figure(history: History) -> Figure:
         if not len(values):
             say(axes, f"{name} was not logged")
             continue
-        axes.plot(*_thin(epochs, values), color=color, linewidth=1.4, marker=_dot(values))
+        axes.plot(*_thin(epochs, values), color=color, linewidth=1.4, **_dots(values))
         axes.set_ylim(0, 1.12 * float(values.max()) or 1.0)
         if axes is top and values.max() > _WIDE * values.min() > 0:
             # a stage on cached features beside one on pixels: each must stay readable
@@ -154,7 +155,8 @@ def throughput_figure(history: History) -> Figure:
 
 
 def _pair(axes: Axes, history: History, metric: str, *, scale: float) -> None:
-    """Train against validation: steps faint, evaluations strong."""
+    """Train against validation: steps faint, evaluations strong. The training lines break between
+    stages: a line across would show a loss that rises where none was measured."""
     steps, each = history.series(f"train/{metric}", evaluations=False)
     epochs, train, value = history.at_evaluations(metric)
     some = np.isfinite(train)
@@ -163,25 +165,21 @@ def _pair(axes: Axes, history: History, metric: str, *, scale: float) -> None:
         return
     if len(each):
         alone = not some.any()
+        between = "training, in between" if len(each) > 1 else None
+        x, y = _with_breaks(history, *_thin(steps, scale * each, _breaks(history, steps)))
         axes.plot(
-            *_thin(steps, scale * each),
+            x,
+            y,
             color=BLUE,
-            marker=_dot(each),
             markersize=4,
             linewidth=1.6 if alone else 0.9,
             alpha=1.0 if alone else 0.35,
-            label="training" if alone else "training, in between",
+            label="training" if alone else between,
+            **_dots(y),
         )
     if some.any():
-        axes.plot(
-            epochs[some],
-            scale * train[some],
-            color=BLUE,
-            linestyle="-",
-            linewidth=2.0,
-            marker=_dot(train[some]),
-            label="training",
-        )
+        x, y = _with_breaks(history, epochs[some], scale * train[some])
+        axes.plot(x, y, color=BLUE, linestyle="-", linewidth=2.0, label="training", **_dots(y))
     if len(value):
         axes.plot(
             epochs,
@@ -263,23 +261,35 @@ def _distinct_rates(history: History) -> list[tuple[str, np.ndarray, np.ndarray]
 def _with_breaks(
     history: History, epochs: np.ndarray, values: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The same curve with a NaN between stages, so that no line joins two stages' rates."""
-    starts = [stage.start for stage in history.stages[1:]]
-    # A row at a stage's very start still belongs to the stage before it.
-    places = np.searchsorted(epochs, starts, side="right")
-    places = places[(places > 0) & (places < len(epochs))]
+    """The same curve with a NaN between stages, so that no line joins two stages' values."""
+    places = _breaks(history, epochs)
     return np.insert(epochs, places, epochs[places]), np.insert(values, places, np.nan)
 
 
-def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most ``_MAX_POINTS`` points: the means of equal runs of neighbours."""
+def _breaks(history: History, epochs: np.ndarray) -> np.ndarray:
+    """The places in a curve at which a later stage's first point stands."""
+    starts = [stage.start for stage in history.stages[1:]]
+    # A row at a stage's very start still belongs to the stage before it.
+    places = np.unique(np.searchsorted(epochs, starts, side="right"))
+    return places[(places > 0) & (places < len(epochs))]
+
+
+def _thin(
+    x: np.ndarray, y: np.ndarray, breaks: np.ndarray | Sequence[int] = ()
+) -> tuple[np.ndarray, np.ndarray]:
+    """About ``_MAX_POINTS`` points: the means of equal runs of neighbours, none across a break."""
     if len(x) <= _MAX_POINTS:
         return x, y
     cuts = np.linspace(0, len(x), _MAX_POINTS + 1).astype(int)[:-1]
+    cuts = np.union1d(cuts, np.asarray(breaks, dtype=int))
     sizes = np.diff(np.append(cuts, len(x)))
     return np.add.reduceat(x, cuts) / sizes, np.add.reduceat(y, cuts) / sizes
 
 
-def _dot(values: np.ndarray) -> str | None:
-    """A marker where a line alone would be invisible or would hide how few points there are."""
-    return "." if len(values) <= 3 else None
+def _dots(values: np.ndarray) -> dict[str, Any]:
+    """Markers where a line alone would be invisible or would hide how few points there are: on
+    each piece between two NaNs that has at most 3."""
+    piece = np.cumsum(np.isnan(values))
+    sizes = np.bincount(piece[~np.isnan(values)], minlength=len(values) + 1)
+    few = ~np.isnan(values) & (sizes[piece] <= 3)
+    return {"marker": ".", "markevery": few.tolist()} if few.any() else {}

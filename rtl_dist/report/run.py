@@ -24,7 +24,9 @@ _PLOTS = {
     " it saw better than what it did not. Training is scored on augmented images while the model"
     " still learns, so the gap can be negative.",
     "learning_rate.png": "The learning rate of each parameter group.",
-    "throughput.png": "Images a second over all processes, and the share of time spent waiting.",
+    "throughput.png": "Images a second over all processes, and the share of time spent waiting."
+    " Each point covers the time since the point before, with waiting for data and saving"
+    " checkpoints in it, but without evaluations.",
 }
 
 
