@@ -126,9 +126,9 @@ class Boundary:
         stop, num_bad = job.runtime.agree(
             bad_samples=len(self._trainer.bad), failure=self._trainer.failure
         )
+        self._trainer.accept()
         if num_bad:
             self._count_bad()
-        self._trainer.accept()
         if self._trainer.ledger:
             job.state.ledger_bytes = self._trainer.ledger.write()
         return stop

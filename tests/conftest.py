@@ -1,7 +1,11 @@
 """What every test runs under: set before anything imports torch, matplotlib or wandb."""
 
+import atexit
 import os
+import shutil
 import tempfile
+
+import pytest
 
 # Test processes share the cores (pytest -n); OpenMP threads that spin against each other's made the
 # tests 7 times slower.
@@ -9,5 +13,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="rtl_dist-tests-")  # not the user's own
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WANDB_API_KEY"):
     os.environ.pop(_name, None)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU")

@@ -36,6 +36,7 @@ from rtl_dist.data.split import SampleReader
 from rtl_dist.errors import DataError, WorkerError
 from rtl_dist.evaluation import predict_split
 from rtl_dist.model.classifier import Preprocessing
+from rtl_dist.model.divided import Divided
 from rtl_dist.runtime import Runtime
 
 SIDE, MICRO, BATCH, NUM = 8, 4, 16, 23
@@ -321,7 +322,7 @@ def test_evaluation_replaces_nothing(damaged):
 
 
 class Scores(torch.nn.Module):
-    """Stands for a classifier, which breaks on anything but images."""
+    """Stands for a classifier and its frozen part, which break on anything but images."""
 
     preprocessing = Preprocessing(image_size=SIDE, crop_pct=1.0, mean=(0, 0, 0), std=(1, 1, 1))
 
@@ -329,17 +330,22 @@ class Scores(torch.nn.Module):
         return torch.zeros(len(images), 2) + images.float().mean((1, 2, 3))[:, None]
 
 
+def score(dataset, split, runtime):
+    divided = Divided(Scores(), torch.nn.Identity())
+    return predict_split(Scores(), dataset, split, runtime=runtime, workers=0, divided=divided)
+
+
 @pytest.mark.parametrize("damage", [1, 9], ids=["one", "a whole batch"])
 def test_damaged_samples_cannot_be_evaluated(damaged, damage):
     split = damaged.split("val")
     with Runtime("no") as runtime:
-        predictions = predict_split(Scores(), damaged, split, runtime=runtime, workers=0)
+        predictions = score(damaged, split, runtime)
         assert predictions.scores.shape == (9, 2)
         for sample in range(damage):
             flip_byte(split, sample)
         more = ", and 8 more" if damage == 9 else ""
         with pytest.raises(DataError, match=f"cannot evaluate exactly: sample 0 of .*{more}$"):
-            predict_split(Scores(), damaged, split, runtime=runtime, workers=0)
+            score(damaged, split, runtime)
 
 
 @pytest.mark.parametrize(
@@ -507,8 +513,6 @@ def test_a_slot_is_lent_until_the_next_batch_is_asked_for(train):
 @pytest.mark.gpu
 @pytest.mark.parametrize("side", [SIDE, 64], ids=["as they are", "enlarged on the GPU"])
 def test_a_gpu_gets_the_same_batches(train, side):
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
     transform = TrainTransform(Augment(), image_size=side, channels=3)
     order = train.order(0, window=None)
     source = TrainingMicrobatches(train, transform, order=order, size=MICRO, views=None)

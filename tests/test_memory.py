@@ -161,7 +161,6 @@ def test_another_error_is_none_of_memory(hungry, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_on_a_real_gpu_some_of_the_memory_is_left(monkeypatch):
     free, _ = torch.cuda.mem_get_info()
     monkeypatch.setattr(memory, "_USABLE", 0.5)

@@ -50,7 +50,6 @@ def test_on_a_cpu_the_count_is_known_after_each_step():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_on_a_gpu_it_is_known_one_step_later():
     device = torch.device("cuda")
     skipped = SkippedSteps(device, total=0, in_a_row=0)
