@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from rtl_dist.config import Config, Stage
-from rtl_dist.data.augment import TrainTransform
+from rtl_dist.data.augment import training_transform
 from rtl_dist.data.loader import make_loader, to_device
 from rtl_dist.data.microbatches import TrainingMicrobatches, microbatch_positions
 from rtl_dist.data.order import TrainingStream
@@ -81,11 +81,7 @@ def open_stage_batches(
         rank=runtime.rank,
         world_size=runtime.world_size,
     )
-    transform = TrainTransform(
-        config.augment_of(stage),
-        image_size=config.image_size_of(stage),
-        channels=config.data.channels,
-    )
+    transform = training_transform(config, stage)
     if config.data.backend == "stream":
         stream = stream_microbatches(
             config.data,
@@ -173,17 +169,3 @@ def views_of_stage(
     last = (end_step * global_batch_size - 1) // num_samples
     last = min(last, first + num_views - 1)
     return tuple(sorted({epoch % num_views for epoch in range(first, last + 1)}))
-
-
-def black_microbatch(
-    split: Split, *, count: int, channels: int, image_size: int, device: torch.device
-) -> Batch:
-    """Images of nothing with labels of nothing, in place of a microbatch that cannot be had."""
-    shape = (count, channels, image_size, image_size)
-    images = torch.zeros(shape, dtype=torch.uint8)
-    samples = torch.full((count,), -1)
-    if split.label_matrix is None:
-        labels = torch.zeros(count, dtype=torch.int64)
-    else:
-        labels = torch.zeros(count, split.label_matrix.shape[1])
-    return to_device(Batch(images, labels, samples, []), device)

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 
 from rtl_dist.errors import RtlDistError
 from rtl_dist.model.batchnorm import StepStatistics
@@ -82,14 +81,3 @@ class Average:
             self.model.eval()
             statistics.put_back()
             statistics.close()
-
-
-def learning_statistics(model: nn.Module) -> set[str]:
-    """The names of the BatchNorm layers whose running statistics follow the data now."""
-    return {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
-        and module.training
-        and module.track_running_stats
-    }

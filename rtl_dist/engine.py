@@ -8,10 +8,10 @@ import time
 from rtl_dist.boundary import Boundary
 from rtl_dist.checkpoint import Snapshot
 from rtl_dist.config import Stage
-from rtl_dist.ema import learning_statistics
 from rtl_dist.errors import OutOfMemory, UserError
 from rtl_dist.job import Job
 from rtl_dist.lr_finder import find_learning_rate
+from rtl_dist.model.batchnorm import learning_layers
 from rtl_dist.schedule import StageSpan
 from rtl_dist.stage_trainer import OptimizerState, StageTrainer
 
@@ -87,7 +87,7 @@ def _halve_microbatch(job: Job, error: OutOfMemory) -> None:
     """Keeps the global batch, in more and smaller microbatches."""
     size = job.micro_batch_size
     smaller = next((size // n for n in range(2, size + 1) if size % n == 0), 0)
-    least = 2 if learning_statistics(job.model) else 1  # BatchNorm learns nothing from one image
+    least = 2 if learning_layers(job.model) else 1  # BatchNorm learns nothing from one image
     if smaller < least:
         raise UserError(
             f"{error}: batch.micro cannot be made smaller; use a smaller model or data.image_size"

@@ -17,7 +17,7 @@ import torch
 import torchvision
 
 from rtl_dist.config import Config, Stage
-from rtl_dist.data.augment import EvalTransform, TrainTransform
+from rtl_dist.data.augment import EvalTransform, TrainTransform, training_transform
 from rtl_dist.data.dataset import Dataset
 from rtl_dist.data.loader import make_loader
 from rtl_dist.data.microbatches import SplitMicrobatches
@@ -55,15 +55,11 @@ class _Task:
     shape: ViewShape
     split: Split
     transform: TrainTransform | EvalTransform
-    seed: int
     view: int | None
 
 
 class FeatureMaker:
-    """Makes, or finds, views of splits for one stage. Every method is called by all ranks.
-
-    num_computed: views that were not found.
-    """
+    """Makes, or finds, views of splits for one stage. Every method is called by all ranks."""
 
     def __init__(
         self,
@@ -78,13 +74,12 @@ class FeatureMaker:
         workers: int,
     ) -> None:
         self._frozen, self._config, self._stage = frozen, config, stage
-        self._runtime, self._dataset, self._workers = runtime, dataset, workers
+        self._runtime, self._workers = runtime, workers
         self._micro_batch_size = micro_batch_size
-        self.num_computed = 0
         folder = config.features.cache_dir
         root = user_cache_folder() / "features" if folder is None else Path(folder)
         self._store = FeatureStore(root, int(config.features.cache_gb * 1e9))
-        self._row = self._measure_row()
+        self._rows: dict[int, tuple[tuple[int, ...], torch.dtype]] = {}
         self._common: dict[str, Any] = runtime.from_main(
             lambda: {
                 "format": _FORMAT,
@@ -110,23 +105,24 @@ class FeatureMaker:
             RtlDistError: on every rank, if the loader of one failed.
         """
         config, stage = self._config, self._stage
-        augment = config.augment_of(stage)
-        size = config.image_size_of(stage)
-        looks = {k: v for k, v in asdict(augment).items() if k not in ("mixup", "cutmix")}
-        transform = TrainTransform(augment, image_size=size, channels=config.data.channels)
+        transform = training_transform(config, stage)
+        augment = asdict(config.augment_of(stage))
+        looks = {
+            "augment": {k: v for k, v in augment.items() if k not in ("mixup", "cutmix")},
+            "image_size": transform.image_size,
+            "seed": config.seed,
+        }
         tasks = [
             self._task(
                 split,
                 transform,
-                {"augment": looks, "image_size": size, "seed": config.seed, "view": number},
+                looks | {"view": number},
                 view=number,
                 block_size=self._micro_batch_size,
             )
             for number in numbers
         ]
         views = self._provide(tasks, most_to_compute=samples_to_come)
-        if views is not None and not self.num_computed:
-            LOG.info("cached features found in %s", self._store.root)
         return None if views is None else dict(zip(numbers, views, strict=True))
 
     def evaluation_view(self, split: Split, transform: EvalTransform) -> View | None:
@@ -148,9 +144,7 @@ class FeatureMaker:
     ) -> _Task:
         content = self._common | content | {"split": split.name, "channels": transform.channels}
         content["block"] = block_size
-        row, dtype = self._row
-        if view is None:  # an evaluation's images may be of another size
-            row = self._measure_row(transform.image_size)[0]
+        row, dtype = self._row_of(transform.image_size)
         shape = ViewShape(
             num_samples=split.num_samples, row=row, dtype=dtype, block_size=block_size
         )
@@ -160,17 +154,18 @@ class FeatureMaker:
             shape=shape,
             split=split,
             transform=transform,
-            seed=self._config.seed,
             view=view,
         )
 
-    @torch.no_grad()
-    def _measure_row(self, size: int | None = None) -> tuple[tuple[int, ...], torch.dtype]:
-        side = size or self._config.image_size_of(self._stage)
-        black = torch.zeros(1, self._config.data.channels, side, side, dtype=torch.uint8)
-        with self._runtime.accelerator.autocast():
-            out = self._frozen(black.to(self._runtime.device))
-        return tuple(out.shape[1:]), out.dtype
+    def _row_of(self, image_size: int) -> tuple[tuple[int, ...], torch.dtype]:
+        """The shape and dtype of what the frozen part makes of one image."""
+        if image_size not in self._rows:
+            channels = self._config.data.channels
+            black = torch.zeros(1, channels, image_size, image_size, dtype=torch.uint8)
+            with self._runtime.accelerator.autocast():
+                out = self._frozen(black.to(self._runtime.device))
+            self._rows[image_size] = tuple(out.shape[1:]), out.dtype
+        return self._rows[image_size]
 
     def _provide(self, tasks: list[_Task], *, most_to_compute: int) -> list[View] | None:
         """The views, those that are not there computed; None where that cannot be or does not
@@ -188,6 +183,8 @@ class FeatureMaker:
             why = self._runtime.from_main(lambda: self._store.why_no_room(num_bytes, keep=keep))
             if missing and why:
                 raise _NoStoreError(why)
+            if not missing and tasks[0].view is not None:
+                LOG.info("cached features found in %s", self._store.root)
             if missing:
                 LOG.info(
                     "computing features of %s images of %s (%s) into %s",
@@ -202,7 +199,6 @@ class FeatureMaker:
                     if self._is_there(task):
                         continue  # another run has made it meanwhile
                     self._compute(task, keep, bar)
-                    self.num_computed += 1
             opened = []
             try:
                 opened = [self._store.open(task.key) for task in tasks]
@@ -290,7 +286,11 @@ class FeatureMaker:
         blocks = range(0, shape.num_samples, shape.block_size)
         mine = blocks[runtime.rank :: runtime.world_size]
         microbatches = SplitMicrobatches(
-            task.split, task.transform, size=shape.block_size, seed=task.seed, view=task.view
+            task.split,
+            task.transform,
+            size=shape.block_size,
+            seed=self._config.seed,
+            view=task.view,
         )
         loader = make_loader(
             microbatches, mine, workers=min(self._workers, len(mine)), device=runtime.device

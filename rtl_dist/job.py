@@ -70,7 +70,6 @@ class Job:
                     if name.startswith(prefix)
                 }
             )
-        self.stage_best = {}
 
     def is_due(self, every: Every, last: int) -> bool:
         return is_due(

@@ -121,12 +121,8 @@ def _measured(early_stop: EarlyStop, dataset: Dataset, path: str) -> EarlyStop:
 
 
 def _require_single_label_options_unused(config: Config) -> None:
-    for number, stage in enumerate(config.stages):
-        augment = config.augment_of(stage)
-        section = "augment" if stage.augment is None else f"stages.{number}.augment"
-        for name in ("mixup", "cutmix"):
-            if getattr(augment, name):
-                raise UserError(f"{section}.{name}: needs single-label data; set it to 0")
+    for key in config.mixing_keys():
+        raise UserError(f"{key}: needs single-label data; set it to 0")
     if config.data.sampling == "balanced":
         raise UserError("data.sampling: balanced needs single-label data; leave it out")
     if config.optim.logit_adjustment:

@@ -10,13 +10,13 @@ import torch
 
 from rtl_dist.batches import training_order
 from rtl_dist.config import Stage
-from rtl_dist.data.augment import TrainTransform
+from rtl_dist.data.augment import training_transform
 from rtl_dist.data.loader import make_loader
 from rtl_dist.data.microbatches import TrainingMicrobatches
-from rtl_dist.ema import learning_statistics
 from rtl_dist.evaluation import eval_transform, evaluate_split
 from rtl_dist.feature_store import View
 from rtl_dist.job import Job
+from rtl_dist.model.batchnorm import learning_layers
 from rtl_dist.model.classifier import Classifier
 from rtl_dist.model.divided import Divided, divide
 from rtl_dist.model.parts import digest, set_modes
@@ -78,9 +78,8 @@ class StageEvaluator:
         if trainer.features is None or divided is None or divided.frozen is None:
             return None
         if job.average:  # its frozen part is another one, if a stage before trained it
-            of_model = divide(job.model, trainer.boundary, dtype=job.runtime.autocast_dtype)
-            assert of_model.frozen is not None
-            if digest(divided.frozen.state_dict()) != digest(of_model.frozen.state_dict()):
+            assert trainer.frozen is not None
+            if digest(divided.frozen.state_dict()) != digest(trainer.frozen.state_dict()):
                 return None
         return trainer.features.evaluation_view(job.val, eval_transform(model))
 
@@ -88,7 +87,7 @@ class StageEvaluator:
     def _measured_statistics(self) -> Iterator[None]:
         """Within the block the average's BatchNorm statistics are those that its weights meet."""
         job = self._job
-        layers = learning_statistics(job.model)
+        layers = set(learning_layers(job.model))
         wanted = job.config.optim.ema_batchnorm == "reestimated" and layers
         if job.average is None or not wanted or job.config.data.backend == "stream":
             yield
@@ -105,11 +104,7 @@ class StageEvaluator:
         positions = range(0, num_images, size)[job.runtime.rank :: job.runtime.world_size]
         microbatches = TrainingMicrobatches(
             job.train,
-            TrainTransform(
-                config.augment_of(stage),
-                image_size=config.image_size_of(stage),
-                channels=config.data.channels,
-            ),
+            training_transform(config, stage),
             order=training_order(job.train, config),
             size=size,
             views=stage.views,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 
-from rtl_dist.batches import StageBatches, black_microbatch, open_stage_batches
+from rtl_dist.batches import StageBatches, open_stage_batches
 from rtl_dist.checkpoint import optimizer_tensors, restore_optimizer
 from rtl_dist.compilation import compiling_pays
 from rtl_dist.config import Stage
@@ -129,7 +129,7 @@ class StageTrainer:
         self._gradients_checked = False
         self._frozen_digest = digest(frozen_tensors(model))
         runtime.require_equal("the frozen weights", self._frozen_digest)
-        self.require_sound()
+        self._require_agreement()
 
     def step(self, rate_factor: float | None = None) -> None:
         """One optimizer step over this rank's microbatches of the global batch; it counts once the
@@ -181,10 +181,15 @@ class StageTrainer:
         moved = digest(frozen_tensors(model)) != self._frozen_digest
         if any(runtime.gather(moved)):
             raise RuntimeError(f"stage {self._stage.name}: a frozen weight or statistic moved")
+        self._require_agreement()
+
+    def _require_agreement(self) -> None:
+        model, runtime = self._job.model, self._job.runtime
         trained, average = trainable_tensors(model), self._job.average
-        runtime.require_equal("the weights", digest(model.state_dict()))
-        if average:
-            runtime.require_equal("the averaged weights", digest(average.model.state_dict()))
+        if runtime.world_size > 1:  # hashing all weights takes a while
+            runtime.require_equal("the weights", digest(model.state_dict()))
+            if average:
+                runtime.require_equal("the averaged weights", digest(average.model.state_dict()))
         if not all(bool(value.isfinite().all()) for value in trained.values()):
             raise RtlDistError(
                 f"weights became infinite or not a number by step {self._job.state.step} (stage"
@@ -242,7 +247,7 @@ class StageTrainer:
         if compiles == "auto" and state.is_compiled is None:
             state.is_compiled = compiling_pays(
                 self.trained,
-                lambda: self._inputs_of(self._black_batch(job.micro_batch_size)),
+                lambda: self._inputs_of(self._black_images(job.micro_batch_size)),
                 num_images=self._num_steps * job.config.batch.global_,
                 runtime=job.runtime,
                 what=self._stage.name,
@@ -257,7 +262,8 @@ class StageTrainer:
             )
         if compiles is True or (compiles == "auto" and state.is_compiled):
             self._wrapped = torch.compile(self._wrapped)
-            self.frozen = None if self.frozen is None else torch.compile(self.frozen)
+            if self.frozen is not None:
+                self.frozen.compile()
         self._scaler = accelerator.scaler
         if kept is not None and kept.scaler and self._scaler is not None:
             self._scaler.load_state_dict(kept.scaler)
@@ -296,7 +302,7 @@ class StageTrainer:
         is_sharing = job.config.batch.sync_batchnorm and job.runtime.world_size > 1
         try:
             mixed, targets = self._mix(batch.inputs, batch.labels)
-            scores = self._wrapped(self._inputs_of(batch._replace(inputs=mixed)))
+            scores = self._wrapped(self._inputs_of(mixed))
             losses = self._loss(scores, targets)
             loss = losses.sum() / (len(losses) * per_rank)
             is_sharing |= shares and job.runtime.world_size > 1
@@ -321,28 +327,24 @@ class StageTrainer:
         self._stepper.zero_grad(set_to_none=True)
         if self._job.runtime.device.type == "cuda":
             torch.cuda.empty_cache()
-        scores = self._wrapped(self._inputs_of(self._black_batch(_STAND_IN_SIZE)))
+        scores = self._wrapped(self._inputs_of(self._black_images(_STAND_IN_SIZE)))
         everything = scores.sum() + sum(p.sum() for p in self._parameters)
         self._job.runtime.accelerator.backward(everything * torch.nan)
 
-    def _inputs_of(self, batch: Batch) -> torch.Tensor:
+    def _inputs_of(self, batch: torch.Tensor) -> torch.Tensor:
         """What goes into the trained part: images, or what the frozen part makes of them."""
-        is_images = batch.inputs.dtype == torch.uint8 or not self.on_features
+        is_images = batch.dtype == torch.uint8 or not self.on_features
         if self.frozen is None or not is_images:
-            return batch.inputs
+            return batch
         with self._job.runtime.accelerator.autocast():
-            out: torch.Tensor = self.frozen(batch.inputs)
+            out: torch.Tensor = self.frozen(batch)
         return out
 
-    def _black_batch(self, count: int) -> Batch:
-        job = self._job
-        return black_microbatch(
-            job.train,
-            count=count,
-            channels=job.config.data.channels,
-            image_size=job.config.image_size_of(self._stage),
-            device=job.runtime.device,
-        )
+    def _black_images(self, count: int) -> torch.Tensor:
+        """In place of those of a microbatch that cannot be had, or to try what one costs."""
+        config, side = self._job.config, self._job.config.image_size_of(self._stage)
+        shape = (count, config.data.channels, side, side)
+        return torch.zeros(shape, dtype=torch.uint8, device=self._job.runtime.device)
 
     def _next_batch(self) -> Batch | None:
         """The next microbatch; None if the loader failed."""

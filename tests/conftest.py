@@ -24,3 +24,19 @@ def pytest_runtest_setup(item):
 
         if not torch.cuda.is_available():
             pytest.skip("needs a GPU")
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """The split of each view of features that is computed."""
+    from rtl_dist.features import FeatureMaker
+
+    found: list[str] = []
+    write = FeatureMaker._write_blocks
+
+    def note(self, task, folder, bar):
+        found.append(task.split.name)
+        return write(self, task, folder, bar)
+
+    monkeypatch.setattr(FeatureMaker, "_write_blocks", note)
+    return found

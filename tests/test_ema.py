@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from rtl_dist.config import Data, Model, Stage
-from rtl_dist.ema import Average, learning_statistics
+from rtl_dist.ema import Average
 from rtl_dist.errors import DataError
+from rtl_dist.model.batchnorm import learning_layers
 from rtl_dist.model.build import make_classifier
 from rtl_dist.model.parts import digest, freeze_for
 
@@ -223,7 +224,7 @@ def test_which_statistics_follow_the_data():
     top = {"name": "top", "epochs": 1, "lr": 0.1, "trainable": ["layer3", "head"]}
     for policy, expected in (("frozen", set()), ("stats", {names[2]}), ("train", {names[2]})):
         freeze_for(model, Stage(**top, batchnorm=policy))
-        assert learning_statistics(model) == expected
+        assert set(learning_layers(model)) == expected
     freeze_for(model, Stage(name="all", epochs=1, lr=0.1, batchnorm="train"))
-    assert learning_statistics(model) == set(names)
-    assert learning_statistics(nn.BatchNorm2d(3, track_running_stats=False)) == set()
+    assert set(learning_layers(model)) == set(names)
+    assert set(learning_layers(nn.BatchNorm2d(3, track_running_stats=False))) == set()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import (
     ROOT,
+    Killed,
     make_dataset,
     metric_rows,
     newest_checkpoint,
@@ -56,10 +57,6 @@ def require_equal_runs(one: Path, other: Path) -> None:
     results = [json.loads((run / "results.json").read_text()) for run in (one, other)]
     assert results[0]["weights_sha256"] == results[1]["weights_sha256"]
     assert results[0]["best"] == results[1]["best"]
-
-
-class Killed(BaseException):
-    """Stands for a process that ends at once: nothing may catch it to tidy up."""
 
 
 @pytest.mark.parametrize("step", [1, 5, 6, 7, 12, 14, 20])

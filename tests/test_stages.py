@@ -11,14 +11,25 @@ import torch
 from faulty_run import inject
 from launched_runs import SCRIPT, environment
 from safetensors.torch import load_file
-from tiny_runs import make_dataset, metric_rows, newest_checkpoint, tiny_config, write_config
+from tiny_runs import (
+    killed_after,
+    make_dataset,
+    metric_rows,
+    newest_checkpoint,
+    results,
+    same,
+    scale_loss,
+    tiny_config,
+    train,
+    weights,
+    write_config,
+)
 
 from rtl_dist.config import Config, parse_config
 from rtl_dist.config.loader import to_dict
 from rtl_dist.errors import UserError
 from rtl_dist.features import FeatureMaker
 from rtl_dist.stage_trainer import StageTrainer
-from rtl_dist.train import main
 
 ALL = {"name": "all", "trainable": "all", "lr": 1e-2, "batchnorm": "train"}
 HEAD = {"name": "head", "trainable": "head", "lr": 1e-2}
@@ -39,25 +50,6 @@ def fault(monkeypatch) -> Iterator[None]:
     """Lets ``inject`` change the trainer for one test."""
     monkeypatch.setattr(StageTrainer, "_learn_from", StageTrainer._learn_from)
     return inject
-
-
-def train(tmp_path: Path, dataset: Path, name: str = "run", code: int = 0, **changes: object):
-    run = tmp_path / name
-    config = write_config(tmp_path / f"{name}.yaml", tiny_config(dataset, run, **changes))
-    assert main(["--config", config]) == code
-    return run
-
-
-def weights(run: Path, name: str = "model") -> dict[str, torch.Tensor]:
-    return load_file(newest_checkpoint(run) / f"{name}.safetensors")
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
-
-
-def results(run: Path) -> dict:
-    return json.loads((run / "results.json").read_text())
 
 
 # --- what a stage may do otherwise ---
@@ -194,8 +186,6 @@ def test_a_stage_with_patience_hands_its_best_weights_on(tmp_path, dataset):
 
 
 def test_a_stage_s_best_survives_a_kill(tmp_path, dataset, monkeypatch):
-    import rtl_dist.boundary as room
-
     changes = {
         "stages": [
             {**ALL, "name": "wild", "steps": 12, "lr": 3e-2, "early_stop": {"patience": 9}},
@@ -207,20 +197,8 @@ def test_a_stage_s_best_survives_a_kill(tmp_path, dataset, monkeypatch):
     }
     whole = train(tmp_path, dataset, "whole", **changes)
 
-    class Killed(BaseException):
-        pass
-
-    cross = room.Boundary.cross
-
-    def cross_and_die(self):
-        cross(self)
-        if self._job.state.step == 11:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(room.Boundary, "cross", cross_and_die)
-        with pytest.raises(Killed):
-            train(tmp_path, dataset, "killed", **changes)
+    with killed_after(11, monkeypatch):
+        train(tmp_path, dataset, "killed", **changes)
     killed = train(tmp_path, dataset, "killed", **changes)
     assert same(weights(killed), weights(whole))
     assert metric_rows(killed) == metric_rows(whole)
@@ -250,20 +228,7 @@ def test_a_step_without_a_finite_gradient_leaves_no_trace(tmp_path, dataset, fau
 
 
 def test_steps_skipped_in_a_row_end_the_run(tmp_path, dataset, monkeypatch, capsys):
-    learn_from = StageTrainer._learn_from
-
-    def learn(self, batch, microbatch, per_rank, *, shares):
-        loss = self._loss
-        if self._job.state.step >= 3:
-            self._loss = lambda scores, labels: (
-                loss(scores, labels) * (torch.nan if microbatch == 0 else 1)
-            )
-        try:
-            return learn_from(self, batch, microbatch, per_rank, shares=shares)
-        finally:
-            self._loss = loss
-
-    monkeypatch.setattr(StageTrainer, "_learn_from", learn)
+    scale_loss(monkeypatch, lambda step, n: torch.nan if step >= 3 and n == 0 else 1)
     stages = [{**ALL, "steps": 20}]
     run = train(tmp_path, dataset, code=1, stages=stages, optim={"skip_limit": 4})
     assert "4 steps in a row up to step 7 (stage all) were not taken" in capsys.readouterr().err
@@ -325,18 +290,7 @@ def test_a_halving_keeps_what_was_counted(tmp_path, dataset, fault, monkeypatch)
         lambda counts, task: seen.append(counts) or metrics(counts, task=task),
     )
     fault("oom", 4, 3)
-    learn_from = StageTrainer._learn_from
-
-    def learn(self, batch, microbatch, per_rank, *, shares):
-        loss = self._loss
-        if self._job.state.step == 2:
-            self._loss = lambda scores, labels: loss(scores, labels) * torch.nan
-        try:
-            return learn_from(self, batch, microbatch, per_rank, shares=shares)
-        finally:
-            self._loss = loss
-
-    monkeypatch.setattr(StageTrainer, "_learn_from", learn)
+    scale_loss(monkeypatch, lambda step, _: torch.nan if step == 2 else 1)
     changes = {"stages": [{**ALL, "steps": 6}], "eval": {"every": "6 steps"}}
     run = train(tmp_path, dataset, "halved", run__log_every="6 steps", **changes)
     assert results(run)["microbatch_halvings"] == [{"from_step": 4, "micro": 2}]
@@ -347,19 +301,15 @@ def test_a_halving_keeps_what_was_counted(tmp_path, dataset, fault, monkeypatch)
 
 @pytest.mark.parametrize("log_every", ["1 step", "50 steps"])
 def test_one_step_without_any_number_does_not_end_a_run(tmp_path, dataset, monkeypatch, log_every):
-    learn_from, fired = StageTrainer._learn_from, []
+    fired = []
 
-    def learn(self, batch, microbatch, per_rank, *, shares):
-        loss = self._loss
-        if self._job.state.step == 2:
-            fired.append(True)
-            self._loss = lambda scores, labels: loss(scores, labels) * torch.nan
-        try:
-            return learn_from(self, batch, microbatch, per_rank, shares=shares)
-        finally:
-            self._loss = loss
+    def factor(step: int, microbatch: int) -> float:
+        if step != 2:
+            return 1.0
+        fired.append(microbatch)
+        return torch.nan
 
-    monkeypatch.setattr(StageTrainer, "_learn_from", learn)
+    scale_loss(monkeypatch, factor)
     run = train(
         tmp_path,
         dataset,
@@ -372,23 +322,9 @@ def test_one_step_without_any_number_does_not_end_a_run(tmp_path, dataset, monke
 
 
 def test_a_resume_may_take_smaller_microbatches(tmp_path, dataset, monkeypatch, capsys):
-    import rtl_dist.boundary as room
-
-    class Killed(BaseException):
-        pass
-
-    cross = room.Boundary.cross
-
-    def cross_and_die(self):
-        cross(self)
-        if self._job.state.step == 3:
-            raise Killed
-
     changes = {"stages": [{**ALL, "steps": 6}], "checkpoint": {"every": "1 step"}}
-    with monkeypatch.context() as patch:
-        patch.setattr(room.Boundary, "cross", cross_and_die)
-        with pytest.raises(Killed):
-            train(tmp_path, dataset, **changes)
+    with killed_after(3, monkeypatch):
+        train(tmp_path, dataset, **changes)
     train(tmp_path, dataset, code=2, **changes, batch={"global": 16, "micro": 8})
     assert "batch.micro was 4 and is 8" in capsys.readouterr().err
     run = train(tmp_path, dataset, **changes, batch={"global": 16, "micro": 2})
@@ -450,47 +386,20 @@ def test_a_stage_that_ends_early_is_proved_and_saved(tmp_path, dataset, monkeypa
 
 
 def test_patience_taken_away_at_a_resume_takes_nothing_back(tmp_path, dataset, monkeypatch):
-    import rtl_dist.boundary as room
-
-    class Killed(BaseException):
-        pass
-
-    cross = room.Boundary.cross
-
-    def cross_and_die(self):
-        cross(self)
-        if self._job.state.step == 6:
-            raise Killed
-
     changes = {
         "stages": [{**ALL, "steps": 10, "lr": 3e-2}],
         "eval": {"every": "2 steps"},
         "checkpoint": {"every": "1 step"},
     }
     plain = train(tmp_path, dataset, "plain", **changes)
-    with monkeypatch.context() as patch:
-        patch.setattr(room.Boundary, "cross", cross_and_die)
-        with pytest.raises(Killed):
-            train(tmp_path, dataset, "killed", **changes, early_stop={"patience": 9})
+    with killed_after(6, monkeypatch):
+        train(tmp_path, dataset, "killed", **changes, early_stop={"patience": 9})
     killed = train(tmp_path, dataset, "killed", **changes)
     digests = [results(run)["weights_sha256"] for run in (plain, killed)]
     assert digests[0] == digests[1]
 
 
 # --- features ---
-
-
-@pytest.fixture
-def computed(monkeypatch) -> list[str]:
-    found: list[str] = []
-    write = FeatureMaker._write_blocks
-
-    def note(self, task, folder, bar):
-        found.append(task.split.name)
-        return write(self, task, folder, bar)
-
-    monkeypatch.setattr(FeatureMaker, "_write_blocks", note)
-    return found
 
 
 CACHED = {"stages": [{**HEAD, "epochs": 4, "views": 2}]}
@@ -691,8 +600,6 @@ def test_balanced_sampling_shows_small_classes_more_often(tmp_path):
 
 
 def test_the_rate_found_is_the_same_after_a_kill(tmp_path, dataset, monkeypatch):
-    import rtl_dist.boundary as room
-
     changes = {
         "stages": [
             {**HEAD, "steps": 4, "lr": "auto", "views": 1},
@@ -709,20 +616,8 @@ def test_the_rate_found_is_the_same_after_a_kill(tmp_path, dataset, monkeypatch)
         highest = max(row["lr/head"] for row in metric_rows(whole) if row["stage"] == name)
         assert 1e-6 <= highest <= part["lr"] <= 0.1
 
-    class Killed(BaseException):
-        pass
-
-    cross = room.Boundary.cross
-
-    def cross_and_die(self):
-        cross(self)
-        if self._job.state.step == 6:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(room.Boundary, "cross", cross_and_die)
-        with pytest.raises(Killed):
-            train(tmp_path, dataset, "killed", **changes)
+    with killed_after(6, monkeypatch):
+        train(tmp_path, dataset, "killed", **changes)
     (tmp_path / "killed" / "lr_finder" / "all.json").unlink()
     killed = train(tmp_path, dataset, "killed", **changes)
     assert not (killed / "lr_finder" / "all.json").exists()  # not looked for again

@@ -1,15 +1,12 @@
 """Stages on a GPU: loss scaling, memory that really runs out, features, and no waiting."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tiny_runs import make_dataset, metric_rows, newest_checkpoint, tiny_config, write_config
+from tiny_runs import make_dataset, metric_rows, results, scale_loss, train, weights
 
 from rtl_dist.stage_trainer import StageTrainer
-from rtl_dist.train import main
 
 pytestmark = pytest.mark.gpu
 ALL = {"name": "all", "steps": 8, "trainable": "all", "lr": 1e-2, "batchnorm": "train"}
@@ -18,17 +15,6 @@ ALL = {"name": "all", "steps": 8, "trainable": "all", "lr": 1e-2, "batchnorm": "
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_dataset(tmp_path_factory.mktemp("data"))
-
-
-def train(tmp_path: Path, dataset: Path, name: str = "run", **changes: object) -> Path:
-    run = tmp_path / name
-    config = write_config(tmp_path / f"{name}.yaml", tiny_config(dataset, run, **changes))
-    assert main(["--config", config]) == 0
-    return run
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(newest_checkpoint(run) / "model.safetensors")
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "no"])
@@ -44,20 +30,9 @@ def test_cached_features_train_the_same_weights(tmp_path, dataset, precision):
 
 
 def test_an_overflow_of_the_loss_scale_is_a_skipped_step(tmp_path, dataset, monkeypatch):
-    learn_from = StageTrainer._learn_from
-
-    def learn(self, batch, microbatch, per_rank, *, shares):
-        loss = self._loss
-        if self._job.state.step == 3:
-            self._loss = lambda scores, labels: loss(scores, labels) * 1e30
-        try:
-            return learn_from(self, batch, microbatch, per_rank, shares=shares)
-        finally:
-            self._loss = loss
-
-    monkeypatch.setattr(StageTrainer, "_learn_from", learn)
+    scale_loss(monkeypatch, lambda step, _: 1e30 if step == 3 else 1)
     run = train(tmp_path, dataset, stages=[ALL], precision="fp16")
-    assert json.loads((run / "results.json").read_text())["skipped_steps"] >= 1
+    assert results(run)["skipped_steps"] >= 1
     assert all(value.isfinite().all() for value in weights(run).values())
 
 
@@ -77,7 +52,7 @@ def test_memory_that_runs_out_halves_the_microbatch(tmp_path, dataset, monkeypat
     torch.cuda.empty_cache()
     run = train(tmp_path, dataset, stages=[ALL], data__image_size=224, precision="bf16")
     assert held
-    halvings = json.loads((run / "results.json").read_text())["microbatch_halvings"]
+    halvings = results(run)["microbatch_halvings"]
     assert halvings == [{"from_step": 3, "micro": 2}]
 
 

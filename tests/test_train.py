@@ -14,7 +14,10 @@ from tiny_runs import (
     make_dataset,
     metric_rows,
     newest_checkpoint,
+    same,
     tiny_config,
+    train,
+    weights,
     write_config,
     write_images,
 )
@@ -22,7 +25,6 @@ from tiny_runs import (
 from rtl_dist.cli import main as cli
 from rtl_dist.data.dataset import open_dataset
 from rtl_dist.data.pack import pack
-from rtl_dist.features import FeatureMaker
 from rtl_dist.model.folder import load_model
 from rtl_dist.train import main
 
@@ -30,21 +32,6 @@ from rtl_dist.train import main
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_dataset(tmp_path_factory.mktemp("data"))
-
-
-def train(tmp_path: Path, dataset: Path, name: str = "run", **changes: object) -> Path:
-    run = tmp_path / name
-    config = write_config(tmp_path / f"{name}.yaml", tiny_config(dataset, run, **changes))
-    assert main(["--config", config]) == 0
-    return run
-
-
-def weights(run: Path, name: str = "model") -> dict[str, torch.Tensor]:
-    return load_file(newest_checkpoint(run) / f"{name}.safetensors")
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
 def evaluate(model: Path, dataset: Path, out: Path, *options: str) -> dict[str, float]:
@@ -139,20 +126,6 @@ def test_a_frozen_weight_that_moves_ends_the_run(tmp_path, dataset, monkeypatch,
     assert fired
     assert "a frozen weight or statistic moved" in capsys.readouterr().err
     assert not (tmp_path / "run" / "results.json").exists()
-
-
-@pytest.fixture
-def computed(monkeypatch) -> list[str]:
-    """What each view that was computed is of: a split's name."""
-    found: list[str] = []
-    write = FeatureMaker._write_blocks
-
-    def note(self, task, folder, bar):
-        found.append(task.split.name)
-        return write(self, task, folder, bar)
-
-    monkeypatch.setattr(FeatureMaker, "_write_blocks", note)
-    return found
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,23 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
+from rtl_dist.boundary import Boundary
 from rtl_dist.data.dataset import open_dataset
 from rtl_dist.data.pack import pack
+from rtl_dist.stage_trainer import StageTrainer
+from rtl_dist.train import main
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ("blue", "green", "red")
@@ -113,6 +121,62 @@ def metric_rows(run: Path, *, timing: bool = False) -> list[dict[str, Any]]:
 
 def newest_checkpoint(run: Path) -> Path:
     return sorted((run / "checkpoints").glob("step-*"))[-1]
+
+
+def train(tmp_path: Path, dataset: Path, name: str = "run", code: int = 0, **changes: Any) -> Path:
+    """Trains ``tiny_config`` in this process, which must end with ``code``; returns the run."""
+    run = tmp_path / name
+    config = write_config(tmp_path / f"{name}.yaml", tiny_config(dataset, run, **changes))
+    assert main(["--config", config]) == code
+    return run
+
+
+def weights(run: Path, name: str = "model") -> dict[str, torch.Tensor]:
+    """Tensors of the newest checkpoint."""
+    return load_file(newest_checkpoint(run) / f"{name}.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def results(run: Path) -> dict[str, Any]:
+    return json.loads((run / "results.json").read_text())
+
+
+class Killed(BaseException):
+    """Stands for a process that ends at once: nothing may catch it to tidy up."""
+
+
+@contextmanager
+def killed_after(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A run within the block must end at that step, when all that is due then is done."""
+    cross = Boundary.cross
+
+    def cross_and_die(self):
+        cross(self)
+        if self._job.state.step == step:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Boundary, "cross", cross_and_die)
+        with pytest.raises(Killed):
+            yield
+
+
+def scale_loss(monkeypatch: pytest.MonkeyPatch, factor: Callable[[int, int], float]) -> None:
+    """Multiplies the training loss by ``factor(step, microbatch)``."""
+    learn_from = StageTrainer._learn_from
+
+    def learn(self, batch, microbatch, per_rank, *, shares):
+        loss, scale = self._loss, factor(self._job.state.step, microbatch)
+        self._loss = lambda scores, labels: loss(scores, labels) * scale
+        try:
+            return learn_from(self, batch, microbatch, per_rank, shares=shares)
+        finally:
+            self._loss = loss
+
+    monkeypatch.setattr(StageTrainer, "_learn_from", learn)
 
 
 def train_process(config: str, *overrides: str, env: dict[str, str] | None = None) -> Any:

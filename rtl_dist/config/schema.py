@@ -7,6 +7,7 @@ dotted path. Checks across sections are in ``Config``.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -422,20 +423,22 @@ class Config:
         names = [stage.name for stage in self.stages]
         _check(len(set(names)) == len(names), f"stages: names must differ, not {names}")
         _check(0 <= self.seed < 2**63, "seed: must lie in 0 to 2^63 - 1")
-        for number, stage in enumerate(self.stages):
-            section = "augment" if stage.augment is None else f"stages.{number}.augment"
-            for name in ("mixup", "cutmix"):
-                mixes = getattr(self.augment_of(stage), name) > 0
-                _check(
-                    not (mixes and self.data.backend == "stream"),
-                    f"{section}.{name}: needs data.backend: indexed",
-                )
+        for key in self.mixing_keys():
+            _check(self.data.backend != "stream", f"{key}: needs data.backend: indexed")
         _check(
             self.data.sampling == "natural"
             or (self.optim.class_weights == "none" and self.optim.logit_adjustment == 0),
             "data.sampling: balanced makes up for rare classes, as do optim.class_weights and"
             " optim.logit_adjustment; choose one",
         )
+
+    def mixing_keys(self) -> Iterator[str]:
+        """The keys by which some stage mixes the images of a microbatch."""
+        for number, stage in enumerate(self.stages):
+            section = "augment" if stage.augment is None else f"stages.{number}.augment"
+            for name in ("mixup", "cutmix"):
+                if getattr(self.augment_of(stage), name) > 0:
+                    yield f"{section}.{name}"
 
     def augment_of(self, stage: Stage) -> Augment:
         return stage.augment or self.augment

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import interpolate
 from torchvision.transforms import v2
 
-from rtl_dist.config import Augment
+from rtl_dist.config import Augment, Config, Stage
 from rtl_dist.data.decode import MAX_PIXELS, decode
 from rtl_dist.data.order import derive_key, derive_keys, mix64
 from rtl_dist.data.region import decode_region, region_size
@@ -105,6 +105,15 @@ class TrainTransform:
             crop = self._crop.draw(image.shape[1], image.shape[2])
         top, left, height, width = crop
         return image[:, top : top + height, left : left + width]
+
+
+def training_transform(config: Config, stage: Stage) -> TrainTransform:
+    """How a stage looks at an image that it trains on."""
+    return TrainTransform(
+        config.augment_of(stage),
+        image_size=config.image_size_of(stage),
+        channels=config.data.channels,
+    )
 
 
 class EvalTransform:

@@ -14,6 +14,15 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
+def learning_layers(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The BatchNorm layers whose running statistics follow the data now, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.training and module.track_running_stats
+    }
+
+
 class StepStatistics:
     """Use once a stage: ``begin``; ``add`` after each microbatch; ``fold``.
 
@@ -23,11 +32,7 @@ class StepStatistics:
     """
 
     def __init__(self, model: nn.Module, *, momentum: float | None = None) -> None:
-        self._layers = [
-            m
-            for m in model.modules()
-            if isinstance(m, _BatchNorm) and m.training and m.track_running_stats
-        ]
+        self._layers = list(learning_layers(model).values())
         self._momenta = [m.momentum for m in self._layers]
         self._buffers = [b for m in self._layers for b in (m.running_mean, m.running_var)]
         self._counts = [m.num_batches_tracked for m in self._layers]
