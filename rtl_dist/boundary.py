@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any
+from typing import Any, NoReturn
 
-from rtl_dist.checkpoint import Snapshot, save_checkpoint
+from rtl_dist.checkpoint import Snapshot
 from rtl_dist.config import Stage
 from rtl_dist.errors import DataError, RtlDistError, StopRequested
 from rtl_dist.job import Job
@@ -57,6 +57,8 @@ class Boundary:
                 since.
         """
         self._job.state.elapsed_s = self._elapsed_s()
+        if self._trainer.was_abandoned:
+            self._stop()
         stop = self._act_on_agreement()
         self._stop_if_lost()
         self._log_if_due()
@@ -70,17 +72,13 @@ class Boundary:
         """Evaluates, judges and logs; also called when a run goes on from just before this."""
         if not self._evaluation_is_due:
             return
-        state = self._job.state
+        job, state = self._job, self._job.state
         self.fold_totals()
         speed = self._speed()
-        with self._evaluator.model() as model:
-            try:
-                metrics = self._evaluator.metrics(model)
-            except StopRequested:
-                metrics = None
-            if metrics is not None:
-                self._record(metrics, model, speed)
-        if metrics is None:
+        try:
+            with job.runtime.heartbeat.phase("evaluating"), self._evaluator.model() as model:
+                self._record(self._evaluator.metrics(model), model, speed)
+        except StopRequested:
             self._stop()  # now that the model is again as it is trained
         if state.stopped_early and state.last_checkpoint != state.step:
             self.save()  # the stage's last proof, and that it has ended
@@ -110,9 +108,12 @@ class Boundary:
                 state.evals_without_best,
             )
         if is_best:
-            job.runtime.from_main(
-                lambda: write_model_folder(job.run / "best", model, job.config, job.dataset)
-            )
+            job.runtime.from_main(lambda: self._write_best(model))
+
+    def _write_best(self, model: Classifier) -> None:
+        job = self._job
+        job.writer.wait()  # the best weights are never newer than what a run would go on from
+        write_model_folder(job.run / "best", model, job.config, job.dataset)
 
     @property
     def _evaluation_is_due(self) -> bool:
@@ -124,7 +125,8 @@ class Boundary:
         """One exchange a step decides for all ranks; returns whether to stop."""
         job = self._job
         stop, num_bad = job.runtime.agree(
-            bad_samples=len(self._trainer.bad), failure=self._trainer.failure
+            bad_samples=len(self._trainer.bad),
+            failure=self._trainer.failure or job.writer.failure,
         )
         self._trainer.accept()
         if num_bad:
@@ -133,12 +135,14 @@ class Boundary:
             job.state.ledger_bytes = self._trainer.ledger.write()
         return stop
 
-    def _stop(self) -> None:
-        state = self._job.state
+    def _stop(self) -> NoReturn:
+        job, state = self._job, self._job.state
         if state.last_checkpoint != state.step:
             self.save()
+        job.runtime.from_main(job.writer.wait)
         raise StopRequested(
-            f"stopped at step {state.step} and saved; start the same command to go on"
+            f"stopped at step {state.step} by {job.runtime.stop_reason} and saved; start the same"
+            " command to go on"
         )
 
     def _stop_if_lost(self) -> None:
@@ -175,14 +179,14 @@ class Boundary:
             self.save()
 
     def save(self) -> None:
-        """Saves a checkpoint now."""
+        """Has a checkpoint of this very moment written, beside the steps that follow."""
         job, state = self._job, self._job.state
         self.fold_totals()
         self._trainer.require_sound()
         state.last_checkpoint = state.step
 
         def save() -> None:
-            state.metrics_bytes = job.tracker.flush()
+            state.metrics_bytes = job.tracker.num_bytes
             optimizer = self._trainer.optimizer_state()
             snapshot = Snapshot(
                 state=state,
@@ -193,7 +197,8 @@ class Boundary:
                 scaler=optimizer.scaler,
                 identity=run_identity(job.config, job.dataset),
             )
-            save_checkpoint(job.run, snapshot, keep=job.config.checkpoint.keep)
+            keep = job.config.checkpoint.keep
+            job.writer.write(job.run, snapshot, keep=keep, before=job.tracker.flush)
 
         job.runtime.from_main(save)
 

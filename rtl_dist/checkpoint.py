@@ -8,10 +8,12 @@ moment without a valid newest one. Loading verifies the checksums and falls back
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ _MANIFEST = "manifest.json"
 _STATE = "state.json"
 _TEMPORARY = ".incomplete-"
 _TENSORS = ("model", "optimizer", "ema", "stage_best")
+_CHANGING = ("model", "optimizer", "ema")  # stage_best is a copy itself, and replaced as a whole
 
 
 @dataclass(kw_only=True)
@@ -49,6 +52,11 @@ class Snapshot:
     scaler: dict[str, Any]
     identity: dict[str, Any]
 
+    def on_host(self) -> Snapshot:
+        """A copy that training does not change any more."""
+        copies = {name: _copy(getattr(self, name)) for name in _CHANGING}
+        return replace(self, state=copy.deepcopy(self.state), **copies)
+
 
 def save_checkpoint(run: Path, snapshot: Snapshot, *, keep: int) -> Path:
     """Publishes a checkpoint and then deletes all but the ``keep`` newest.
@@ -59,7 +67,8 @@ def save_checkpoint(run: Path, snapshot: Snapshot, *, keep: int) -> Path:
     final = run / FOLDER / f"step-{snapshot.state.step:08d}"
     temporary = final.with_name(_TEMPORARY + final.name)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left_over in final.parent.glob(f"{_TEMPORARY}*"):  # of saves that were killed
+            shutil.rmtree(left_over, ignore_errors=True)
         temporary.mkdir(parents=True)
         for name in _TENSORS:
             save_tensors(getattr(snapshot, name), temporary / f"{name}.safetensors")
@@ -76,7 +85,7 @@ def save_checkpoint(run: Path, snapshot: Snapshot, *, keep: int) -> Path:
         for path in [*temporary.iterdir(), temporary]:
             flush_to_disk(path)
         if final.exists():  # a damaged one of the same step, passed over when resuming
-            shutil.rmtree(final)
+            _delete(final)
         temporary.rename(final)
         flush_to_disk(final.parent)
     except OSError as error:
@@ -89,8 +98,16 @@ def save_checkpoint(run: Path, snapshot: Snapshot, *, keep: int) -> Path:
     # newer ones were damaged and passed over when this run resumed: they must not crowd it out
     damaged = [path for path in everything if path.name > final.name]
     for old in damaged + everything[len(damaged) :][keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _delete(old)
     return final
+
+
+def _delete(folder: Path) -> None:
+    """What is half deleted must not bear a step's name."""
+    gone = folder.with_name(f"{_TEMPORARY}gone-{folder.name}")
+    folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def load_newest_checkpoint(run: Path) -> Snapshot | None:
@@ -179,6 +196,10 @@ def restore_optimizer(
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
     )
+
+
+def _copy(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
 
 
 def _checkpoints(run: Path) -> list[Path]:

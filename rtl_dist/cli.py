@@ -18,6 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_find_lr(commands)
+    _add_chaos(commands)
     _add_pack(commands)
     _add_index(commands)
     _add_verify(commands)
@@ -61,6 +62,46 @@ def _add_find_lr(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
             from rtl_dist.find_lr import find_lr
 
         return find_lr(load_config(arguments.config, arguments.overrides), arguments.stage)
+
+    parser.set_defaults(run=run)
+
+
+def _add_chaos(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "chaos",
+        help="prove for a config that random kills change nothing",
+        description="Trains a config twice: undisturbed, and killed (SIGKILL) at random moments and"
+        " started again each time by the same command. Then weights, optimizer, averages, metrics"
+        " (but for times), ledger and results are compared by their hashes. Needs the time of a few"
+        " trainings; run.dir is left alone. Exit code 0: all is equal, 1: it is not.",
+    )
+    train_arguments(parser)
+    parser.add_argument("--kills", type=int, default=5, metavar="N", help="how many (default: 5)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="W",
+        help="of each training, started by torchrun if several; then some kills are of one of them"
+        " (default: 1)",
+    )
+    parser.add_argument("--out", type=Path, help="a folder for it all (default: RUN.DIR-chaos)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier one in OUT")
+
+    def run(arguments: argparse.Namespace) -> str:
+        from rtl_dist.chaos import chaos
+
+        return chaos(
+            arguments.config,
+            arguments.overrides,
+            kills=arguments.kills,
+            seed=arguments.seed,
+            processes=arguments.processes,
+            out=arguments.out,
+            overwrite=arguments.overwrite,
+            show=sys.stdout.write,
+        )
 
     parser.set_defaults(run=run)
 

@@ -65,7 +65,8 @@ def compiling_pays(
         )
         return pays
 
-    verdict: bool = runtime.from_main(judge)
+    with runtime.heartbeat.phase("compiling", open_ended=runtime.is_main):
+        verdict: bool = runtime.from_main(judge)
     return verdict
 
 

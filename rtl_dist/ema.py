@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 import torch
 
-from rtl_dist.errors import RtlDistError
 from rtl_dist.model.batchnorm import StepStatistics
 from rtl_dist.model.classifier import Classifier
 from rtl_dist.runtime import Runtime
@@ -45,6 +44,7 @@ class Average:
     def with_statistics_of(
         self,
         batches: Iterable[torch.Tensor],
+        rounds: int,
         layers: set[str],
         runtime: Runtime,
     ) -> Iterator[None]:
@@ -53,10 +53,10 @@ class Average:
         those that other weights met.
 
         Args:
-            batches: uint8 images (n, C, S, S), equally many on every rank.
+            batches: uint8 images (n, C, S, S), ``rounds`` of them on every rank.
 
         Raises:
-            RtlDistError: on every rank, if the loader of one failed.
+            StopRequested: on every rank. RtlDistError: on every rank, if the loader of one failed.
         """
         chosen = [m for name, m in self.model.named_modules() if name in layers]
         for layer in chosen:
@@ -64,15 +64,10 @@ class Average:
         statistics = StepStatistics(self.model, momentum=1.0)
         statistics.begin()
         try:
-            failure = None
-            try:
-                for images in batches:
-                    with torch.no_grad(), runtime.accelerator.autocast():
-                        self.model(images)
-                    statistics.add()
-            except RtlDistError as error:
-                failure = error
-            runtime.agree(bad_samples=0, failure=failure)
+            for images in runtime.in_rounds(batches, rounds, what="measuring statistics"):
+                with torch.no_grad(), runtime.accelerator.autocast():
+                    self.model(images)
+                statistics.add()
             true = torch.ones((), dtype=torch.bool, device=runtime.device)
             statistics.fold(runtime.mean_over_ranks, taken=true)
             self.model.eval()

@@ -31,6 +31,7 @@ def fit(stage: Stage, span: StageSpan, job: Job, restored: Snapshot | None) -> N
         RtlDistError: the loss is no longer finite, or a rank's loader failed.
     """
     opened_at = time.perf_counter()
+    job.runtime.heartbeat.beat(stage=stage.name, step=job.state.step)
     lr = stage.lr if stage.lr != "auto" else job.state.lr
     while lr is None:
         try:
@@ -38,8 +39,9 @@ def fit(stage: Stage, span: StageSpan, job: Job, restored: Snapshot | None) -> N
         except OutOfMemory as error:
             _halve_microbatch(job, error)
     kept = OptimizerState(restored.optimizer, restored.scaler) if restored else None
-    while (kept := _train(stage, span, job, kept, lr=lr, opened_at=opened_at)) is not None:
-        opened_at = time.perf_counter()
+    with job.runtime.heartbeat.phase("training"):
+        while (kept := _train(stage, span, job, kept, lr=lr, opened_at=opened_at)) is not None:
+            opened_at = time.perf_counter()
     if job.stage_best and job.config.patience_of(stage) is not None:
         assert job.state.stage_best is not None
         LOG.info("stage %s: back to its best, of step %d", stage.name, job.state.stage_best.step)

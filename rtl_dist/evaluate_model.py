@@ -16,6 +16,7 @@ from rtl_dist.metrics import compute_metrics
 from rtl_dist.model.folder import LoadedModel, load_model
 from rtl_dist.report.evaluation import write_evaluation
 from rtl_dist.runtime import Runtime, configure_logging
+from rtl_dist.stopping import StopRequests
 
 
 def evaluate(
@@ -46,7 +47,7 @@ def evaluate(
         DataError: no such data or split, or a damaged sample.
     """
     loaded = load_model(model_path)
-    with Runtime(precision or _precision_of(loaded)) as runtime:
+    with StopRequests() as stops, Runtime(precision or _precision_of(loaded), stops) as runtime:
         configure_logging(is_main=runtime.is_main)
         dataset = runtime.on_every_rank(
             lambda: open_dataset(data_path, cache_dir=cache_dir, cache_gb=cache_gb)

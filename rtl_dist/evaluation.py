@@ -15,7 +15,7 @@ from rtl_dist.data.loader import make_loader, to_device
 from rtl_dist.data.microbatches import SplitMicrobatches
 from rtl_dist.data.ring import Batch
 from rtl_dist.data.split import Split
-from rtl_dist.errors import DataError, RtlDistError, StopRequested
+from rtl_dist.errors import DataError
 from rtl_dist.feature_store import View
 from rtl_dist.features import EVAL_BLOCK, cannot_evaluate
 from rtl_dist.metrics import Predictions, compute_metrics
@@ -132,15 +132,26 @@ def _from_view(
     divided: Divided, split: Split, view: View, *, runtime: Runtime
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """Sample numbers and logits of this rank's blocks, from what the frozen part made of them."""
-    blocks = range(0, split.num_samples, EVAL_BLOCK)[runtime.rank :: runtime.world_size]
-    for first in blocks:
-        if runtime.was_asked_to_stop:
-            break
+    blocks = _blocks_of(split, runtime)
+    for first in runtime.in_rounds(
+        blocks, _rounds(split, runtime), what=f"evaluating {split.name}"
+    ):
+        if first is None:
+            continue
         samples = np.arange(first, min(first + EVAL_BLOCK, split.num_samples))
         inputs = view.features[first : first + len(samples)].to(runtime.device)
         with runtime.accelerator.autocast():
             yield samples, divided.trained(inputs)
-    _agree_to_go_on(split, runtime, failure=None)
+
+
+def _blocks_of(split: Split, runtime: Runtime) -> range:
+    """The first samples of this rank's blocks."""
+    return range(0, split.num_samples, EVAL_BLOCK)[runtime.rank :: runtime.world_size]
+
+
+def _rounds(split: Split, runtime: Runtime) -> int:
+    """How many blocks the rank with the most of them has."""
+    return len(range(0, split.num_samples, EVAL_BLOCK)[:: runtime.world_size])
 
 
 def _from_images(
@@ -154,7 +165,7 @@ def _from_images(
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """Sample numbers and logits of this rank's blocks, from the evaluation's view of each image."""
     assert divided.frozen is not None
-    blocks = range(0, split.num_samples, EVAL_BLOCK)[runtime.rank :: runtime.world_size]
+    blocks = _blocks_of(split, runtime)
     microbatches = SplitMicrobatches(split, transform, size=EVAL_BLOCK)
     batches: Iterable[Batch]
     if kept is not None and kept.is_whole:
@@ -166,23 +177,18 @@ def _from_images(
         if kept is not None and len(blocks) * math.prod(microbatches.shape) <= _KEPT_BYTES:
             batches = _keeping(kept, batches)
     bad: list[str] = []
-    failure: RtlDistError | None = None
     what = f"evaluating {split.name}"
     with runtime.progress(total=len(blocks), what=what, unit="batch") as bar:
-        try:
-            for batch in batches:
-                bar.update()
-                if runtime.was_asked_to_stop:
-                    break
-                if batch.bad:
-                    bad += batch.bad
-                    continue
-                with runtime.accelerator.autocast():
-                    logits = divided.trained(divided.frozen(batch.inputs))
-                yield batch.samples.numpy(), logits
-        except RtlDistError as error:
-            failure = error  # the other ranks are told below
-    _agree_to_go_on(split, runtime, failure=failure)
+        for batch in runtime.in_rounds(batches, _rounds(split, runtime), what=what):
+            if batch is None:
+                continue
+            bar.update()
+            if batch.bad:
+                bad += batch.bad
+                continue
+            with runtime.accelerator.autocast():
+                logits = divided.trained(divided.frozen(batch.inputs))
+            yield batch.samples.numpy(), logits
     _refuse_bad(runtime, bad)
 
 
@@ -193,11 +199,6 @@ def _keeping(kept: KeptImages, batches: Iterable[Batch]) -> Iterator[Batch]:
         copies.append(batch._replace(inputs=batch.inputs.to("cpu", copy=True)))
         yield batch
     kept.batches, kept.is_whole = copies, True
-
-
-def _agree_to_go_on(split: Split, runtime: Runtime, *, failure: RtlDistError | None) -> None:
-    if runtime.agree(bad_samples=0, failure=failure)[0]:
-        raise StopRequested(f"stopped while evaluating {split.name}; start the same command again")
 
 
 def _refuse_bad(runtime: Runtime, bad: list[str]) -> None:

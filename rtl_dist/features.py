@@ -194,7 +194,10 @@ class FeatureMaker:
                     self._store.root,
                 )
             rounds = sum(self._rounds(task) for task in missing)
-            with self._runtime.progress(total=rounds, what="features", unit="batch") as bar:
+            with (
+                self._runtime.heartbeat.phase("computing features"),
+                self._runtime.progress(total=rounds, what="features", unit="batch") as bar,
+            ):
                 for task in missing:
                     if self._is_there(task):
                         continue  # another run has made it meanwhile
@@ -316,6 +319,7 @@ class FeatureMaker:
                 except OSError:
                     disk_failed = 1
             bar.update()
+            runtime.heartbeat.beat()
             stop, num_failed = runtime.agree(bad_samples=disk_failed, failure=failure)
             if stop:
                 raise StopRequested(

@@ -14,8 +14,9 @@ from rtl_dist.errors import UserError
 from rtl_dist.lr_finder import find_learning_rate
 from rtl_dist.report.lr_finder import FOLDER, draw_range_test, read_range_test
 from rtl_dist.run import open_data, open_job, resolve
-from rtl_dist.run_folder import owned_run_folder
+from rtl_dist.run_folder import WATCHED, owned_run_folder
 from rtl_dist.runtime import Runtime
+from rtl_dist.stopping import StopRequests
 
 LOG = logging.getLogger("rtl_dist")
 
@@ -36,7 +37,11 @@ def find_lr(config: Config, stage_name: str | None) -> str:
     """
     number = _number_of(stage_name, config)
     config = _beside_the_run(config)
-    with Runtime(config.precision) as runtime, _folder(config, runtime) as run:
+    with (
+        StopRequests() as stops,
+        Runtime(config.precision, stops, patience=WATCHED) as runtime,
+        _folder(config, runtime) as run,
+    ):
         dataset = open_data(config, runtime)
         config = resolve(config, runtime, dataset)
         with open_job(config, runtime, run, dataset) as (job, stages, _):

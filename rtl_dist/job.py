@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from rtl_dist.checkpoint_writer import CheckpointWriter
 from rtl_dist.config import Config
 from rtl_dist.data.dataset import Dataset
 from rtl_dist.data.split import Split
@@ -35,6 +36,7 @@ class Job:
     state: TrainState
     stage_best: dict[str, torch.Tensor]
     val_images: KeptImages
+    writer: CheckpointWriter
     workers: int
 
     @property

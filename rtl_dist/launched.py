@@ -9,8 +9,11 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Mapping, MutableMapping
+from datetime import timedelta
 
 from rtl_dist.errors import UserError
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # of ranks that wait for each other
 
 
 def launched_world_size(env: MutableMapping[str, str] = os.environ) -> int:
@@ -19,10 +22,9 @@ def launched_world_size(env: MutableMapping[str, str] = os.environ) -> int:
     Raises:
         UserError: several processes that were not told where to meet.
     """
-    tasks = int(env.get("SLURM_STEP_NUM_TASKS", "1"))  # of srun alone, not of a batch script
-    if "WORLD_SIZE" not in env and tasks > 1:
+    if "WORLD_SIZE" not in env and _is_one_of_sruns(env):
         env["RANK"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env["SLURM_LOCALID"]
-        env["WORLD_SIZE"] = str(tasks)
+        env["WORLD_SIZE"] = env["SLURM_STEP_NUM_TASKS"]
         env["LOCAL_WORLD_SIZE"] = str(_tasks_on_this_node(env))
         if "MASTER_ADDR" not in env:
             env["MASTER_ADDR"] = _first_host(env["SLURM_STEP_NODELIST"])
@@ -35,6 +37,16 @@ def launched_world_size(env: MutableMapping[str, str] = os.environ) -> int:
             " launch with torchrun, srun or accelerate and a file from launch/, or unset WORLD_SIZE"
         )
     return world_size
+
+
+def may_end_alone(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is the first, and the launcher ends the others after it; srun does not
+    do so soon."""
+    return env.get("RANK", "0") == "0" and ("RANK" in env or not _is_one_of_sruns(env))
+
+
+def _is_one_of_sruns(env: Mapping[str, str]) -> bool:
+    return int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1  # not set in a batch script
 
 
 def _tasks_on_this_node(env: Mapping[str, str]) -> int:

@@ -70,11 +70,15 @@ def _measure(trainer: StageTrainer, job: Job, stage: Stage) -> tuple[list[float]
     rates: list[float] = []
     losses: list[float] = []
     growth = math.log(_HIGHEST / _LOWEST) / (_STEPS - 1)
-    with runtime.progress(total=_STEPS, what=f"lr of {stage.name}", unit="step") as bar:
+    with (
+        runtime.heartbeat.phase("looking for a learning rate"),
+        runtime.progress(total=_STEPS, what=f"lr of {stage.name}", unit="step") as bar,
+    ):
         for number in range(_STEPS):
             rate = _LOWEST * math.exp(growth * number)
             trainer.step(rate)
-            if runtime.agree(bad_samples=0, failure=trainer.failure)[0]:
+            stop = trainer.was_abandoned
+            if stop or runtime.agree(bad_samples=0, failure=trainer.failure)[0]:
                 raise StopRequested("stopped while looking for a learning rate; start again")
             trainer.accept()
             counts = trainer.totals.flush(runtime)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 
 from rtl_dist.batches import training_order
 from rtl_dist.checkpoint import Snapshot, load_newest_checkpoint
+from rtl_dist.checkpoint_writer import CheckpointWriter
 from rtl_dist.config import Config, EarlyStop, Stage
 from rtl_dist.data.dataset import (
     DESCRIPTION,
@@ -32,6 +33,7 @@ from rtl_dist.job import Job
 from rtl_dist.memory import resolve_micro_batch_size
 from rtl_dist.metrics import compute_metrics
 from rtl_dist.model.build import build_model
+from rtl_dist.model.classifier import Classifier
 from rtl_dist.model.folder import WEIGHTS, load_model
 from rtl_dist.model.parts import digest, trainable_parts
 from rtl_dist.run_folder import describe_run, read_results, restore, run_identity
@@ -65,10 +67,10 @@ def open_data(config: Config, runtime: Runtime) -> Dataset:
         LOG.info("packing %s into %s", config.data.source, root)
         pack(config.data.source, root, val_fraction=config.data.val_fraction)
 
-    with runtime.default_signals():  # the packer can be killed at any moment and goes on from there
+    with runtime.heartbeat.phase("packing", open_ended=runtime.is_main):
         runtime.from_main(pack_if_missing)
     data = config.data
-    with runtime.default_signals():  # nothing is lost yet
+    with runtime.heartbeat.phase("opening the data set", open_ended=True):
         return runtime.on_every_rank(
             lambda: open_dataset(data.path, cache_dir=data.cache_dir, cache_gb=data.cache_gb)
         )
@@ -141,6 +143,8 @@ def already_done(config: Config, runtime: Runtime, run: Path, dataset: Dataset) 
         snapshot = load_newest_checkpoint(run)
         if snapshot is None or snapshot.identity != run_identity(config, dataset):
             return None
+        if not (run / "report.html").exists():
+            _draw(run, runtime)  # it was killed meanwhile
         best = results.get("best")
         reached = f" (best {best['metric']} {best['value']:.4f})" if best else ""
         return f"{run} is already done{reached}: nothing to do. See {run}/report.html"
@@ -163,7 +167,7 @@ def open_job(
     Raises:
         UserError, DataError: on every rank, before anything is trained.
     """
-    with runtime.default_signals():  # nothing is lost yet
+    with runtime.heartbeat.phase("opening the data set", open_ended=True):
         train, val = runtime.on_every_rank(
             lambda: (dataset.split(config.data.train), dataset.split(config.data.val))
         )
@@ -174,16 +178,8 @@ def open_job(
         lambda: train.files.require_room(training_order(train, config).most_shards_at_once())
     )
     restored = restore(run, config, dataset, runtime)
-    if restored is None:
-        model, origin = build_model(
-            config.model, config.data, classes=dataset.classes, seed=config.seed
-        )
-    else:
-        untrained = replace(config.model, weights="none")
-        model, _ = build_model(untrained, config.data, classes=dataset.classes, seed=config.seed)
-        model.to(dtype=runtime.dtype)  # before loading, which would round the checkpoint's numbers
-        model.load_state_dict(restored.model)
-        origin = f"going on from step {restored.state.step}"
+    with runtime.heartbeat.phase("loading weights", open_ended=True):
+        model, origin = _initial_model(config, dataset, restored, dtype=runtime.dtype)
     for stage in config.stages:
         parts = trainable_parts(model, stage)  # a misspelt part is refused now, not after hours
         if config.model.weights == "none" and parts - {"head"} and stage.batchnorm != "train":
@@ -232,6 +228,7 @@ def open_job(
         state=state,
         stage_best=restored.stage_best if restored else {},
         val_images=KeptImages(),
+        writer=CheckpointWriter(),
         workers=resolve_workers(config.data.workers, local_world_size=runtime.local_world_size),
     )
     spans = stage_spans(
@@ -242,14 +239,30 @@ def open_job(
     )
     remaining = list(zip(config.stages, spans, strict=True))[state.stage :]
     try:
-        yield job, remaining, restored
+        with runtime.stops.deferred() if runtime.stops else nullcontext():
+            yield job, remaining, restored
     except RtlDistError as error:
         if runtime.is_main:
             status = "stopped" if isinstance(error, StopRequested) else "failed"
-            write_json(run / "results.json", _results(job, status) | {"reason": str(error)})
+            with suppress(OSError):  # the disk may be what is wrong
+                write_json(run / "results.json", _results(job, status) | {"reason": str(error)})
         raise
     finally:
+        job.writer.join()
         tracker.close()
+
+
+def _initial_model(
+    config: Config, dataset: Dataset, restored: Snapshot | None, *, dtype: torch.dtype
+) -> tuple[Classifier, str]:
+    """The model as the run begins or goes on, and where its weights are from."""
+    if restored is None:
+        return build_model(config.model, config.data, classes=dataset.classes, seed=config.seed)
+    untrained = replace(config.model, weights="none")
+    model, _ = build_model(untrained, config.data, classes=dataset.classes, seed=config.seed)
+    model.to(dtype=dtype)  # before loading, which would round the checkpoint's numbers
+    model.load_state_dict(restored.model)
+    return model, f"going on from step {restored.state.step}"
 
 
 def finish(job: Job) -> str:
@@ -259,6 +272,7 @@ def finish(job: Job) -> str:
         one line: what was reached and what to type next.
     """
     best = job.run / "best"
+    job.runtime.from_main(job.writer.wait)
     # rank 0's final write of best/ must be there before the others read it
     weights_sha256 = job.runtime.from_main(lambda: sha256_of(best / WEIGHTS))
     test = _evaluate_test(job, best)
@@ -271,12 +285,16 @@ def finish(job: Job) -> str:
     if job.runtime.is_main:
         job.tracker.flush()
         write_json(job.run / "results.json", results)
-        job.tracker.summarise(results)
-        from rtl_dist.report.run import draw_run
-
-        LOG.info("drawing plots and report.html")
-        draw_run(job.run)
+        _draw(job.run, job.runtime)
     return _last_word(job, test) if job.runtime.is_main else ""
+
+
+def _draw(run: Path, runtime: Runtime) -> None:
+    from rtl_dist.report.run import draw_run
+
+    LOG.info("drawing plots and report.html")
+    with runtime.heartbeat.phase("drawing", open_ended=True):
+        draw_run(run)
 
 
 def _results(job: Job, status: str) -> dict[str, Any]:

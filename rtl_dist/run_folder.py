@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import errno
-import fcntl
 import json
 import logging
-import os
 import platform
 import socket
 import subprocess
@@ -15,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +26,13 @@ from rtl_dist.data.dataset import Dataset
 from rtl_dist.data.processes import available_cpus
 from rtl_dist.errors import UserError
 from rtl_dist.files import write_json, write_text
+from rtl_dist.heartbeat import Watch, clear_heartbeats
+from rtl_dist.lock import RunLock
 from rtl_dist.runtime import Runtime
 
 LOG = logging.getLogger("rtl_dist")
+
+WATCHED = timedelta(days=1)  # patience with ranks, where ``run.timeout`` ends what does not go on
 
 # What may differ between a run and its continuation: where things are and what is reported.
 _FREE = ("run", "track", "checkpoint", "eval", "early_stop", "compile", "features")
@@ -65,16 +67,24 @@ def keep_resolved(config: Config) -> Config:
 
 @contextmanager
 def owned_run_folder(config: Config, runtime: Runtime) -> Iterator[Path]:
-    """The run folder, made and locked by rank 0 for as long as the block lasts.
+    """The run folder, made and locked by rank 0 for as long as the block lasts, and with the
+    heartbeats of all ranks in it.
 
     Raises:
         UserError: on every rank; the folder belongs to another job, or ``run.resume`` forbids.
     """
     run = Path(config.run.dir)
-    lock = _Lock(run / ".lock")
+    lock = RunLock(run)
     try:
         runtime.from_main(lambda: _claim(run, lock, config.run.resume))
-        yield run
+        with Watch(
+            run,
+            runtime.heartbeat,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            timeout_s=config.run.timeout.seconds,
+        ):
+            yield run
     finally:
         lock.release()
 
@@ -149,7 +159,7 @@ def run_identity(config: Config, dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def _claim(run: Path, lock: _Lock, resume: str) -> None:
+def _claim(run: Path, lock: RunLock, resume: str) -> None:
     try:
         run.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -169,6 +179,7 @@ def _claim(run: Path, lock: _Lock, resume: str) -> None:
         )
     if resume == "must" and not has_checkpoint(run):
         raise UserError(f"run.resume: must, but {run} holds no checkpoint to go on from")
+    clear_heartbeats(run)
 
 
 def read_results(run: Path) -> dict[str, Any]:
@@ -225,44 +236,6 @@ def _differences(then: Any, now: Any, path: str) -> Iterator[str]:
             yield from _differences(one, other, f"{path}.{i}")
     elif then != now:
         yield f"{path} was {then!r} and is {now!r}"
-
-
-class _Lock:
-    """An advisory lock that ends with its process, and names its owner to whoever finds it held."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: Any = None
-
-    def acquire(self) -> None:
-        file = open(self._path, "a+", encoding="utf-8")  # noqa: SIM115 - held until release
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
-                LOG.warning("%s is on a disk without locks: start no second job here", self._path)
-                file.close()
-                return
-            if not isinstance(error, BlockingIOError):
-                raise
-            file.seek(0)
-            owner = file.read().strip() or "another job"
-            file.close()
-            raise UserError(
-                f"the run folder {self._path.parent} is in use by {owner}; wait for it, or choose"
-                " another run.dir"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        self._file = file
-        # a loader worker must not hold the lock on when this process was killed
-        os.register_at_fork(after_in_child=self.release)
-
-    def release(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
 
 def _environment(runtime: Runtime) -> dict[str, Any]:

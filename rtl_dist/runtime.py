@@ -1,4 +1,4 @@
-"""The processes and the hardware of a job: Accelerator, precision, stop requests, agreement.
+"""The processes and the hardware of a job: Accelerator, precision, agreement.
 
 Collectives that carry decisions or exact counts run on a gloo group beside the device's own, so
 they never wait for the GPU.
@@ -9,13 +9,11 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -23,17 +21,18 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch.distributed import distributed_c10d as c10d
 from tqdm import tqdm
 
 from rtl_dist.config import Precision
 from rtl_dist.data.processes import available_cpus
 from rtl_dist.errors import RtlDistError, StopRequested, UserError
-from rtl_dist.launched import launched_world_size
+from rtl_dist.heartbeat import Heartbeat
+from rtl_dist.launched import COLLECTIVE_TIMEOUT, launched_world_size
+from rtl_dist.stopping import StopRequests, was_launched
 
 LOG = logging.getLogger("rtl_dist")
 T = TypeVar("T")
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 
 
 class Runtime:
@@ -42,7 +41,18 @@ class Runtime:
     rank, world_size: of all processes. local_world_size: of this machine. device: this rank's.
     """
 
-    def __init__(self, precision: Precision) -> None:
+    def __init__(
+        self,
+        precision: Precision,
+        stops: StopRequests | None = None,
+        *,
+        patience: timedelta = COLLECTIVE_TIMEOUT,
+    ) -> None:
+        """
+        Args:
+            stops: of this process; None: it is never asked.
+            patience: with ranks that are waited for, in what is not the device's.
+        """
         self.precision = resolve_precision(precision)
         use_cpu = not torch.cuda.is_available()
         world = launched_world_size()
@@ -63,10 +73,10 @@ class Runtime:
         self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
         self.device: torch.device = self.accelerator.device
         self.dtype = torch.float64 if self.precision == "fp64" else torch.float32
-        self._old_handlers: dict[int, Any] = {}
-        self._stop_signal: str | None = None
-        self._launcher = os.getppid() if _was_launched() else None
+        self.heartbeat = Heartbeat()
+        self.stops = stops
         self._control: dist.ProcessGroup | None = None
+        self._asked: tuple[torch.Tensor, dist.Work] | None = None
         if world != self.world_size:
             self.close()
             raise UserError(
@@ -76,6 +86,8 @@ class Runtime:
             )
         if self.world_size > 1:
             self._control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+            set_timeout = getattr(dist, "set_timeout", None) or c10d._set_pg_timeout  # until 2.14
+            set_timeout(patience, self._control)  # all have come: patience is with their work
         if use_cpu and not _user_chose_threads():
             torch.set_num_threads(max(1, available_cpus() // self.local_world_size))
         torch.backends.cudnn.benchmark = False  # its choice differs between runs
@@ -98,21 +110,7 @@ class Runtime:
         return f"cpu, {torch.backends.cpu.get_cpu_capability()}"
 
     def __enter__(self) -> Runtime:
-        for name in STOP_SIGNALS:
-            if hasattr(signal, name):
-                number = getattr(signal, name)
-                self._old_handlers[number] = signal.signal(number, self._on_stop_signal)
         return self
-
-    @contextmanager
-    def default_signals(self) -> Iterator[None]:
-        """Within the block a stop request ends the process as if there were no Runtime."""
-        ours = {number: signal.signal(number, old) for number, old in self._old_handlers.items()}
-        try:
-            yield
-        finally:
-            for number, handler in ours.items():
-                signal.signal(number, handler)
 
     def __exit__(
         self,
@@ -120,9 +118,6 @@ class Runtime:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for number, handler in self._old_handlers.items():
-            signal.signal(number, handler)
-        self._old_handlers.clear()
         agreed = error is None or isinstance(error, StopRequested)
         if self.device.type == "cuda" and self._control is not None and not agreed:
             # NCCL's group would wait, on its way down, for ranks that may be waiting for this one
@@ -162,12 +157,30 @@ class Runtime:
 
     # --- agreement -----------------------------------------------------------------------------
 
+    def asked_to_stop(self) -> bool:
+        """Whether some rank had been asked to stop when this was called the last time. Asks again,
+        and waits for no rank that is no more than one call behind. Called by all ranks.
+        """
+        if self._control is None:
+            return self._reason is not None
+        agreed = False
+        if self._asked is not None:
+            answer, work = self._asked
+            with self.heartbeat.waiting():
+                work.wait()
+            agreed = bool(answer.item())
+        question = torch.tensor(int(self._reason is not None))
+        self._asked = question, dist.all_reduce(question, group=self._control, async_op=True)
+        return agreed
+
     @property
-    def was_asked_to_stop(self) -> bool:
-        """Whether this rank was, or its launcher is gone: accelerate's ends at a SIGTERM without
-        passing it on. Act on it only where all ranks do (``agree``)."""
-        orphaned = self._launcher is not None and os.getppid() != self._launcher
-        return self._stop_signal is not None or orphaned
+    def stop_reason(self) -> str:
+        """What to say of a stop that was agreed."""
+        return self._reason or "another process's request"
+
+    @property
+    def _reason(self) -> str | None:
+        return self.stops.reason if self.stops is not None else None
 
     def agree(self, *, bad_samples: int, failure: RtlDistError | None) -> tuple[bool, int]:
         """One exchange a step: (whether any rank was asked to stop, bad samples of all ranks).
@@ -175,16 +188,37 @@ class Runtime:
         Raises:
             RtlDistError: ``failure`` of the lowest rank that has one, on every rank.
         """
-        mine = torch.tensor([int(self.was_asked_to_stop), bad_samples, int(failure is not None)])
+        mine = torch.tensor([int(self._reason is not None), bad_samples, int(failure is not None)])
         stop, bad, failed = self.sum_over_ranks(mine).tolist()
         if failed:
             raise next(error for error in self.gather(failure) if error is not None)
         return stop > 0, bad
 
+    def in_rounds(self, items: Iterable[T], rounds: int, *, what: str) -> Iterator[T | None]:
+        """This rank's items, one a round; None once there are no more. Called by all ranks.
+
+        Raises:
+            StopRequested: on every rank, if one was asked to stop while doing ``what``.
+            RtlDistError: on every rank, that of the lowest rank whose items failed.
+        """
+        mine = iter(items)
+        for _ in range(rounds):
+            item, failure = None, None
+            try:
+                item = next(mine, None)
+            except RtlDistError as error:
+                failure = error
+            if self.agree(bad_samples=0, failure=failure)[0]:
+                raise StopRequested(f"stopped while {what}; start the same command again to go on")
+            self.heartbeat.beat()
+            yield item
+        next(mine, None)  # lets it end
+
     def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of a tensor on the host, in place; of whole numbers it is exact."""
         if self._control is not None:
-            dist.all_reduce(values, group=self._control)
+            with self.heartbeat.waiting():
+                dist.all_reduce(values, group=self._control)
         return values
 
     def mean_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
@@ -198,7 +232,8 @@ class Runtime:
         if self._control is None:
             return [item]
         items: list[Any] = [None] * self.world_size
-        dist.all_gather_object(items, item, group=self._control)
+        with self.heartbeat.waiting():
+            dist.all_gather_object(items, item, group=self._control)
         return items
 
     def from_main(self, make: Callable[[], Any]) -> Any:
@@ -234,14 +269,16 @@ class Runtime:
 
     def _broadcast(self, objects: list[Any]) -> None:
         if self._control is not None:
-            dist.broadcast_object_list(objects, src=0, group=self._control)
+            with self.heartbeat.waiting():
+                dist.broadcast_object_list(objects, src=0, group=self._control)
 
     def gather_to_main(self, item: Any) -> list[Any] | None:
         """``item`` of every rank, in order of rank, on rank 0; None elsewhere."""
         if self._control is None:
             return [item]
         items: list[Any] | None = [None] * self.world_size if self.is_main else None
-        dist.gather_object(item, items, dst=0, group=self._control)
+        with self.heartbeat.waiting():
+            dist.gather_object(item, items, dst=0, group=self._control)
         return items
 
     def require_equal(self, what: str, value: str) -> None:
@@ -249,10 +286,6 @@ class Runtime:
         values = self.gather(value)
         if len(set(values)) > 1:
             raise RuntimeError(f"ranks disagree on {what}: {dict(enumerate(values))}")
-
-    def _on_stop_signal(self, number: int, frame: FrameType | None) -> None:
-        # only a flag: no I/O and no collective inside a handler; acted on at a step boundary
-        self._stop_signal = signal.Signals(number).name
 
 
 def resolve_precision(wanted: Precision) -> Precision:
@@ -284,13 +317,8 @@ def configure_logging(*, is_main: bool) -> None:
 
 def _user_chose_threads() -> bool:
     """Whether OMP_NUM_THREADS is the user's: accelerate and torchrun set it to 1 by themselves."""
-    by_launcher = os.environ.get("OMP_NUM_THREADS") == "1" and _was_launched()
+    by_launcher = os.environ.get("OMP_NUM_THREADS") == "1" and was_launched()
     return "OMP_NUM_THREADS" in os.environ and not by_launcher
-
-
-def _was_launched() -> bool:
-    """Whether accelerate or torchrun started this process."""
-    return any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"))
 
 
 def _cpu_has_bf16() -> bool:

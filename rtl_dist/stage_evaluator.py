@@ -92,21 +92,28 @@ class StageEvaluator:
         if job.average is None or not wanted or job.config.data.backend == "stream":
             yield
             return
-        with job.average.with_statistics_of(self._training_images(), layers, job.runtime):
+        positions = self._statistics_positions()
+        images = self._training_images(positions)
+        with job.average.with_statistics_of(images, len(positions), layers, job.runtime):
             yield
 
-    def _training_images(self) -> Iterator[torch.Tensor]:
-        """This rank's share of the first microbatches of the stream, the same at any number of
-        ranks."""
-        job, stage, config = self._job, self._stage, self._job.config
-        size, batch = job.micro_batch_size, config.batch.global_
+    def _statistics_positions(self) -> range:
+        """This rank's share of the first microbatches of the stream, which are the same at any
+        number of ranks."""
+        job = self._job
+        batch = job.config.batch.global_
         num_images = math.ceil(min(_STATISTICS_SAMPLES, job.train.num_samples) / batch) * batch
-        positions = range(0, num_images, size)[job.runtime.rank :: job.runtime.world_size]
+        return range(0, num_images, job.micro_batch_size)[
+            job.runtime.rank :: job.runtime.world_size
+        ]
+
+    def _training_images(self, positions: range) -> Iterator[torch.Tensor]:
+        job, stage, config = self._job, self._stage, self._job.config
         microbatches = TrainingMicrobatches(
             job.train,
             training_transform(config, stage),
             order=training_order(job.train, config),
-            size=size,
+            size=job.micro_batch_size,
             views=stage.views,
         )
         loader = make_loader(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 import warnings
@@ -60,7 +61,8 @@ class StageTrainer:
 
     What happens at step boundaries looks at its public attributes: ``totals`` (counts since last
     flushed), ``skipped`` (steps not taken), ``bad`` (damaged samples met since last cleared),
-    ``failure`` (of the loader or the memory: the step was spoiled on purpose), ``rates`` (of the
+    ``failure`` (of the loader or the memory: the step was spoiled on purpose), ``was_abandoned``
+    (the step, by all ranks, as one was asked to stop), ``rates`` (of the
     last step), ``data_wait_s`` (since last cleared), ``boundary`` (the first trained part),
     ``frozen`` and ``trained`` (the model, cut below it), ``features`` (of the frozen part),
     ``on_features`` (the frozen part is not run), ``ledger``.
@@ -125,6 +127,7 @@ class StageTrainer:
         self.ledger = Ledger(job.run, runtime, state) if config.run.ledger else None
         self.bad: list[str] = list(self._batches.bad)
         self.failure: RtlDistError | None = None
+        self.was_abandoned = False
         self.data_wait_s = 0.0
         self._gradients_checked = False
         self._frozen_digest = digest(frozen_tensors(model))
@@ -133,7 +136,8 @@ class StageTrainer:
 
     def step(self, rate_factor: float | None = None) -> None:
         """One optimizer step over this rank's microbatches of the global batch; it counts once the
-        ranks have agreed that none of them failed.
+        ranks have agreed that none of them failed. If one is asked to stop meanwhile, it is given
+        up between two microbatches.
 
         Args:
             rate_factor: of the learning rates; None: the schedule's.
@@ -145,6 +149,9 @@ class StageTrainer:
         per_rank = job.config.batch.global_ // job.micro_batch_size // job.runtime.world_size
         self._statistics.begin()
         for i in range(per_rank):
+            if per_rank > 1 and job.runtime.asked_to_stop():
+                self._abandon()
+                return
             last = i == per_rank - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self._wrapped):
                 self._microbatch(job.runtime.rank * per_rank + i, per_rank, last=last)
@@ -157,6 +164,12 @@ class StageTrainer:
             job.average.update(job.model, taken=taken)
         self._taken = taken
         require_learning_rates(self._optimizer, rate_factor)
+
+    def _abandon(self) -> None:
+        """As if this step had not begun."""
+        self.was_abandoned = True
+        self._stepper.zero_grad(set_to_none=True)
+        self._statistics.put_back()
 
     def accept(self) -> None:
         """Counts the last step."""
@@ -260,7 +273,8 @@ class StageTrainer:
                 self._optimizer,
                 device_placement=[True, False],  # restored state is where it belongs already
             )
-        if compiles is True or (compiles == "auto" and state.is_compiled):
+        self._is_compiled = bool(compiles is True or (compiles == "auto" and state.is_compiled))
+        if self._is_compiled:
             self._wrapped = torch.compile(self._wrapped)
             if self.frozen is not None:
                 self.frozen.compile()
@@ -280,9 +294,19 @@ class StageTrainer:
         through, in whose collectives the other ranks wait."""
         batch = self._next_batch() if self.failure is None else None
         if batch is not None:
-            self.failure = self._learn_from(batch, microbatch, per_rank, shares=last)
+            with self._compiling():
+                self.failure = self._learn_from(batch, microbatch, per_rank, shares=last)
+            self._job.runtime.heartbeat.beat(
+                step=self._job.state.step, sample=functools.partial(self._name_last, batch)
+            )
         if self.failure is not None and last:
             self._spoil()
+
+    def _compiling(self) -> contextlib.AbstractContextManager[None]:
+        """Around a step that may have to compile the network first, which takes minutes."""
+        if not self._is_compiled or self._gradients_checked:
+            return contextlib.nullcontext()
+        return self._job.runtime.heartbeat.phase("compiling", open_ended=True)
 
     def _learn_from(
         self, batch: Batch, microbatch: int, per_rank: int, *, shares: bool
@@ -322,6 +346,11 @@ class StageTrainer:
             )
         return OutOfMemory(f"out of memory with microbatches of {job.micro_batch_size}")
 
+    def _name_last(self, batch: Batch) -> str:
+        if self._job.config.data.backend == "stream":
+            return "of a stream"
+        return self._job.train.name_of(int(batch.samples[-1]))
+
     def _spoil(self) -> None:
         """Makes the gradient of every parameter not a number, so that no rank takes this step."""
         self._stepper.zero_grad(set_to_none=True)
@@ -351,7 +380,8 @@ class StageTrainer:
         asked_at = time.perf_counter()
         batch = None
         try:
-            batch = next(self._batches.iterator)
+            with self._job.runtime.heartbeat.phase("waiting for data"):
+                batch = next(self._batches.iterator)
         except RtlDistError as error:
             self.failure = error
         self.data_wait_s += time.perf_counter() - asked_at

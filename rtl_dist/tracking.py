@@ -1,4 +1,4 @@
-"""Where metrics go: ``metrics.jsonl`` first, the terminal, and W&B as a copy that cannot hurt."""
+"""Where metrics go: ``metrics.jsonl``, and from there to W&B as a copy that cannot hurt."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ import logging
 import math
 import netrc
 import os
+import subprocess
+import sys
 import uuid
 from pathlib import Path
 from typing import Any
 
 from rtl_dist.config import Config, to_dict
+from rtl_dist.files import write_json
 from rtl_dist.runtime import Runtime
 from rtl_dist.state import TrainState
 
 LOG = logging.getLogger("rtl_dist")
-_WANDB_INIT_TIMEOUT_S = 20
+_COPY = Path(__file__).with_name("wandb_copy.py")
+_WANDB_LAST_S = 4.0  # that a run waits at its end
 
 
 class Tracker:
@@ -39,46 +43,70 @@ class Tracker:
         }
         self._file.write(json.dumps(clean).encode() + b"\n")
         self._file.flush()
-        if self._wandb is not None:
-            self._guard(lambda: self._wandb.log(clean, step=row["step"]))
 
-    def flush(self) -> int:
-        """Makes every row durable; returns the file's length in bytes."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+    @property
+    def num_bytes(self) -> int:
+        """Of all rows so far."""
         return self._file.tell()
 
-    def summarise(self, results: dict[str, Any]) -> None:
-        if self._wandb is not None:
-            self._guard(lambda: self._wandb.summary.update(results))
+    def flush(self) -> None:
+        """Makes every row durable; from any thread."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
         if self._wandb is not None:
-            self._guard(self._wandb.finish)
-
-    def _guard(self, call: Any) -> None:
-        try:
-            call()
-        except Exception as error:  # noqa: BLE001 - whatever W&B raises, the run goes on
-            LOG.warning("W&B failed (%s); going on without it", error)
-            self._wandb = None
+            self._wandb.close()
 
 
 class NullTracker(Tracker):
     """Of the processes that do not write."""
 
     def __init__(self) -> None:
-        self._wandb = None
+        return
 
     def log(self, row: dict[str, Any]) -> None:
         return
 
-    def flush(self) -> int:
+    @property
+    def num_bytes(self) -> int:
         return 0
+
+    def flush(self) -> None:
+        return
 
     def close(self) -> None:
         return
+
+
+class _WandbCopy:
+    """A process that copies the metrics to W&B; see ``wandb_copy``."""
+
+    def __init__(self, run: Path, settings: dict[str, str]) -> None:
+        self._log = run / "wandb" / "copy.log"
+        with open(self._log, "w", encoding="utf-8") as log:  # not ours: it may outlive this process
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(_COPY), json.dumps(settings)],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def close(self) -> None:
+        """Lets it end, but waits no longer than a few seconds."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(b"\n")  # a loader's worker may hold the pipe open
+            self._process.stdin.close()
+            code = self._process.wait(_WANDB_LAST_S)
+        except (OSError, subprocess.TimeoutExpired):
+            LOG.warning("W&B is still busy and left to itself; metrics.jsonl has everything")
+            return
+        said = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        if code or said:
+            why = said[-1] if said else f"code {code}"
+            LOG.warning("W&B: %s (see %s); metrics.jsonl has everything", why, self._log)
 
 
 def build_tracker(run: Path, config: Config, state: TrainState, runtime: Runtime) -> Tracker:
@@ -103,27 +131,29 @@ def _has_wandb_key() -> bool:
         return False
 
 
-def _start_wandb(run: Path, config: Config, state: TrainState) -> Any:
+def _start_wandb(run: Path, config: Config, state: TrainState) -> _WandbCopy | None:
     mode = wandb_mode(config.track.wandb)
     if mode == "disabled":
         return None
     try:
-        import wandb
-
-        if state.wandb_id is None:
-            state.wandb_id = uuid.uuid4().hex[:8]
-        return wandb.init(
-            project=config.track.project,
-            name=run.name,
-            dir=str(run),
-            id=state.wandb_id,
-            resume="allow",
-            mode=mode,
-            config=to_dict(config),
-            settings=wandb.Settings(
-                init_timeout=_WANDB_INIT_TIMEOUT_S, console="off", silent=True, x_disable_stats=True
-            ),
-        )
-    except Exception as error:  # noqa: BLE001 - whatever W&B raises, the run goes on
+        state.wandb_id = state.wandb_id or _kept_id(run) or uuid.uuid4().hex[:8]
+        (run / "wandb").mkdir(exist_ok=True)
+        # at once: a run that is killed before its first checkpoint goes on under the same id
+        write_json(_id_file(run), {"id": state.wandb_id})
+        write_json(run / "wandb" / "config.json", to_dict(config))
+        settings = {"folder": str(run), "id": state.wandb_id, "mode": mode}
+        return _WandbCopy(run, settings | {"project": config.track.project})
+    except OSError as error:
         LOG.warning("W&B is not available (%s); metrics.jsonl has everything", error)
+        return None
+
+
+def _id_file(run: Path) -> Path:
+    return run / "wandb" / "id.json"
+
+
+def _kept_id(run: Path) -> str | None:
+    try:
+        return str(json.loads(_id_file(run).read_text(encoding="utf-8"))["id"])
+    except (OSError, ValueError, LookupError):
         return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 if sys.path and os.path.realpath(sys.path[0] or ".") == os.path.dirname(os.path.realpath(__file__)):
     # Run as a script, Python puts this folder first on the path, where our modules would shadow
@@ -16,6 +17,9 @@ if sys.path and os.path.realpath(sys.path[0] or ".") == os.path.dirname(os.path.
 
 from rtl_dist.commands import first_imports, run_command, train_arguments
 from rtl_dist.config import Config, load_config
+from rtl_dist.launched import may_end_alone
+from rtl_dist.lock import require_unlocked
+from rtl_dist.stopping import StopRequests
 
 
 def train(config: Config) -> str:
@@ -24,14 +28,31 @@ def train(config: Config) -> str:
     Raises:
         RtlDistError: with the exit code to leave with; see ``errors``.
     """
-    with first_imports():
-        from rtl_dist.engine import fit
-        from rtl_dist.run import already_done, finish, open_data, open_job, resolve
-        from rtl_dist.run_folder import keep_resolved, owned_run_folder
-        from rtl_dist.runtime import Runtime
+    limit = config.run.time_limit
+    with StopRequests(time_limit_s=limit.seconds if limit else None) as stops:
+        if may_end_alone():
+            require_unlocked(Path(config.run.dir))
+        with first_imports():
+            from rtl_dist import engine, run  # noqa: F401 - all there is, at once
+            from rtl_dist.elastic import taking_part
+            from rtl_dist.run_folder import keep_resolved
 
-    config = keep_resolved(config)
-    with Runtime(config.precision) as runtime, owned_run_folder(config, runtime) as run:
+        config = keep_resolved(config)
+        with taking_part(config) as trains:
+            return run_job(config, stops) if trains else ""
+
+
+def run_job(config: Config, stops: StopRequests) -> str:
+    """The job of a process that takes part in it; returns and raises as ``train``."""
+    from rtl_dist.engine import fit
+    from rtl_dist.run import already_done, finish, open_data, open_job, resolve
+    from rtl_dist.run_folder import WATCHED, owned_run_folder
+    from rtl_dist.runtime import Runtime
+
+    with (
+        Runtime(config.precision, stops, patience=WATCHED) as runtime,
+        owned_run_folder(config, runtime) as run,
+    ):
         dataset = open_data(config, runtime)
         config = resolve(config, runtime, dataset)
         if line := already_done(config, runtime, run, dataset):

@@ -350,7 +350,10 @@ def everything_set():
     return parse_config(
         {
             "seed": 3,
-            "run": {"dir": "r", "resume": "must", "ledger": True, "log_every": "3 steps"},
+            "run": {
+                **{"dir": "r", "resume": "must", "ledger": True, "log_every": "3 steps"},
+                **{"time_limit": "11.5 hours", "timeout": "90m"},
+            },
             "data": {
                 **{"path": "p", "source": "digits", "val_fraction": 0.1, "train": "a", "val": "b"},
                 **{"backend": "stream", "stream_urls": "x.tar", "test": None, "image_size": 33},

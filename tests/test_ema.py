@@ -10,9 +10,11 @@ from torch import nn
 from rtl_dist.config import Data, Model, Stage
 from rtl_dist.ema import Average
 from rtl_dist.errors import DataError
+from rtl_dist.heartbeat import Heartbeat
 from rtl_dist.model.batchnorm import learning_layers
 from rtl_dist.model.build import make_classifier
 from rtl_dist.model.parts import digest, freeze_for
+from rtl_dist.runtime import Runtime
 
 TAKEN, SKIPPED = torch.tensor(True), torch.tensor(False)
 
@@ -28,6 +30,9 @@ class Alone:
 
     def mean_over_ranks(self, values):
         return values
+
+    heartbeat = Heartbeat()
+    in_rounds = Runtime.in_rounds
 
     def agree(self, *, bad_samples, failure):
         if failure is not None:
@@ -153,7 +158,7 @@ def test_within_the_block_statistics_are_those_of_the_batches(lowest):
     layers = set(list(untouched)[lowest:])
     expected = mean_of_batches(average.model, batches, layers)
     assert len(expected) == 3 - lowest
-    with average.with_statistics_of(iter(batches), layers, Alone()):
+    with average.with_statistics_of(iter(batches), len(batches), layers, Alone()):
         for name, norm in norms_of(average.model).items():
             if name in layers:
                 torch.testing.assert_close(norm.running_mean, expected[name][0])
@@ -179,7 +184,7 @@ def test_ranks_share_what_they_measure():
             return values
 
     for half in (batches[:2], batches[2:]):
-        with averaged().with_statistics_of(half, layers, Noting()):
+        with averaged().with_statistics_of(half, 2, layers, Noting()):
             pass
     both = (sent[0] + sent[1]) / 2
 
@@ -189,7 +194,7 @@ def test_ranks_share_what_they_measure():
 
     average = averaged()
     expected = mean_of_batches(average.model, batches, layers)
-    with average.with_statistics_of(batches[:2], layers, Meeting()):
+    with average.with_statistics_of(batches[:2], 2, layers, Meeting()):
         for name, norm in norms_of(average.model).items():
             torch.testing.assert_close(norm.running_mean, expected[name][0])
 
@@ -198,7 +203,7 @@ def test_ranks_share_what_they_measure():
 def test_it_is_as_before_after_an_error_too(where):
     average, layers = averaged(), set(norms_of(network()))
     before = bits(average.model)
-    entered = []
+    entered, rounds = [], 2 if where == "in the loader" else 1
 
     def batches():
         yield images(1)[0]
@@ -206,7 +211,7 @@ def test_it_is_as_before_after_an_error_too(where):
             raise DataError("a damaged sample")
 
     def evaluate():
-        with average.with_statistics_of(batches(), layers, Alone()):
+        with average.with_statistics_of(batches(), rounds, layers, Alone()):
             entered.append(bits(average.model))
             raise DataError("while evaluating")
 

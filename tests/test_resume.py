@@ -26,6 +26,7 @@ from rtl_dist.data.pack import pack
 from rtl_dist.train import main
 
 FILES = ("model.safetensors", "optimizer.safetensors", "ema.safetensors")
+PER_START = (".lock", "heartbeats", "rank-00000.json")
 CHANGES = {
     "run__ledger": True,
     "optim": {"ema": 0.9},
@@ -164,9 +165,9 @@ def test_asked_to_stop_while_evaluating(tmp_path, dataset, undisturbed, monkeypa
 
 
 def test_a_forked_worker_does_not_hold_the_lock_on(tmp_path):
-    from rtl_dist.run_folder import _Lock
+    from rtl_dist.lock import RunLock
 
-    lock = _Lock(tmp_path / ".lock")
+    lock = RunLock(tmp_path)
     lock.acquire()
     forked, child_forked = os.pipe()
     reading, writing = os.pipe()
@@ -179,7 +180,7 @@ def test_a_forked_worker_does_not_hold_the_lock_on(tmp_path):
     try:
         os.read(forked, 1)
         lock.release()
-        again = _Lock(tmp_path / ".lock")
+        again = RunLock(tmp_path)
         again.acquire()
         again.release()
     finally:
@@ -248,11 +249,11 @@ def test_a_finished_run_is_left_as_it_is(tmp_path, dataset, capsys):
     run = tmp_path / "run"
     config = write_config(tmp_path / "c.yaml", tiny_config(dataset, run, stages=stages))
     assert main(["--config", config]) == 0
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name not in PER_START}
     capsys.readouterr()
     assert main(["--config", config]) == 0
     assert "is already done (best val/top1" in capsys.readouterr().out
-    now = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
+    now = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name not in PER_START}
     assert {path for path in before if before[path] != now.get(path)} <= {run}
     assert before.keys() == now.keys()
 
@@ -333,11 +334,11 @@ def test_another_config_data_set_or_head_is_refused_and_nothing_is_lost(tmp_path
 
 
 def test_a_second_job_in_the_same_folder_leaves_and_names_the_owner(tmp_path, dataset, capsys):
-    from rtl_dist.run_folder import _Lock
+    from rtl_dist.lock import RunLock
 
     run = tmp_path / "run"
     run.mkdir()
-    lock = _Lock(run / ".lock")
+    lock = RunLock(run)
     lock.acquire()
     config = write_config(tmp_path / "c.yaml", tiny_config(dataset, run))
     assert main(["--config", config]) == 2

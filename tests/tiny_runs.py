@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import subprocess
@@ -26,6 +27,7 @@ from rtl_dist.train import main
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ("blue", "green", "red")
+TENSORS = ("model", "optimizer", "ema", "stage_best")
 TIMING_KEYS = ("elapsed_s", "speed/images_per_second", "speed/data_wait")
 
 
@@ -43,9 +45,9 @@ def write_images(folder: Path, counts: dict[str, int], *, size: int = 16, seed: 
     return folder
 
 
-def make_dataset(folder: Path) -> Path:
+def make_dataset(folder: Path, *, val: int = 21) -> Path:
     """Packs 57 training, 21 validation and 15 test images, three classes; returns the data set."""
-    images = write_images(folder / "images", {"train": 19, "val": 7, "test": 5})
+    images = write_images(folder / "images", {"train": 19, "val": val // 3, "test": 5})
     pack(str(images), folder / "packed", shard_size=20, workers=1, show_progress=False)
     return folder / "packed"
 
@@ -129,6 +131,33 @@ def train(tmp_path: Path, dataset: Path, name: str = "run", code: int = 0, **cha
     config = write_config(tmp_path / f"{name}.yaml", tiny_config(dataset, run, **changes))
     assert main(["--config", config]) == code
     return run
+
+
+def require_equal_runs(one: Path, other: Path, *, ledger: bool = True) -> None:
+    """Two finished runs left the same bytes: every checkpoint, the best weights, the ledger; and
+    the same metrics and results, but for what a clock measured."""
+    names = [sorted(path.name for path in (run / "checkpoints").iterdir()) for run in (one, other)]
+    assert names[0] == names[1]
+    files = [f"checkpoints/{name}/{kind}.safetensors" for name in names[0] for kind in TENSORS]
+    files += ["best/model.safetensors", "best/config.json"]
+    if ledger and (one / "ledger").exists():
+        files.append("ledger/samples.jsonl")
+    for name in files:
+        assert filecmp.cmp(one / name, other / name, shallow=False), name
+    for name in names[0]:
+        contents = [untimed_state(run / "checkpoints" / name) for run in (one, other)]
+        assert contents[0] == contents[1], name
+    assert metric_rows(one) == metric_rows(other)
+    untimed = [{k: v for k, v in results(run).items() if k != "elapsed_s"} for run in (one, other)]
+    assert untimed[0] == untimed[1]
+
+
+def untimed_state(checkpoint: Path) -> dict[str, Any]:
+    """``state.json`` without what a clock measured, or what depends on it."""
+    content = json.loads((checkpoint / "state.json").read_text())
+    for name in ("elapsed_s", "metrics_bytes", "ledger_bytes", "wandb_id"):
+        content["state"].pop(name, None)
+    return content
 
 
 def weights(run: Path, name: str = "model") -> dict[str, torch.Tensor]:

@@ -17,8 +17,11 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 
 from rtl_dist.config.schema import Config
+from rtl_dist.durations import Duration
 from rtl_dist.errors import UserError
 from rtl_dist.schedule import Every
+
+_WRITTEN_AS_TEXT = (Every, Duration)
 
 
 class _NoKeyTwice(yaml.SafeLoader):
@@ -91,7 +94,7 @@ def _inherited(tree: dict[str, Any]) -> dict[str, Any]:
 
 def to_dict(config: Any) -> Any:
     """The config as plain YAML types; ``parse_config`` reads it back to an equal config."""
-    if isinstance(config, Every):
+    if isinstance(config, _WRITTEN_AS_TEXT):
         return str(config)
     if dataclasses.is_dataclass(config):
         return {_key(f): to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
@@ -173,7 +176,7 @@ def _build(section: type, tree: Any, path: str) -> Any:
 def _convert(kind: Any, value: Any, path: str) -> Any:
     """``value`` as an instance of the annotated type, or a ``UserError``."""
     origin, arguments = get_origin(kind), get_args(kind)
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type) and kind is not Every:
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type) and kind not in _WRITTEN_AS_TEXT:
         return _build(kind, value, path)
     if origin in (Union, types.UnionType):
         return _convert_union(arguments, value, path)
@@ -214,9 +217,9 @@ def _convert_union(arguments: tuple[Any, ...], value: Any, path: str) -> Any:
 
 
 def _convert_scalar(kind: Any, value: Any, path: str) -> Any:
-    if kind is Every and isinstance(value, str):
+    if kind in _WRITTEN_AS_TEXT and isinstance(value, str):
         try:
-            return Every.parse(value)
+            return kind.parse(value)
         except ValueError as error:
             raise UserError(f"{path}: {error}") from None
     if kind is float and not isinstance(value, bool) and isinstance(value, int | float | str):
@@ -234,6 +237,7 @@ def _convert_scalar(kind: Any, value: Any, path: str) -> Any:
         bool: "true or false",
         str: "text",
         Every: "something like '1 epoch'",
+        Duration: "something like '90 minutes'",
     }
     raise UserError(f"{path}: expected {names[kind]}, found {value!r}")
 

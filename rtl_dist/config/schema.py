@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rtl_dist.durations import Duration
 from rtl_dist.schedule import Every
 from rtl_dist.urls import is_url, secret_in
 
@@ -40,6 +41,12 @@ class Run:
     """Write every sample index by step and microbatch to ``ledger/`` (proof of the data order)."""
     log_every: Every = field(default_factory=lambda: Every.parse("50 steps"))
     """How often a row of training metrics is written between evaluations."""
+    time_limit: Duration | None = None
+    """After so long, such as ``11.5 hours``, the run saves itself and leaves with exit code 75, to
+    be started again; null: never. Leave a few minutes of what the machine gives you."""
+    timeout: Duration = field(default_factory=lambda: Duration.parse("5 minutes"))
+    """A job of which some process does not answer for so long, or none makes progress, ends with a
+    line that says which, and where it was (see ``heartbeats/``)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -136,6 +136,13 @@ class Split:
         """Every sample's key in the samples' order. Raises as ``SampleReader.read``."""
         return (self.key(sample) for sample in range(self.num_samples))
 
+    def name_of(self, sample: int) -> str:
+        """The key where that costs no more than a read, else number and shard."""
+        shard = self.row(sample)[0]
+        if self.are_ours and not self.files.is_remote(shard):
+            return self.key(sample)
+        return f"number {sample} in {self.shards[shard].path}"
+
     def describe(self, sample: int) -> str:
         """Names a sample for an error message: split, key (if it can still be read) and shard."""
         try:
