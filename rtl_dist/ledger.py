@@ -26,11 +26,13 @@ class Ledger:
         self._runtime = runtime
         self._path = run / "ledger" / "samples.jsonl"
         self._noted: list[dict[str, Any]] = []
-        if runtime.is_main:
-            self._path.parent.mkdir(exist_ok=True)
-            self._path.touch()
-            # lines after the checkpoint that is resumed from will be written again
-            os.truncate(self._path, min(self._path.stat().st_size, state.ledger_bytes))
+        runtime.from_main(lambda: self._open(state.ledger_bytes))
+
+    def _open(self, num_bytes: int) -> None:
+        """Lines after the checkpoint that is resumed from will be written again."""
+        self._path.parent.mkdir(exist_ok=True)
+        self._path.touch()
+        os.truncate(self._path, min(self._path.stat().st_size, num_bytes))
 
     def note(self, step: int, microbatch: int, batch: Batch) -> None:
         is_pixels = batch.inputs.dtype == torch.uint8

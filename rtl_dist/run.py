@@ -282,10 +282,13 @@ def finish(job: Job) -> str:
         "weights_sha256": digest(job.model.state_dict()),
         "best_weights_sha256": weights_sha256,
     }
-    if job.runtime.is_main:
+
+    def conclude() -> None:
         job.tracker.flush()
         write_json(job.run / "results.json", results)
         _draw(job.run, job.runtime)
+
+    job.runtime.from_main(conclude)
     return _last_word(job, test) if job.runtime.is_main else ""
 
 

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -119,6 +120,9 @@ class Runtime:
         traceback: TracebackType | None,
     ) -> None:
         agreed = error is None or isinstance(error, StopRequested)
+        if agreed and self._asked is not None:
+            with suppress(RuntimeError):  # another rank may be gone by now
+                self._asked[1].wait()
         if self.device.type == "cuda" and self._control is not None and not agreed:
             # NCCL's group would wait, on its way down, for ranks that may be waiting for this one
             dist.destroy_process_group(self._control)

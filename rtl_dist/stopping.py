@@ -64,7 +64,8 @@ class StopRequests:
         try:
             yield
         finally:
-            self._is_deferred = False
+            # of one that was noted the thread may learn only now
+            self._is_deferred = self._signal is not None
 
     def __enter__(self) -> StopRequests:
         # Python's own handlers wait for the main thread, which may be waiting for another rank; the

@@ -1,9 +1,10 @@
-# What one_node.sbatch and multi_node.sbatch share: start the processes, pass stop requests on to
-# them, and requeue the job when they have saved. Sourced inside a SLURM job, with the config file and
-# overrides as arguments.
+# shellcheck shell=bash
+# What the batch scripts share: start the processes, pass stop requests on to them, and requeue the
+# job when they have saved. Sourced inside a SLURM job, with the config file and overrides as
+# arguments.
 
 set -u
-cd "$SLURM_SUBMIT_DIR"
+cd "$SLURM_SUBMIT_DIR" || exit 2
 if [ $# -eq 0 ]; then
     echo "usage: sbatch slurm/one_node.sbatch configs/X.yaml [key=value ...]" >&2
     exit 2
@@ -14,10 +15,12 @@ fi
 activate=${RTL_DIST_ACTIVATE:-.venv/bin/activate}
 if [ -n "${RTL_DIST_ACTIVATE:-}" ] || [ -e "$activate" ]; then
     set +u
+    # shellcheck source=/dev/null
     source "$activate" || exit 2
     set -u
 fi
 
+nodes=${RTL_DIST_NODES:-$SLURM_JOB_NUM_NODES} # preemptible.sbatch may use fewer than it was given
 # One process per GPU of each node.
 processes=${SLURM_GPUS_ON_NODE:-${RTL_DIST_PROCESSES:-1}}
 processes=${processes##*:} # some versions of SLURM say "gpu:4"
@@ -27,38 +30,39 @@ fi
 
 # Threads that would take turns on the same core are far slower than none. Unset, each process would
 # take the whole machine's.
+# shellcheck disable=SC2153
 cores=$((SLURM_CPUS_ON_NODE / processes))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 0 ? cores : 1))}
-
-# Where the processes meet: the first node, at a port of this job's own, below the ports that systems
-# hand out by themselves.
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_PORT=$((12000 + SLURM_JOB_ID % 20000))
-export MASTER_ADDR MASTER_PORT
 
 # A stop request: from SLURM before time runs out (--signal), from preemption, or by hand.
 stopping=
 trap 'stopping=yes; echo "stop requested at $(date): saving" >&2; trap "" USR1 TERM' USR1 TERM
 
 # Each srun task is a training process itself, with no launcher in between that would die of the
-# signals meant for it and hide its exit code; rtl_dist reads its rank from SLURM. In the background,
-# since bash runs traps only between commands and while it waits.
+# signals meant for it and hide its exit code. rtl_dist reads its rank, and on which node and port
+# the processes meet, from what SLURM says of the step; so the shell that sbatch was called from must
+# not have said anything else. In the background, since bash runs traps only between commands and
+# while it waits.
 #   exec                  signals reach Python (under proctrack/cgroup only the task gets them)
 #   trap '' USR1          one that comes before there is a handler must not kill srun or Python
 #   --cpu-bind=none       processes share the node's cores by themselves
 #   --gpu-bind=none       each process takes the GPU of its own number
-#   --wait=300            when one process died, the others may not wait for it for ever
+#   --wait                when a process died, the others may not wait for it for ever, but longer than
+#                         SLURM needs to see that a node is lost: then it requeues the job itself
+node_timeout=$(scontrol show config | sed -n 's/^SlurmdTimeout *= *\([0-9]*\).*/\1/p')
+patience=$((2 * ${node_timeout:-300} + 60))
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
 (
     trap '' USR1
-    exec srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks=$((SLURM_JOB_NUM_NODES * processes)) \
-        --ntasks-per-node="$processes" --overcommit --cpu-bind=none --gpu-bind=none \
-        --kill-on-bad-exit=0 --wait=300 \
+    exec srun --nodes="$nodes" --ntasks=$((nodes * processes)) --ntasks-per-node="$processes" \
+        --overcommit --cpu-bind=none --gpu-bind=none --kill-on-bad-exit=0 --wait="$patience" \
         bash -c 'trap "" USR1; exec python rtl_dist/train.py --config "$@"' train "$@"
 ) &
 step=$!
 
 while kill -0 "$step" 2>/dev/null; do
-    # repeated, since a request that meets a process still importing is lost; srun passes it on
+    # Repeated, since a request that meets a process still importing is lost; srun passes it on. Only
+    # USR1 may be: to a second TERM a process that is saving would leave at once.
     [ -z "$stopping" ] || kill -USR1 "$step"
     sleep 2 &
     wait $! # until a signal comes, at most 2 s
@@ -66,16 +70,20 @@ done
 wait "$step"
 code=$?
 
+# A task of an array goes by its place in it: the job number of one of them stands for them all.
+job=$SLURM_JOB_ID
+[ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+
 # 75: stopped on request and saved. 143: ended by TERM before it had anything to save. Preemption with
 # a grace time ends the processes only, and a job that then ends is not requeued by SLURM. A job that
-# was cancelled is no longer RUNNING, and stays cancelled.
-state=$(scontrol show job "$SLURM_JOB_ID" --oneliner | grep -o 'JobState=[A-Z_]*')
+# was cancelled is no longer RUNNING, and stays cancelled, as one that SLURM requeued stays requeued.
+state=$(scontrol show job "$job" --oneliner | grep -o 'JobState=[A-Z_]*')
 case $code in
 75 | 143)
     if [ "$state" = JobState=RUNNING ]; then
-        echo "requeueing job $SLURM_JOB_ID" >&2
+        echo "requeueing job $job" >&2
         trap '' TERM # requeueing ends this script as well
-        scontrol requeue "$SLURM_JOB_ID"
+        scontrol requeue "$job"
     fi
     ;;
 esac
