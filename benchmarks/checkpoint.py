@@ -3,8 +3,8 @@
     python benchmarks/checkpoint.py [--rounds 10] [--folder DIR]
 
 The state is that of a ResNet-50 under AdamW with an average of its weights (some 410 MB). Sides
-alternate. ``waits``: the time until the next step may begin, beside / in the way. ``step``: steps of
-a small network on one thread while a checkpoint is written beside, against the same without.
+alternate. ``waits``: the time until the next step may begin, beside / in the way. ``step``: steps
+of a small network on one thread while a checkpoint is written beside, against the same without.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def snapshot(step: int) -> Snapshot:
     )
 
 
-def steps_s(network: torch.nn.Module, until: object = None, count: int = 20) -> float:
+def steps_s(network: torch.nn.Module, count: int) -> float:
     """Seconds of a step, the median of ``count``."""
     images = torch.zeros(8, 3, 96, 96)
     times = []
@@ -78,8 +78,10 @@ def main() -> None:
             writer.wait()
             waits.append(beside / in_the_way)
             slower.append(meanwhile / alone)
-            print(f"in the way {in_the_way:.2f} s, beside {beside:.3f} s, ratio {waits[-1]:.3f}; step "
-                  f"{slower[-1]:.2f}")  # fmt: skip
+            print(
+                f"in the way {in_the_way:.2f} s, beside {beside:.3f} s, ratio {waits[-1]:.3f};"
+                f" step {slower[-1]:.2f}"
+            )
     finally:
         shutil.rmtree(run)
     for name, ratios in (("waits", waits), ("step", slower)):

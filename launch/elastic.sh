@@ -31,5 +31,5 @@ exec torchrun \
     --rdzv-endpoint="$HOST:${PORT:-29400}" \
     --rdzv-id="${JOB:-rtl_dist}" \
     --rdzv-conf=last_call_timeout=10,keep_alive_interval=2,keep_alive_max_attempt=5 \
-    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
+    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1 \
     rtl_dist/train.py --config "$@"

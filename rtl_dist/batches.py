@@ -126,7 +126,13 @@ def open_stage_batches(
     microbatches = TrainingMicrobatches(
         split, transform, order=order, size=micro_batch_size, views=stage.views
     )
-    loader = make_loader(microbatches, positions, workers=workers, device=runtime.device)
+    loader = make_loader(
+        microbatches,
+        positions,
+        workers=workers,
+        device=runtime.device,
+        give_up=runtime.is_asked,
+    )
     return StageBatches(iterator=iter(loader))
 
 

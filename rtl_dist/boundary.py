@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
 from rtl_dist.checkpoint import Snapshot
@@ -59,7 +60,10 @@ class Boundary:
         self._job.state.elapsed_s = self._elapsed_s()
         if self._trainer.was_abandoned:
             self._stop()
-        stop = self._act_on_agreement()
+        try:
+            stop = self._act_on_agreement()
+        except StopRequested:  # a loader's: the step was spoiled, and is not taken
+            self._stop()
         self._stop_if_lost()
         self._log_if_due()
         if stop:
@@ -72,17 +76,21 @@ class Boundary:
         """Evaluates, judges and logs; also called when a run goes on from just before this."""
         if not self._evaluation_is_due:
             return
-        job, state = self._job, self._job.state
+        state = self._job.state
         self.fold_totals()
         speed = self._speed()
         try:
-            with job.runtime.heartbeat.phase("evaluating"), self._evaluator.model() as model:
+            with self._evaluating(), self._evaluator.model() as model:
                 self._record(self._evaluator.metrics(model), model, speed)
         except StopRequested:
             self._stop()  # now that the model is again as it is trained
         if state.stopped_early and state.last_checkpoint != state.step:
             self.save()  # the stage's last proof, and that it has ended
         self._restart_window()
+
+    def _evaluating(self) -> AbstractContextManager[None]:
+        # what was compiled may be compiled again for other shapes
+        return self._job.runtime.heartbeat.phase("evaluating", open_ended=self._trainer.is_compiled)
 
     def _record(
         self, metrics: dict[str, float], model: Classifier, speed: dict[str, float]
@@ -95,6 +103,7 @@ class Boundary:
             if f"train/{name}" in row and name in metrics:
                 row[f"gap/{name}"] = row[f"train/{name}"] - metrics[name]
         state.last_eval = state.last_log = state.step
+        state.eval_was_due = False
         state.since_eval, state.since_log = [], []
         is_best = self._judge(row)
         self._judge_stage(row)
@@ -112,14 +121,15 @@ class Boundary:
 
     def _write_best(self, model: Classifier) -> None:
         job = self._job
-        job.writer.wait()  # the best weights are never newer than what a run would go on from
+        with job.runtime.heartbeat.phase("saving", open_ended=True):
+            job.writer.wait()
         write_model_folder(job.run / "best", model, job.config, job.dataset)
 
     @property
     def _evaluation_is_due(self) -> bool:
         state = self._job.state
         due = self.at_stage_end or self._job.is_due(self._job.config.eval.every, state.last_eval)
-        return due and state.last_eval != state.step
+        return (due or state.eval_was_due) and state.last_eval != state.step
 
     def _act_on_agreement(self) -> bool:
         """One exchange a step decides for all ranks; returns whether to stop."""
@@ -139,7 +149,7 @@ class Boundary:
         job, state = self._job, self._job.state
         if state.last_checkpoint != state.step:
             self.save()
-        job.runtime.from_main(job.writer.wait)
+        job.wait_for_checkpoint()
         raise StopRequested(
             f"stopped at step {state.step} by {job.runtime.stop_reason} and saved; start the same"
             " command to go on"
@@ -175,7 +185,9 @@ class Boundary:
 
     def _save_if_due(self) -> None:
         job = self._job
-        if self.at_stage_end or job.is_due(job.config.checkpoint.every, job.state.last_checkpoint):
+        is_due = job.is_due(job.config.checkpoint.every, job.state.last_checkpoint)
+        # before an evaluation too: the best weights must not be newer than what a run goes on from
+        if self.at_stage_end or is_due or self._evaluation_is_due:
             self.save()
 
     def save(self) -> None:
@@ -184,6 +196,7 @@ class Boundary:
         self.fold_totals()
         self._trainer.require_sound()
         state.last_checkpoint = state.step
+        state.eval_was_due = self._evaluation_is_due
 
         def save() -> None:
             state.metrics_bytes = job.tracker.num_bytes
@@ -198,9 +211,15 @@ class Boundary:
                 identity=run_identity(job.config, job.dataset),
             )
             keep = job.config.checkpoint.keep
-            job.writer.write(job.run, snapshot, keep=keep, before=job.tracker.flush)
+            job.writer.write(job.run, snapshot, keep=keep, before=self._flush)
 
         job.runtime.from_main(save)
+
+    def _flush(self) -> None:
+        """Makes durable what a checkpoint refers to."""
+        self._job.tracker.flush()
+        if self._trainer.ledger:
+            self._trainer.ledger.flush()
 
     def fold_totals(self) -> None:
         """Reads the device's counts; a deliberate wait for it, at logging and saving only."""

@@ -111,12 +111,25 @@ def _delete(folder: Path) -> None:
 
 
 def load_newest_checkpoint(run: Path) -> Snapshot | None:
-    """The newest whole checkpoint; a damaged one is passed over with a warning."""
+    """The newest whole checkpoint; a damaged one is passed over with a warning.
+
+    Raises:
+        UserError: none is whole. RtlDistError: one cannot be read, which says nothing about it.
+    """
     folders = _checkpoints(run)
     for folder in folders:
         try:
             return load_checkpoint(folder)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+                raise RtlDistError(
+                    f"cannot read checkpoint {folder}: {error.strerror or error}; start the same"
+                    " command again once the disk can be read"
+                ) from error
+            LOG.warning(
+                "checkpoint %s is incomplete (%s); falling back to an older one", folder, error
+            )
+        except (ValueError, KeyError, TypeError, SafetensorError) as error:
             LOG.warning(
                 "checkpoint %s is damaged (%s); falling back to an older one", folder, error
             )

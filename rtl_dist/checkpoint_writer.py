@@ -15,11 +15,10 @@ class CheckpointWriter:
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
-        self._failure: RtlDistError | None = None
-        self._fault: BaseException | None = None
+        self._failure: Exception | None = None
 
     @property
-    def failure(self) -> RtlDistError | None:
+    def failure(self) -> Exception | None:
         """Why the last checkpoint was not written, once that is known."""
         return self._failure
 
@@ -43,8 +42,13 @@ class CheckpointWriter:
                 save_checkpoint(run, copied, keep=keep)
             except RtlDistError as error:
                 self._failure = error
-            except BaseException as error:  # noqa: BLE001 - raised again by wait
-                self._fault = error
+            except OSError as error:
+                self._failure = RtlDistError(
+                    f"cannot write {run}: {error.strerror or error}; free space or correct the"
+                    " permissions, then start the same command again"
+                )
+            except Exception as error:  # noqa: BLE001 - raised again by all ranks
+                self._failure = RuntimeError(f"a checkpoint could not be written: {error!r}")
 
         self._thread = threading.Thread(target=save, name="checkpoint")
         self._thread.start()
@@ -56,8 +60,6 @@ class CheckpointWriter:
             RtlDistError: it could not be written.
         """
         self.join()
-        if self._fault is not None:
-            raise self._fault
         if self._failure is not None:
             raise self._failure
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from rtl_dist import __version__
-from rtl_dist.commands import add_debug, first_imports, run_command, train_arguments
+from rtl_dist.commands import add_debug, first_imports, leave, run_command, train_arguments
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -336,5 +337,10 @@ def _add_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache-gb", type=float, metavar="N", help="remote data: at most N GB")
 
 
+def script() -> NoReturn:
+    """The program ``rtl-dist``."""
+    leave(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

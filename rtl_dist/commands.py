@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import atexit
 import gc
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
-from rtl_dist.errors import RtlDistError
+from rtl_dist.errors import RtlDistError, StopRequested
+from rtl_dist.stopping import STOP_SIGNALS
 
 _OUR_FAULT = 1
 
@@ -49,6 +52,15 @@ def first_imports() -> Iterator[None]:
         gc.freeze()
         gc.enable()
         atexit.register(gc.unfreeze)  # or triton would complain of what is never freed
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the program. One that was asked to stop and has saved is not to die of being asked again
+    while it is taken down, which would hide its code."""
+    if code == StopRequested.exit_code:
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+    sys.exit(code)
 
 
 def run_command(command: Callable[[], str | None], *, debug: bool) -> int:

@@ -44,7 +44,10 @@ def taking_part(config: Config, env: MutableMapping[str, str] = os.environ) -> I
         store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
         world_size, rank = int(env["WORLD_SIZE"]), int(env["RANK"])
         meeting = meet(store, rank=rank, world_size=world_size)
-        size = largest_share(_num_microbatches(config), world_size)
+        if rank == 0:  # for all: not every machine may see the same run folder at this moment
+            size = largest_share(_num_microbatches(config), world_size)
+            store.set(f"{meeting}/size", str(size))
+        size = int(store.get(f"{meeting}/size"))
         if rank >= size:
             LOG.warning(
                 "process %d stands by: of %d only %d can share the microbatches equally",

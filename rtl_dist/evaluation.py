@@ -124,7 +124,8 @@ def evaluate_split(
         assert predictions is not None
         return compute_metrics(predictions)
 
-    metrics: dict[str, float] = runtime.from_main(compute)
+    with runtime.heartbeat.phase("computing metrics", open_ended=runtime.is_main):
+        metrics: dict[str, float] = runtime.from_main(compute)
     return metrics
 
 
@@ -172,7 +173,11 @@ def _from_images(
         batches = (to_device(batch, runtime.device) for batch in kept.batches)
     else:
         batches = make_loader(
-            microbatches, blocks, workers=min(workers, len(blocks)), device=runtime.device
+            microbatches,
+            blocks,
+            workers=min(workers, len(blocks)),
+            device=runtime.device,
+            give_up=runtime.is_asked,
         )
         if kept is not None and len(blocks) * math.prod(microbatches.shape) <= _KEPT_BYTES:
             batches = _keeping(kept, batches)

@@ -171,7 +171,8 @@ class FeatureMaker:
         """The views, those that are not there computed; None where that cannot be or does not
         pay: more images to compute than the stage has still to see."""
         try:
-            missing = [task for task in tasks if not self._is_there(task)]
+            with self._runtime.heartbeat.phase("checking features", open_ended=True):
+                missing = [task for task in tasks if not self._is_there(task)]
             to_compute = sum(task.shape.num_samples for task in missing)
             if to_compute > most_to_compute:
                 raise _NoStoreError(
@@ -256,7 +257,8 @@ class FeatureMaker:
             except OSError as error:
                 raise _NoStoreError(f"{store.root}: {error.strerror}") from error
 
-        folder = Path(runtime.from_main(reserve))
+        with runtime.heartbeat.phase("reserving features", open_ended=runtime.is_main):
+            folder = Path(runtime.from_main(reserve))
         try:
             checksums, used, bad = self._write_blocks(task, folder, bar)
             if bad and task.view is None:
@@ -276,7 +278,8 @@ class FeatureMaker:
                 except OSError as error:
                     raise _NoStoreError(f"{store.root}: {error.strerror or error}") from error
 
-            runtime.from_main(publish)
+            with runtime.heartbeat.phase("writing features", open_ended=runtime.is_main):
+                runtime.from_main(publish)
         finally:
             if runtime.is_main:
                 store.discard(folder)  # nothing of it is left under this name if all went well
@@ -296,7 +299,11 @@ class FeatureMaker:
             view=task.view,
         )
         loader = make_loader(
-            microbatches, mine, workers=min(self._workers, len(mine)), device=runtime.device
+            microbatches,
+            mine,
+            workers=min(self._workers, len(mine)),
+            device=runtime.device,
+            give_up=runtime.is_asked,
         )
         batches = iter(loader)
         done: list[tuple[int, int, list[int]]] = []  # (first row, checksum, samples used)

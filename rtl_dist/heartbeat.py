@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import math
+import multiprocessing
 import os
 import socket
 import sys
@@ -149,19 +150,18 @@ class Watch:
         return self._folder / f"rank-{rank:05d}.json"
 
     def _run(self) -> None:
-        woke_at = time.monotonic()
-        while not self._end.wait(self._interval_s):
+        while True:
+            slept_at = time.monotonic()
+            if self._end.wait(self._interval_s):
+                return
             now = time.monotonic()
-            if now - woke_at > 3 * self._interval_s:  # this process itself was stopped for a while
+            if now - slept_at > 3 * self._interval_s:  # this process itself was stopped for a while
                 self._start_over(now)
-            woke_at = now
             self._ticks += 1
             self._write()
             if self._rank in self._watchers:
                 stalled = self._stalled(now)
-                # the first watcher that can, speaks: the others end with it
-                able = [rank for rank in self._watchers if rank not in stalled] or self._watchers
-                if stalled and self._rank == able[0]:
+                if stalled and self._rank == self._speaker(stalled):
                     self._give_up(stalled)
 
     def _write(self) -> None:
@@ -178,6 +178,7 @@ class Watch:
             self._folder.mkdir(exist_ok=True)
             temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
             temporary.replace(path)
+            self._can_write = True
         except OSError as error:
             if self._can_write:
                 LOG.warning("cannot write %s (%s); going on without", path, error.strerror)
@@ -195,6 +196,8 @@ class Watch:
             self._start_over(now)
         idle_s = now - self._moved_at
         if idle_s < _SUSPECT * self._timeout_s:  # nothing to read in the normal course of things
+            return {}
+        if not self._can_write:  # nor can the others, perhaps
             return {}
         for rank in range(self._world_size):
             self._look_at(rank, now)
@@ -215,6 +218,12 @@ class Watch:
             r: content for r, content in everyone.items() if not content.get("waiting")
         } or everyone
 
+    def _speaker(self, stalled: dict[int, dict[str, Any]]) -> int:
+        """The first watcher that can: the others end with it."""
+        ended = {r for r, seen in self._seen.items() if seen.content.get("phase") == _ENDED}
+        able = (rank for rank in self._watchers if rank not in stalled.keys() | ended)
+        return next(able, self._rank)
+
     def _look_at(self, rank: int, now: float) -> None:
         try:
             content = json.loads(self._path(rank).read_text(encoding="utf-8"))
@@ -229,6 +238,10 @@ class Watch:
     def _give_up(self, stalled: dict[int, dict[str, Any]]) -> NoReturn:
         sys.stderr.write(f"rtl-dist: {_sentence(stalled, self._timeout_s)}\n")
         sys.stderr.flush()
+        with self._heartbeat.phase(_ENDED):
+            self._write()
+        for worker in multiprocessing.active_children():  # which may be what does not go on
+            worker.kill()
         os._exit(_FAILED)
 
 

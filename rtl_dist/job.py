@@ -53,6 +53,15 @@ class Job:
     def epoch(self) -> float:
         return self.state.samples_seen / self.train.num_samples
 
+    def wait_for_checkpoint(self) -> None:
+        """Returns once the newest checkpoint is on the disk; called by all ranks.
+
+        Raises:
+            RtlDistError: on every rank, if it could not be written.
+        """
+        with self.runtime.heartbeat.phase("saving", open_ended=self.runtime.is_main):
+            self.runtime.from_main(self.writer.wait)
+
     def keep_as_stage_best(self) -> None:
         """Copies the weights, so that the stage can hand them on when it ends."""
         tensors = {f"model/{k}": v for k, v in self.model.state_dict().items()}

@@ -7,6 +7,7 @@ of processes write the same file.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import zlib
 from pathlib import Path
@@ -15,8 +16,11 @@ from typing import Any
 import torch
 
 from rtl_dist.data.ring import Batch
+from rtl_dist.files import flush_to_disk
 from rtl_dist.runtime import Runtime
 from rtl_dist.state import TrainState
+
+LOG = logging.getLogger("rtl_dist")
 
 
 class Ledger:
@@ -32,7 +36,13 @@ class Ledger:
         """Lines after the checkpoint that is resumed from will be written again."""
         self._path.parent.mkdir(exist_ok=True)
         self._path.touch()
+        if self._path.stat().st_size < num_bytes:
+            LOG.warning("%s is shorter than the checkpoint says; lines were lost", self._path)
         os.truncate(self._path, min(self._path.stat().st_size, num_bytes))
+
+    def flush(self) -> None:
+        """Makes every line durable; from any thread of rank 0."""
+        flush_to_disk(self._path)
 
     def note(self, step: int, microbatch: int, batch: Batch) -> None:
         is_pixels = batch.inputs.dtype == torch.uint8

@@ -177,8 +177,8 @@ def open_job(
     runtime.on_every_rank(
         lambda: train.files.require_room(training_order(train, config).most_shards_at_once())
     )
-    restored = restore(run, config, dataset, runtime)
     with runtime.heartbeat.phase("loading weights", open_ended=True):
+        restored = restore(run, config, dataset, runtime)
         model, origin = _initial_model(config, dataset, restored, dtype=runtime.dtype)
     for stage in config.stages:
         parts = trainable_parts(model, stage)  # a misspelt part is refused now, not after hours
@@ -240,7 +240,11 @@ def open_job(
     remaining = list(zip(config.stages, spans, strict=True))[state.stage :]
     try:
         with runtime.stops.deferred() if runtime.stops else nullcontext():
-            yield job, remaining, restored
+            try:
+                yield job, remaining, restored
+            except StopRequested:
+                job.wait_for_checkpoint()
+                raise
     except RtlDistError as error:
         if runtime.is_main:
             status = "stopped" if isinstance(error, StopRequested) else "failed"
@@ -272,7 +276,7 @@ def finish(job: Job) -> str:
         one line: what was reached and what to type next.
     """
     best = job.run / "best"
-    job.runtime.from_main(job.writer.wait)
+    job.wait_for_checkpoint()
     # rank 0's final write of best/ must be there before the others read it
     weights_sha256 = job.runtime.from_main(lambda: sha256_of(best / WEIGHTS))
     test = _evaluate_test(job, best)
@@ -328,7 +332,11 @@ def _evaluate_test(job: Job, best: Path) -> dict[str, float] | None:
     split = job.runtime.on_every_rank(lambda: job.dataset.split(name))
     job.runtime.from_main(lambda: check_split(job.dataset, split))
     LOG.info("evaluating the best weights on %s", name)
-    predictions = predict_split(model, job.dataset, split, runtime=job.runtime, workers=job.workers)
+    heartbeat = job.runtime.heartbeat
+    with heartbeat.phase(f"evaluating {name}"):
+        predictions = predict_split(
+            model, job.dataset, split, runtime=job.runtime, workers=job.workers
+        )
 
     def write() -> dict[str, float]:
         from rtl_dist.report.evaluation import write_evaluation
@@ -344,7 +352,8 @@ def _evaluate_test(job: Job, best: Path) -> dict[str, float] | None:
         )
         return metrics
 
-    metrics: dict[str, Any] = job.runtime.from_main(write)
+    with heartbeat.phase("drawing", open_ended=job.runtime.is_main):
+        metrics: dict[str, Any] = job.runtime.from_main(write)
     return metrics | {"num_samples": split.num_samples}
 
 

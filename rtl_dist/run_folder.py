@@ -136,7 +136,9 @@ def _note_smaller_microbatch(snapshot: Snapshot, micro: int) -> None:
 
 
 def describe_run(run: Path, config: Config, runtime: Runtime) -> None:
-    """Writes ``config.yaml`` and ``environment.json``."""
+    """Writes ``config.yaml`` and ``environment.json``; what an earlier start said of its end is not
+    true any more."""
+    (run / "results.json").unlink(missing_ok=True)
     write_text(run / "config.yaml", to_yaml(config))
     write_json(run / "environment.json", _environment(runtime))
 

@@ -34,6 +34,7 @@ from rtl_dist.stopping import StopRequests, was_launched
 
 LOG = logging.getLogger("rtl_dist")
 T = TypeVar("T")
+_OF_PEERS = ("onnection", "Timed out waiting", "Gloo", "NCCL")  # in what the collectives raise
 
 
 class Runtime:
@@ -133,7 +134,7 @@ class Runtime:
                 f"out of memory ({str(error).splitlines()[0]}); set batch.micro lower or use a"
                 " smaller data.image_size, and start the same command again"
             ) from error
-        lost_a_rank = isinstance(error, RuntimeError) and "onnection" in str(error)
+        lost_a_rank = isinstance(error, RuntimeError) and any(w in str(error) for w in _OF_PEERS)
         if self.world_size > 1 and lost_a_rank:
             raise RtlDistError(
                 "another process of this job ended; its own last message says why"
@@ -161,19 +162,23 @@ class Runtime:
 
     # --- agreement -----------------------------------------------------------------------------
 
+    def is_asked(self) -> bool:
+        """Whether this rank was asked to stop. Act on it only where all ranks do."""
+        return self._reason is not None
+
     def asked_to_stop(self) -> bool:
         """Whether some rank had been asked to stop when this was called the last time. Asks again,
         and waits for no rank that is no more than one call behind. Called by all ranks.
         """
         if self._control is None:
-            return self._reason is not None
+            return self.is_asked()
         agreed = False
         if self._asked is not None:
             answer, work = self._asked
             with self.heartbeat.waiting():
                 work.wait()
             agreed = bool(answer.item())
-        question = torch.tensor(int(self._reason is not None))
+        question = torch.tensor(int(self.is_asked()))
         self._asked = question, dist.all_reduce(question, group=self._control, async_op=True)
         return agreed
 
@@ -186,13 +191,13 @@ class Runtime:
     def _reason(self) -> str | None:
         return self.stops.reason if self.stops is not None else None
 
-    def agree(self, *, bad_samples: int, failure: RtlDistError | None) -> tuple[bool, int]:
+    def agree(self, *, bad_samples: int, failure: Exception | None) -> tuple[bool, int]:
         """One exchange a step: (whether any rank was asked to stop, bad samples of all ranks).
 
         Raises:
-            RtlDistError: ``failure`` of the lowest rank that has one, on every rank.
+            ``failure`` of the lowest rank that has one, on every rank.
         """
-        mine = torch.tensor([int(self._reason is not None), bad_samples, int(failure is not None)])
+        mine = torch.tensor([int(self.is_asked()), bad_samples, int(failure is not None)])
         stop, bad, failed = self.sum_over_ranks(mine).tolist()
         if failed:
             raise next(error for error in self.gather(failure) if error is not None)
@@ -228,7 +233,8 @@ class Runtime:
     def mean_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         """Mean of a tensor on the device, which it overwrites."""
         if self.world_size > 1:
-            dist.all_reduce(values)
+            with self.heartbeat.waiting():
+                dist.all_reduce(values)
         return values / self.world_size
 
     def gather(self, item: Any) -> list[Any]:
@@ -249,8 +255,9 @@ class Runtime:
             except RtlDistError as error:
                 result[1] = error
             except OSError as error:
+                what = "read" if isinstance(error, FileNotFoundError) else "write"
                 result[1] = RtlDistError(
-                    f"cannot write {error.filename or 'a file'}: {error.strerror or error}; free"
+                    f"cannot {what} {error.filename or 'a file'}: {error.strerror or error}; free"
                     " space or correct the permissions, then start the same command again"
                 )
             except Exception as error:

@@ -117,7 +117,11 @@ class StageEvaluator:
             views=stage.views,
         )
         loader = make_loader(
-            microbatches, positions, workers=job.workers, device=job.runtime.device
+            microbatches,
+            positions,
+            workers=job.workers,
+            device=job.runtime.device,
+            give_up=job.runtime.is_asked,
         )
         for one in loader:
             yield one.inputs

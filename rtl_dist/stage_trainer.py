@@ -65,7 +65,7 @@ class StageTrainer:
     (the step, by all ranks, as one was asked to stop), ``rates`` (of the
     last step), ``data_wait_s`` (since last cleared), ``boundary`` (the first trained part),
     ``frozen`` and ``trained`` (the model, cut below it), ``features`` (of the frozen part),
-    ``on_features`` (the frozen part is not run), ``ledger``.
+    ``on_features`` (the frozen part is not run), ``is_compiled``, ``ledger``.
     """
 
     def __init__(
@@ -273,8 +273,8 @@ class StageTrainer:
                 self._optimizer,
                 device_placement=[True, False],  # restored state is where it belongs already
             )
-        self._is_compiled = bool(compiles is True or (compiles == "auto" and state.is_compiled))
-        if self._is_compiled:
+        self.is_compiled = bool(compiles is True or (compiles == "auto" and state.is_compiled))
+        if self.is_compiled:
             self._wrapped = torch.compile(self._wrapped)
             if self.frozen is not None:
                 self.frozen.compile()
@@ -304,7 +304,7 @@ class StageTrainer:
 
     def _compiling(self) -> contextlib.AbstractContextManager[None]:
         """Around a step that may have to compile the network first, which takes minutes."""
-        if not self._is_compiled or self._gradients_checked:
+        if not self.is_compiled or self._gradients_checked:
             return contextlib.nullcontext()
         return self._job.runtime.heartbeat.phase("compiling", open_ended=True)
 
@@ -330,6 +330,7 @@ class StageTrainer:
             losses = self._loss(scores, targets)
             loss = losses.sum() / (len(losses) * per_rank)
             is_sharing |= shares and job.runtime.world_size > 1
+            job.runtime.heartbeat.beat()  # so that one that does not come this far is behind
             job.runtime.accelerator.backward(loss)
             is_sharing = False
             self._statistics.add()
@@ -380,7 +381,9 @@ class StageTrainer:
         asked_at = time.perf_counter()
         batch = None
         try:
-            with self._job.runtime.heartbeat.phase("waiting for data"):
+            # fetching has an end of its own
+            is_remote = self._job.train.files.cache is not None
+            with self._job.runtime.heartbeat.phase("waiting for data", open_ended=is_remote):
                 batch = next(self._batches.iterator)
         except RtlDistError as error:
             self.failure = error

@@ -24,9 +24,10 @@ class TrainState:
     """Plain numbers, the same on every rank; written to ``state.json`` of a checkpoint.
 
     step: optimizer steps done. stage: number of the current stage. stage_first_step: ``step`` when
-    it began. last_*: ``step`` when it last happened. since_log, since_eval: training counts (whole
-    numbers, see ``totals``) since then. metrics_bytes: the length of ``metrics.jsonl`` then.
-    bad_samples: damaged samples replaced so far.
+    it began. last_*: ``step`` when it last happened. eval_was_due: an evaluation of this step was
+    to come, and is done first when a run goes on, whatever its config says then. since_log,
+    since_eval: training counts (whole numbers, see ``totals``) since then. metrics_bytes: the
+    length of ``metrics.jsonl`` then. bad_samples: damaged samples replaced so far.
 
     Of the current stage: stage_best and evals_without_best (its best evaluation, and how many came
     since), lr (where the config says auto), is_compiled (where it says auto; None: not yet judged).
@@ -41,6 +42,7 @@ class TrainState:
     last_log: int = 0
     last_eval: int = 0
     last_checkpoint: int = 0
+    eval_was_due: bool = False
     since_log: list[int] = field(default_factory=list)
     since_eval: list[int] = field(default_factory=list)
     best: Best | None = None

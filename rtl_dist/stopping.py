@@ -20,7 +20,9 @@ from typing import Any, NoReturn
 from rtl_dist.errors import StopRequested
 
 STOP_SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+    if hasattr(signal, name)
 )
 # Schedulers repeat a polite request, and launchers pass on what their processes got from the
 # terminal themselves: neither is an impatient user.
@@ -74,6 +76,8 @@ class StopRequests:
         self._writing.setblocking(False)
         self._old_wakeup = signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
         for number in STOP_SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # under nohup a terminal that closes is no request
             self._old_handlers[number] = signal.signal(number, self._note)
         self._thread = threading.Thread(target=self._listen, name="stop requests", daemon=True)
         self._thread.start()

@@ -15,7 +15,7 @@ if sys.path and os.path.realpath(sys.path[0] or ".") == os.path.dirname(os.path.
     # others of the same name; the project's root belongs there instead.
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 
-from rtl_dist.commands import first_imports, run_command, train_arguments
+from rtl_dist.commands import first_imports, leave, run_command, train_arguments
 from rtl_dist.config import Config, load_config
 from rtl_dist.launched import may_end_alone
 from rtl_dist.lock import require_unlocked
@@ -73,4 +73,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1,5 +1,6 @@
 """Checkpoints are written beside training, which learns of a failure at its next step."""
 
+import errno
 import threading
 import time
 from dataclasses import dataclass
@@ -100,8 +101,24 @@ def test_a_fault_of_ours_is_not_hidden(tmp_path):
 
     writer = CheckpointWriter()
     writer.write(tmp_path, snapshot(1, torch.ones(1)), keep=1, before=broken)
-    with pytest.raises(ZeroDivisionError):
+    writer.join()
+    assert "ZeroDivisionError" in str(writer.failure)
+    with pytest.raises(RuntimeError, match="could not be written: ZeroDivisionError"):
         writer.wait()
+
+
+def test_metrics_that_cannot_be_made_durable_are_a_failure_known_at_the_next_step(tmp_path):
+    """Quotas and NFS tell of a full disk there."""
+
+    def flush():
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    writer = CheckpointWriter()
+    writer.write(tmp_path, snapshot(1, torch.ones(1)), keep=1, before=flush)
+    writer.join()
+    assert isinstance(writer.failure, RtlDistError)
+    assert "Disk quota exceeded; free space" in str(writer.failure)
+    assert load_newest_checkpoint(tmp_path) is None
 
 
 # --- whole runs ---

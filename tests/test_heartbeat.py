@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import signal
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,6 @@ from tiny_runs import make_dataset, require_equal_runs, tiny_config, write_confi
 from rtl_dist.heartbeat import Heartbeat, Watch, clear_heartbeats
 
 STEP = "rtl_dist.stage_trainer:StageTrainer.step"
-MICROBATCH = "rtl_dist.stage_trainer:StageTrainer._learn_from"
 NEXT = "rtl_dist.stage_trainer:StageTrainer._next_batch"
 EVALUATE = "rtl_dist.evaluation:_from_images"
 TIMEOUT = "run.timeout=4 seconds"
@@ -33,9 +33,13 @@ class Stall(At):
 
 @dataclass(frozen=True, kw_only=True)
 class StopWorkers(At):
-    """SIGSTOP for the loader's processes."""
+    """SIGSTOP for the loader's processes; then_asked: and a request to stop a while later."""
+
+    then_asked: bool = False
 
     def happen(self) -> None:
+        if self.then_asked:
+            threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
         workers = multiprocessing.active_children()
         assert workers
         for worker in workers:
@@ -113,6 +117,37 @@ def test_a_loader_that_stalls(config, world_size):
     assert f"rank {fault.rank} (" in said
     assert "phase waiting for data" in said
     assert {one.code for one in exits} == {1}
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    "place",
+    ["rtl_dist.stage_trainer:StageTrainer._learn_from",
+     "rtl_dist.stage_trainer:StageTrainer._take_step",
+     "rtl_dist.model.batchnorm:StepStatistics.fold"],
+)  # fmt: skip
+def test_of_two_ranks_that_live_the_one_that_holds_the_other_up_is_named(config, place):
+    fault = Hold(place=place, call=15, rank=1, seconds=60.0)
+    exits = run_ranks(config, TIMEOUT, world_size=2, fault=fault)
+    assert exits[1].fired
+    assert "rank 1 (" in exits[0].last_line, exits[0].last_line
+    assert [one.code for one in exits] == [1, 1]
+    assert "rank 0 (" not in exits[0].output + exits[1].output
+
+
+@pytest.mark.launch
+def test_a_stop_while_a_loader_stalls_saves_the_last_whole_step(config, tmp_path, dataset):
+    overrides = ("data.workers=1", "stages.0.cache=off")
+    fault = StopWorkers(place=NEXT, call=4 * 2 + 1, then_asked=True)
+    exits = run_ranks(config, *overrides, fault=fault)
+    assert exits[0].fired
+    assert exits[0].code == 75, exits[0].output
+    assert "stopped at step" in exits[0].last_line
+    assert (tmp_path / "run" / "checkpoints").exists()
+    require_done(run_ranks(config, *overrides))
+    alone = write_config(tmp_path / "a.yaml", tiny_config(dataset, tmp_path / "alone"))
+    require_done(run_ranks(alone, *overrides))
+    require_equal_runs(tmp_path / "alone", tmp_path / "run")
 
 
 @pytest.mark.launch
@@ -238,6 +273,22 @@ def test_a_disk_that_cannot_be_written_is_told_once(tmp_path, caplog, monkeypatc
     for _ in range(3):
         assert watcher.after(1) == set()
     assert caplog.text.count("going on without") == 1
+
+
+def test_where_heartbeats_cannot_be_written_nobody_is_suspected(tmp_path):
+    """A full disk is no reason to end a job that goes on without."""
+    watcher = Watcher(tmp_path, Heartbeat(), 2)
+    tell(tmp_path, 1)
+    assert watcher.after(1) == set()
+    for path in (tmp_path / "heartbeats").iterdir():
+        path.unlink()
+    (tmp_path / "heartbeats").rmdir()
+    (tmp_path / "heartbeats").write_text("in the way")
+    assert [watcher.after(10) for _ in range(30)] == [set()] * 30
+    (tmp_path / "heartbeats").unlink()
+    (tmp_path / "heartbeats").mkdir()
+    tell(tmp_path, 1)
+    assert 1 in [*(watcher.after(10) for _ in range(10))][-1]
 
 
 def test_what_an_earlier_start_left_is_cleared(tmp_path):

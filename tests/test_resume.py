@@ -1,5 +1,6 @@
 """A run that is killed or stopped goes on from its newest whole checkpoint and ends the same."""
 
+import errno
 import filecmp
 import json
 import os
@@ -22,6 +23,7 @@ from tiny_runs import (
     write_config,
 )
 
+from rtl_dist import boundary, checkpoint
 from rtl_dist.data.pack import pack
 from rtl_dist.train import main
 
@@ -249,7 +251,9 @@ def test_a_finished_run_is_left_as_it_is(tmp_path, dataset, capsys):
     run = tmp_path / "run"
     config = write_config(tmp_path / "c.yaml", tiny_config(dataset, run, stages=stages))
     assert main(["--config", config]) == 0
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name not in PER_START}
+    before = {
+        path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name not in PER_START
+    }
     capsys.readouterr()
     assert main(["--config", config]) == 0
     assert "is already done (best val/top1" in capsys.readouterr().out
@@ -345,3 +349,48 @@ def test_a_second_job_in_the_same_folder_leaves_and_names_the_owner(tmp_path, da
     assert f"process {os.getpid()}" in capsys.readouterr().err
     lock.release()
     assert main(["--config", config]) == 0
+
+
+def test_the_best_weights_are_those_that_count_whatever_is_evaluated_from_then_on(
+    tmp_path, dataset, monkeypatch
+):
+    """Killed when best/ was just written, and started again to evaluate less often."""
+    run = tmp_path / "run"
+    config = write_config(
+        tmp_path / "c.yaml",
+        tiny_config(dataset, run, eval={"every": "1 steps"}, checkpoint={"every": "100 steps"}),
+    )
+    steps = []
+    write = boundary.write_model_folder
+
+    def write_and_die(folder, *arguments):
+        write(folder, *arguments)
+        steps.append(metric_rows(run)[-1]["step"])
+        if len(steps) == 3:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(boundary, "write_model_folder", write_and_die)
+        with pytest.raises(Killed):
+            main(["--config", config])
+    assert main(["--config", config, "eval.every=100 steps"]) == 0
+    best = json.loads((run / "results.json").read_text())["best"]
+    rows = {row["step"]: row for row in metric_rows(run) if "val/loss" in row}
+    assert steps[-1] in rows, "what was being judged was judged again"
+    assert rows[best["step"]]["val/loss"] == best["loss"]
+
+
+def test_a_disk_that_cannot_be_read_for_a_moment_damages_nothing(tmp_path, dataset, monkeypatch):
+    stages = [{"name": "head", "steps": 4, "trainable": "head", "lr": 1e-2}]
+    run = tmp_path / "run"
+    config = write_config(tmp_path / "c.yaml", tiny_config(dataset, run, stages=stages))
+    assert main(["--config", config]) == 0
+    (run / "results.json").unlink()
+
+    def stale(path):
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "sha256_of", stale)
+        assert main(["--config", config]) == 1
+    assert main(["--config", config, "run.resume=must"]) == 0

@@ -103,7 +103,7 @@ def test_all_ranks_stop_where_one_is_asked(config, tmp_path, undisturbed, rank):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_all_ranks_leave_an_evaluation_where_one_is_asked(config, tmp_path, undisturbed, rank):
+def test_all_ranks_leave_an_evaluation_where_one_is_asked(config, tmp_path, rank):
     """Before its second block: the first is scored and thrown away."""
     fault = Ask(place=IMAGES, item=1, rank=rank)
     exits = run_ranks(config, "stages.0.cache=off", world_size=2, fault=fault)

@@ -295,31 +295,6 @@ def test_a_diverging_loss_ends_the_run_before_it_is_saved(tmp_path, dataset, cap
         assert all(np.isfinite(v.numpy()).all() for v in saved.values() if v.is_floating_point())
 
 
-def test_wandb_offline_is_a_copy_that_resumes_under_its_id(tmp_path, dataset):
-    run = train(
-        tmp_path,
-        dataset,
-        track={"wandb": "offline"},
-        stages=[{"name": "head", "steps": 4, "trainable": "head", "lr": 1e-2}],
-    )
-    state = json.loads((newest_checkpoint(run) / "state.json").read_text())["state"]
-    recorded = list((run / "wandb").glob(f"offline-run-*-{state['wandb_id']}/*.wandb"))
-    assert len(recorded) == 1
-    assert len(metric_rows(run)) > 0
-
-
-def test_a_wandb_that_fails_does_not_touch_the_run(tmp_path, dataset, monkeypatch, caplog):
-    import wandb
-
-    def refuse(*args, **kwargs):
-        raise wandb.errors.CommError("no network")
-
-    plain = train(tmp_path, dataset, "plain")
-    monkeypatch.setattr(wandb, "init", refuse)
-    run = train(tmp_path, dataset, "online", track={"wandb": "online"})
-    assert same(weights(run), weights(plain))
-
-
 def test_a_part_the_model_does_not_have_is_refused_at_once(tmp_path, dataset, capsys):
     config = tiny_config(dataset, tmp_path / "run", stages__1__trainable=["layer9", "head"])
     assert main(["--config", write_config(tmp_path / "c.yaml", config)]) == 2

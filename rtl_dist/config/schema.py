@@ -381,7 +381,9 @@ class Features:
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     every: Every = field(default_factory=lambda: Every.parse("1 epoch"))
-    """At most this much is done again after a kill."""
+    """At most this much is done again after a kill, and what was trained while the newest
+    checkpoint was being written. There is one before each evaluation and at each stage's end too.
+    """
     keep: int = 2
     """Newest checkpoints kept; older ones are deleted."""
 

@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Literal, TypeVar
 
@@ -18,20 +18,27 @@ from torch.utils.data import DataLoader
 
 from rtl_dist.data.processes import available_cpus
 from rtl_dist.data.ring import Batch, Microbatches, Reply, Requests, Ring, as_it_is
-from rtl_dist.errors import RtlDistError, WorkerError
+from rtl_dist.errors import RtlDistError, StopRequested, WorkerError
 
 T = TypeVar("T")
 
+_ASK_EVERY_S = 1.0
 _PREFETCH, _LEAST_PREFETCH = 4, 2  # microbatches each worker keeps ready
 _RING_BYTES = 2**30  # of memory for all that is ready; beyond it the least is kept
 
 
 def make_loader(
-    microbatches: Microbatches, positions: Iterable[int], *, workers: int, device: torch.device
+    microbatches: Microbatches,
+    positions: Iterable[int],
+    *,
+    workers: int,
+    device: torch.device,
+    give_up: Callable[[], bool] = lambda: False,
 ) -> Iterable[Batch]:
     """The microbatches at ``positions``, in order, on ``device``; ``workers`` processes make them.
 
-    A batch's inputs are lent until the next is asked for.
+    A batch's inputs are lent until the next is asked for. ``give_up`` is asked once a second while
+    a batch is waited for: if so, StopRequested is raised.
     """
     if not workers:
         return _from_this_process(microbatches, positions, device)
@@ -45,12 +52,13 @@ def make_loader(
         sampler=Requests(positions, num_slots),
         num_workers=workers,
         prefetch_factor=prefetch,
+        timeout=_ASK_EVERY_S,
         collate_fn=as_it_is,
         worker_init_fn=start_worker,
         # forked workers share the ring's memory and start in milliseconds
         multiprocessing_context="fork" if sys.platform == "linux" else None,
     )
-    return _Lent(ring, WorkerBatches(loader), device)
+    return _Lent(ring, WorkerBatches(loader, give_up), device)
 
 
 def _from_this_process(
@@ -103,8 +111,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 class WorkerBatches(Iterable[T]):
     """A DataLoader whose workers end at their first error, raised here as it was there."""
 
-    def __init__(self, loader: DataLoader[T]) -> None:
-        self._loader = loader
+    def __init__(self, loader: DataLoader[T], give_up: Callable[[], bool] = lambda: False) -> None:
+        self._loader, self._give_up = loader, give_up
 
     def __iter__(self) -> Iterator[T]:
         if not self._loader.num_workers:
@@ -113,7 +121,7 @@ class WorkerBatches(Iterable[T]):
         atexit.register(_kill_workers)
         with _untouched_sigchld():
             batches = iter(self._loader)
-        return _from_workers(batches)
+        return _from_workers(batches, self._give_up)
 
 
 def resolve_workers(workers: Literal["auto"] | int, *, local_world_size: int) -> int:
@@ -123,7 +131,7 @@ def resolve_workers(workers: Literal["auto"] | int, *, local_world_size: int) ->
     return max(1, min(16, available_cpus() // local_world_size))
 
 
-def _from_workers(batches: Iterator[T]) -> Iterator[T]:
+def _from_workers(batches: Iterator[T], give_up: Callable[[], bool]) -> Iterator[T]:
     # DataLoader raises a worker's error from frames that refer to each other and to the iterator.
     # Left to the garbage collector, that would fail to tell the workers to end (torch 2.15), so
     # the frames are let go here and the iterator with them.
@@ -140,6 +148,13 @@ def _from_workers(batches: Iterator[T]) -> Iterator[T]:
             text = text.splitlines()[-1].removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")
             raise kind(text) from None
         except Exception as error:  # noqa: BLE001 - raised again, of whatever kind
+            if "DataLoader timed out" in str(error):
+                if not give_up():
+                    continue
+                for process in processes:
+                    process.kill()
+                del batches
+                raise StopRequested("stopped while waiting for data") from None
             del batches
             if "exited unexpectedly" in str(error):
                 raise WorkerError(_how_it_died(str(error))) from None
@@ -185,7 +200,7 @@ def _kill_workers() -> None:
 def start_worker(worker: int) -> None:
     """A ``worker_init_fn``. A stop request is for the training process: it saves, then ends its
     workers itself."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     torch.set_num_threads(1)
