@@ -69,6 +69,7 @@ def chaos(
         "different": None,
     }
     write_json(folder / REPORT, record)  # from now on the folder is known to be ours
+    show(f"training {config_path} undisturbed, then with {kills} kill(s), into {folder}\n")
     begun_at = time.monotonic()
     try:
         with tqdm(total=kills, unit="kill", miniters=0, disable=None) as bar:

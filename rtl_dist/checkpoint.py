@@ -135,7 +135,8 @@ def load_newest_checkpoint(run: Path) -> Snapshot | None:
             )
     if folders:
         raise UserError(
-            f"no checkpoint in {run / FOLDER} is whole; delete that folder to start over"
+            f"no checkpoint in {run / FOLDER} is whole; delete that folder to start over from the"
+            " beginning"
         )
     return None
 
@@ -146,11 +147,11 @@ def load_checkpoint(folder: Path) -> Snapshot:
     Raises:
         OSError, ValueError, KeyError: it is damaged. UserError: it is of another version.
     """
-    manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    manifest = _read_json(folder / _MANIFEST)
     for name, expected in manifest.items():
         if sha256_of(folder / name) != expected:
             raise ValueError(f"{name} fails its checksum")
-    content = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    content = _read_json(folder / _STATE)
     if content["schema"] != SCHEMA:
         raise UserError(f"{folder} is of schema {content['schema']}, this version reads {SCHEMA}")
     tensors = {
@@ -164,6 +165,14 @@ def load_checkpoint(folder: Path) -> Snapshot:
         identity=content["identity"],
         **tensors,
     )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name} is no JSON: {error}") from error
+    return content
 
 
 def has_checkpoint(run: Path) -> bool:

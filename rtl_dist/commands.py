@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import gc
+import os
 import signal
 import sys
 import traceback
@@ -55,11 +56,10 @@ def first_imports() -> Iterator[None]:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the program. One that was asked to stop and has saved is not to die of being asked again
-    while it is taken down, which would hide its code."""
-    if code == StopRequested.exit_code:
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+    """Ends the program. Its code is decided: to be asked to stop while it is taken down, which
+    takes torch a while, must not change it."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
 
 
@@ -70,11 +70,13 @@ def run_command(command: Callable[[], str | None], *, debug: bool) -> int:
     except RtlDistError as error:
         if debug:
             traceback.print_exc()
-        sys.stderr.write(f"rtl-dist: {error}\n")
+        is_one_of_many = os.environ.get("RANK", "0") != "0"  # and all of them say the same
+        if not (isinstance(error, StopRequested) and is_one_of_many):
+            sys.stderr.write(f"rtl-dist: {error}\n")
         return error.exit_code
     except KeyboardInterrupt:
-        sys.stderr.write("rtl-dist: interrupted\n")
-        return _OUR_FAULT
+        sys.stderr.write("rtl-dist: interrupted; start the same command again\n")
+        return StopRequested.exit_code
     except Exception:  # noqa: BLE001 - the one place where our own faults end
         traceback.print_exc()
         sys.stderr.write("rtl-dist: this is a fault of rtl_dist itself; please report it\n")

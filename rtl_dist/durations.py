@@ -25,7 +25,9 @@ class Duration:
         """
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text)
         if not match or match[2] not in _UNITS:
-            raise ValueError(f"expected something like '90 minutes' or '11.5 hours', not {text!r}")
+            raise ValueError(
+                f"expected something like '30s', '90 minutes' or '11.5h', not {text!r}"
+            )
         if float(match[1]) <= 0:
             raise ValueError(f"expected a positive number of {_UNITS[match[2]]}s, not {match[1]}")
         return cls(float(match[1]), _UNITS[match[2]])

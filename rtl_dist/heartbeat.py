@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from rtl_dist.errors import StopRequested
+
 LOG = logging.getLogger("rtl_dist")
 FOLDER = "heartbeats"
 _FAILED = 1
@@ -142,7 +144,7 @@ class Watch:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._end.set()
         self._thread.join()
-        if kind is None:
+        if kind is None or issubclass(kind, StopRequested):
             with self._heartbeat.phase(_ENDED):
                 self._write()
 
@@ -236,7 +238,7 @@ class Watch:
         seen.content = content or seen.content
 
     def _give_up(self, stalled: dict[int, dict[str, Any]]) -> NoReturn:
-        sys.stderr.write(f"rtl-dist: {_sentence(stalled, self._timeout_s)}\n")
+        sys.stderr.write(f"rtl-dist: {_sentence(stalled, self._timeout_s, self._folder)}\n")
         sys.stderr.flush()
         with self._heartbeat.phase(_ENDED):
             self._write()
@@ -245,12 +247,12 @@ class Watch:
         os._exit(_FAILED)
 
 
-def _sentence(stalled: dict[int, dict[str, Any]], timeout_s: float) -> str:
+def _sentence(stalled: dict[int, dict[str, Any]], timeout_s: float, folder: Path) -> str:
     rank = min(stalled, key=lambda rank: (stalled[rank].get("progress", -1), rank))
     content = stalled[rank]
     who = f"rank {rank}"
     if not content:
-        return f"{who} has left no sign of life in {FOLDER}/; is run.dir on a disk all hosts see?"
+        return f"{who} has left no sign of life in {folder}; is run.dir on a disk all hosts see?"
     who += f" (process {content['pid']} on {content['host']})"
     if len(stalled) > 1:
         who += f" and {len(stalled) - 1} more"
@@ -259,7 +261,7 @@ def _sentence(stalled: dict[int, dict[str, Any]], timeout_s: float) -> str:
         if content[key] is not None:
             where += f", {'last sample' if key == 'sample' else key} {content[key]}"
     return (
-        f"{who} made no progress for {timeout_s:g} s (run.timeout), nor did any other since; its"
-        f" last: {where}; see {FOLDER}/, and start the same command again to go on from the last"
-        " checkpoint"
+        f"{who} made no progress for {timeout_s:g} s (run.timeout), and the others waited for it;"
+        f" its last: {where}; see {folder}, and start the same command again: it goes on from the"
+        " newest checkpoint"
     )

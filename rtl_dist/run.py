@@ -196,6 +196,12 @@ def open_job(
     if average and restored is not None:
         average.model.load_state_dict(restored.ema)
     state = restored.state if restored else TrainState()
+    if restored is None and _has_metrics(run):
+        LOG.warning(
+            "%s has metrics of an earlier start but no checkpoint: starting from the beginning,"
+            " they are replaced",
+            run,
+        )
     runtime.from_main(lambda: describe_run(run, config, runtime))
     LOG.info(
         "%s: %s; %d classes, %s training and %s validation images; %d process(es), precision %s",
@@ -254,6 +260,11 @@ def open_job(
     finally:
         job.writer.join()
         tracker.close()
+
+
+def _has_metrics(run: Path) -> bool:
+    path = run / "metrics.jsonl"
+    return path.exists() and path.stat().st_size > 0
 
 
 def _initial_model(

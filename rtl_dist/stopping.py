@@ -116,6 +116,8 @@ class StopRequests:
             _leave(number.name)
         if self._noted_at is None:
             self._noted_at = now
+            if os.environ.get("RANK", "0") == "0":
+                _say(f"{number.name}: saving as soon as the step allows; again to leave at once")
         elif number not in _POLITE and now - self._noted_at > _SAME_REQUEST_S:
             _leave(number.name)
 
@@ -129,10 +131,13 @@ def _leave(name: str) -> NoReturn:
     """Ends this process now: whatever is on the disk is whole at any moment."""
     for worker in multiprocessing.active_children():
         worker.kill()
-    line = f"rtl-dist: left at once ({name}); start the same command again to go on\n"
-    with contextlib.suppress(OSError):
-        os.write(2, line.encode())
+    _say(f"left at once ({name}); start the same command again")
     os._exit(StopRequested.exit_code)
+
+
+def _say(what: str) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, f"rtl-dist: {what}\n".encode())
 
 
 def _forget_wakeup() -> None:

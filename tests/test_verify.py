@@ -539,7 +539,11 @@ def test_ctrl_c_ends_it_and_its_processes(data, tmp_path):
     process.send_signal(signal.SIGINT)
     # its workers hold the same pipes: this returns once they have ended, too
     out, err = process.communicate(timeout=30)
-    assert (process.returncode, out, err) == (1, "", "rtl-dist: interrupted\n")
+    assert (process.returncode, out, err) == (
+        75,
+        "",
+        "rtl-dist: interrupted; start the same command again\n",
+    )
 
 
 def test_whole_command_on_damaged_data(data):

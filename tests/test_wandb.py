@@ -317,7 +317,7 @@ def test_killed_and_resumed_it_is_one_run_with_each_step_once(
     train_once(config, env, Times(last_s=60))
     require_equal_runs(undisturbed, run)
     assert id_of(run) == id
-    assert len(files_of(run)) == 2
+    assert len(files_of(run)) == 2, list((run / "wandb").iterdir())
     copied = [row for file in files_of(run) for row in history_of(file)]
     assert untimed(copied) == metric_rows(undisturbed)
 
@@ -359,7 +359,7 @@ def test_online_it_goes_on_as_one_run_with_each_step_once(tmp_path, run, undistu
         wait_for_wandb(tmp_path)
         recorded = files_of(run)[-1]
         assert recorded.parent.name.startswith("offline-run-")
-        assert [row["step"] for row in history_of(recorded)] == [10], "or 9 was recorded twice"
+        assert history_of(recorded)[0]["step"] == 10, "9 is in the file of an earlier start"
         finished = train_once(config, env)
         assert (killed.fired, all_killed.fired) == (True, True)
         assert recorded.with_suffix(".wandb.synced").exists(), "it would be sent once more"

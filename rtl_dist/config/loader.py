@@ -237,7 +237,7 @@ def _convert_scalar(kind: Any, value: Any, path: str) -> Any:
         bool: "true or false",
         str: "text",
         Every: "something like '1 epoch'",
-        Duration: "something like '90 minutes'",
+        Duration: "something like '30s', '90 minutes' or '11.5h'",
     }
     raise UserError(f"{path}: expected {names[kind]}, found {value!r}")
 
