@@ -30,6 +30,14 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def clear_left_over(folder: Path) -> None:
+    """Deletes what writes that were killed left in a folder that is ours alone: the temporary files
+    of ``replacing``, and those of safetensors."""
+    for pattern in (".*.tmp", ".tmp*"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="replace")

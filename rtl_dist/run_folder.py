@@ -25,7 +25,7 @@ from rtl_dist.data import region
 from rtl_dist.data.dataset import Dataset
 from rtl_dist.data.processes import available_cpus
 from rtl_dist.errors import UserError
-from rtl_dist.files import write_json, write_text
+from rtl_dist.files import clear_left_over, write_json, write_text
 from rtl_dist.heartbeat import Watch, clear_heartbeats
 from rtl_dist.lock import RunLock
 from rtl_dist.runtime import Runtime
@@ -182,6 +182,8 @@ def _claim(run: Path, lock: RunLock, resume: str) -> None:
     if resume == "must" and not has_checkpoint(run):
         raise UserError(f"run.resume: must, but {run} holds no checkpoint to go on from")
     clear_heartbeats(run)
+    for folder in (run, run / "best"):
+        clear_left_over(folder)
 
 
 def read_results(run: Path) -> dict[str, Any]:

@@ -44,12 +44,12 @@ def main() -> int:
     watch.start()
     import wandb  # noqa: F401 - under watch: it may hang, too
 
-    with _turn(Path(settings["folder"])):
-        try:
-            _copy(settings, training_ended)
-        except Exception as error:  # noqa: BLE001 - whatever it is, offline may do
-            traceback.print_exc()
-            _begin_again_offline(settings, error)
+    _wait_for_turn(Path(settings["folder"]))
+    try:
+        _copy(settings, training_ended)
+    except Exception as error:  # noqa: BLE001 - whatever it is, offline may do
+        traceback.print_exc()
+        _begin_again_offline(settings, error)
     if problem := settings.get("problem"):
         _tell(f"{problem}; what W&B does not have is offline, for `wandb sync`")
     return _FAILED if problem else 0
@@ -170,13 +170,11 @@ def _results(folder: Path) -> dict[str, Any]:
     return results
 
 
-@contextlib.contextmanager
-def _turn(folder: Path) -> Iterator[None]:
-    """Waits for the copy of a run that was just killed to end."""
-    with open(folder / "wandb" / ".lock", "a") as file:
-        with contextlib.suppress(OSError):  # a disk without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _wait_for_turn(folder: Path) -> None:
+    """Until the copy of a run that was just killed has ended: W&B's files are whole only then."""
+    lock = os.open(folder / "wandb" / ".lock", os.O_CREAT | os.O_RDWR)  # held as long as we live
+    with contextlib.suppress(OSError):  # a disk without locks
+        fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def _begin_again_offline(settings: dict[str, Any], error: Exception) -> NoReturn:
