@@ -43,9 +43,10 @@ class CheckpointWriter:
             except RtlDistError as error:
                 self._failure = error
             except OSError as error:
+                where, what = error.filename or run, error.strerror or error
                 self._failure = RtlDistError(
-                    f"cannot write {run}: {error.strerror or error}; free space or correct the"
-                    " permissions, then start the same command again"
+                    f"cannot write {where}: {what}; free space or correct the permissions, then"
+                    " start the same command again"
                 )
             except Exception as error:  # noqa: BLE001 - raised again by all ranks
                 self._failure = RuntimeError(f"a checkpoint could not be written: {error!r}")

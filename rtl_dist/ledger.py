@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from rtl_dist.data.ring import Batch
-from rtl_dist.files import flush_to_disk
+from rtl_dist.files import flush_to_disk, naming
 from rtl_dist.runtime import Runtime
 from rtl_dist.state import TrainState
 
@@ -64,7 +64,7 @@ class Ledger:
         def append() -> int:
             assert gathered is not None
             lines = [json.dumps(line) for of_rank in gathered for line in of_rank]
-            with open(self._path, "a", encoding="utf-8") as file:
+            with naming(self._path), open(self._path, "a", encoding="utf-8") as file:
                 file.write("".join(f"{line}\n" for line in lines))
                 return file.tell()
 

@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rtl_dist.config import Config, to_dict
-from rtl_dist.files import write_json
+from rtl_dist.files import naming, write_json
 from rtl_dist.runtime import Runtime
 from rtl_dist.state import TrainState
 
@@ -35,7 +35,9 @@ class Tracker:
     def __init__(self, run: Path, config: Config, state: TrainState) -> None:
         """Opens the run's metrics file, cut back to what belongs to ``state``: rows written after
         the checkpoint that is resumed from would otherwise be there twice."""
-        self._file = open(run / "metrics.jsonl", "ab")  # noqa: SIM115 - closed in close()
+        self._path = run / "metrics.jsonl"
+        # unbuffered: what a full disk refused must not be tried again when the file is closed
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
         if self._file.tell() < state.metrics_bytes:
             LOG.warning("metrics.jsonl is shorter than the checkpoint says; rows were lost")
         self._file.truncate(min(self._file.tell(), state.metrics_bytes))
@@ -47,8 +49,10 @@ class Tracker:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in row.items()
         }
-        self._file.write(json.dumps(clean).encode() + b"\n")
-        self._file.flush()
+        line = json.dumps(clean).encode() + b"\n"
+        with naming(self._path):
+            while line:
+                line = line[self._file.write(line) :]
 
     @property
     def num_bytes(self) -> int:
@@ -57,7 +61,8 @@ class Tracker:
 
     def flush(self) -> None:
         """Makes every row durable; from any thread."""
-        os.fsync(self._file.fileno())
+        with naming(self._path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

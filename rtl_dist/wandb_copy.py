@@ -141,7 +141,7 @@ def _last_recorded_step(folder: Path, run_id: str) -> int:
 
 
 def _files(folder: Path, run_id: str) -> Iterator[Path]:
-    return folder.glob(f"wandb/*run-*-{run_id}/run-{run_id}.wandb")
+    return folder.glob(f"wandb/*run-*/run-{run_id}.wandb")
 
 
 def _records(file: BinaryIO) -> Iterator[bytes]:

@@ -1,7 +1,7 @@
 """Killed at any place, any number of times, and started again by the same command, a run ends with
 the bytes of one that was never disturbed.
 
-What runs by default is a share of a grid. The whole of it, some 800 kills (20 minutes):
+What runs by default is a share of a grid. The whole of it, some 900 kills (30 minutes):
 ``pytest -m exhaustive tests/test_kill_matrix.py``
 """
 
@@ -162,7 +162,7 @@ def test_killed_with_workers_that_load(tmp_path, config, undisturbed):
 
 @pytest.mark.parametrize("call", [2, 3, 4])
 def test_killed_while_it_stops(tmp_path, config, undisturbed, call):
-    """As a scheduler does that has waited long enough; the third save is the one for the stop."""
+    """As a scheduler does that has waited long enough."""
     run = tmp_path / "run"
     stop = Signal(place=CROSS, call=7)
     killed_in_save = DiskFault(prefix=f"{run}/checkpoints/.incomplete-step-00000007", call=7 * call)
@@ -214,9 +214,9 @@ def test_one_of_two_ranks_killed_between_two_stages(tmp_path, config, undisturbe
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("call", [2, 4, 6])
+@pytest.mark.parametrize("call", [3, 6, 9])
 def test_killed_as_a_checkpoint_is_written(tmp_path, config, undisturbed, call, after):
-    """The second is of the end of a stage, the sixth of the end of the run."""
+    """These are of the ends of the three stages."""
     run = tmp_path / "run"
     killed(config, run, Kill(place=SAVE, call=call, after=after))
     gone_on(config, run)
@@ -228,7 +228,7 @@ def test_the_first_of_two_ranks_killed_as_a_checkpoint_is_written(
     tmp_path, config, undisturbed, after
 ):
     run = tmp_path / "run"
-    killed(config, run, Kill(place=SAVE, call=2, after=after), world_size=2)
+    killed(config, run, Kill(place=SAVE, call=3, after=after), world_size=2)
     gone_on(config, run, world_size=2)
     require_equal_runs(undisturbed[2], run)
 
@@ -313,14 +313,14 @@ def test_one_of_two_ranks_killed_in_an_evaluation(tmp_path, config, undisturbed,
 
 # --- at every change of a file -----------------------------------------------------------------
 
-CALLS = 420  # a run makes somewhat fewer
+CALLS = 700  # a run makes fewer
 SHARES = 40
 
 
 def test_killed_at_any_change_of_the_run_folder(tmp_path, config, undisturbed):
     """Between two changes of files nothing on the disk tells one moment from another."""
     require_shim()
-    for call in (3, 15, 60, 101, 150, 202, 251, 302):
+    for call in (3, 15, 60, 101, 170, 252, 321, 402):
         assert killed_at_change(tmp_path / str(call), config, undisturbed[1], call)
 
 
@@ -370,7 +370,7 @@ def test_killed_while_the_best_weights_are_written(tmp_path, config, undisturbed
         (".config.yaml.", 3),
         (".results.json.", 3),
         ("checkpoints/.incomplete-step-00000012", 9),
-        ("checkpoints/.incomplete-gone-step-00000012", 3),  # when the last one was saved
+        ("checkpoints/.incomplete-gone-step-00000015", 3),  # when the last one was saved
     ],
 )
 def test_what_a_kill_left_behind_goes_when_the_run_goes_on(

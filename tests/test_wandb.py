@@ -284,6 +284,8 @@ def require_readable_at_any_length(file: Path, run: Path, steps: list[int]) -> N
     file.write_bytes(content[:20_000] + bytes(len(content) - 20_000))  # as after a power failure
     assert -1 < wandb_copy._last_recorded_step(run, id_of(run)) < 26
     file.write_bytes(content)
+    file.parent.rename(f"{file.parent}-1")  # W&B's name for the second of one second
+    assert wandb_copy._last_recorded_step(run, id_of(run)) == steps[-1]
 
 
 @pytest.mark.launch
@@ -598,9 +600,10 @@ def test_the_copy_ends_with_training_although_a_worker_of_it_holds_the_pipe_open
 
 
 RECORDING = """
-import os, time, types
+import atexit, os, time, types
 Settings = dict
 log = open(os.environ["LOGGED"], "a", buffering=1)
+atexit.register(lambda: (time.sleep(0.5), log.write("gone\\n")))  # with files that are whole
 def init(**options):
     log.write("begins\\n")
     time.sleep(1.0)
@@ -629,7 +632,7 @@ def test_the_copy_waits_for_that_of_the_run_that_was_killed(tmp_path):
         for _ in range(2)
     ]
     assert [copy.wait(timeout=60) for copy in copies] == [0, 0]
-    assert logged.read_text().split() == ["begins", "1", "2", "ends"] * 2
+    assert logged.read_text().split() == ["begins", "1", "2", "ends", "gone"] * 2
 
 
 # --- the mode ------------------------------------------------------------------------------------
