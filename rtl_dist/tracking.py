@@ -40,7 +40,8 @@ class Tracker:
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
         if self._file.tell() < state.metrics_bytes:
             LOG.warning("metrics.jsonl is shorter than the checkpoint says; rows were lost")
-        self._file.truncate(min(self._file.tell(), state.metrics_bytes))
+        with naming(self._path):
+            self._file.truncate(min(self._file.tell(), state.metrics_bytes))
         self._file.seek(0, os.SEEK_END)
         self._wandb = _start_wandb(run, config, state)
 
