@@ -67,8 +67,7 @@ def save_checkpoint(run: Path, snapshot: Snapshot, *, keep: int) -> Path:
     final = run / FOLDER / f"step-{snapshot.state.step:08d}"
     temporary = final.with_name(_TEMPORARY + final.name)
     try:
-        for left_over in final.parent.glob(f"{_TEMPORARY}*"):  # of saves that were killed
-            shutil.rmtree(left_over, ignore_errors=True)
+        clear_unfinished(run)
         temporary.mkdir(parents=True)
         for name in _TENSORS:
             save_tensors(getattr(snapshot, name), temporary / f"{name}.safetensors")
@@ -101,6 +100,12 @@ def save_checkpoint(run: Path, snapshot: Snapshot, *, keep: int) -> Path:
         with contextlib.suppress(OSError):
             _delete(old)
     return final
+
+
+def clear_unfinished(run: Path) -> None:
+    """Deletes what saves that were killed left, in the middle of writing or of deleting."""
+    for left_over in (run / FOLDER).glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(left_over, ignore_errors=True)
 
 
 def _delete(folder: Path) -> None:

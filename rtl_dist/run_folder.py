@@ -19,7 +19,12 @@ from typing import Any
 import torch
 
 from rtl_dist import __version__
-from rtl_dist.checkpoint import Snapshot, has_checkpoint, load_newest_checkpoint
+from rtl_dist.checkpoint import (
+    Snapshot,
+    clear_unfinished,
+    has_checkpoint,
+    load_newest_checkpoint,
+)
 from rtl_dist.config import Config, Data, Stage, read_run_config, to_dict, to_yaml
 from rtl_dist.data import region
 from rtl_dist.data.dataset import Dataset
@@ -184,6 +189,7 @@ def _claim(run: Path, lock: RunLock, resume: str) -> None:
     clear_heartbeats(run)
     for folder in (run, run / "best"):
         clear_left_over(folder)
+    clear_unfinished(run)
 
 
 def read_results(run: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from rtl_dist import compilation
 from rtl_dist.compilation import compiling_pays
+from rtl_dist.heartbeat import Heartbeat
 from rtl_dist.model.parts import digest
 
 MANY = 2 * 10**6  # images, more than the least
@@ -20,7 +21,8 @@ class Ranks:
     """A runtime of which this is rank 0."""
 
     def __init__(self, world_size=1, device="cuda"):
-        self.world_size, self.device = world_size, torch.device(device)
+        self.world_size, self.device, self.is_main = world_size, torch.device(device), True
+        self.heartbeat = Heartbeat()
         self.accelerator = SimpleNamespace(autocast=nullcontext)
         self.asked = 0
 
