@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 
 import pytest
@@ -16,6 +17,9 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="rtl_dist-tests-")  # not
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WANDB_API_KEY"):
     os.environ.pop(_name, None)
+
+# A shell starts what it puts in the background with SIGINT ignored, and tests send it to processes.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item):

@@ -118,10 +118,15 @@ def test_an_interrupt_leaves_no_process(tmp_path, dataset, name, processes):
         [*command, f"--processes={processes}"], stderr=subprocess.PIPE, text=True
     ) as process:
         metrics = tmp_path / "run-chaos" / "undisturbed" / "metrics.jsonl"
-        wait_for(lambda: metrics.exists() and metrics.stat().st_size, process)
-        assert len(processes_of(tmp_path)) > processes
-        process.send_signal(getattr(signal, name))
-        _, errors = process.communicate(timeout=TIMEOUT_S)
+        try:
+            wait_for(lambda: metrics.exists() and metrics.stat().st_size, process)
+            assert len(processes_of(tmp_path)) > processes
+            process.send_signal(getattr(signal, name))
+            _, errors = process.communicate(timeout=TIMEOUT_S)
+        except BaseException:  # they would train for hours
+            for one in [process, *psutil.Process(process.pid).children(recursive=True)]:
+                one.kill()
+            raise
     assert process.returncode == 75
     assert errors.splitlines()[-1].startswith("rtl-dist: interrupted; start")
     assert not processes_of(tmp_path)
