@@ -1,6 +1,7 @@
 """What every test runs under: set before anything imports torch, matplotlib or wandb."""
 
 import atexit
+import gc
 import os
 import shutil
 import signal
@@ -22,12 +23,25 @@ for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WANDB_API
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_finish():
+    """Runs collect garbage often; all that was imported by now would take most of their time."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # or triton would complain of what is never freed
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu"):
         import torch
 
         if not torch.cuda.is_available():
             pytest.skip("needs a GPU")
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Runs draw no report at their end, which takes longer than a tiny run."""
+    monkeypatch.setattr("rtl_dist.report.run.draw_run", lambda run: None)
 
 
 @pytest.fixture

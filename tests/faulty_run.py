@@ -1,14 +1,19 @@
 """A run with a fault in it: ``python faulty_run.py FAULT --config ...``; says ``fault fired``.
 
-FAULT is ``kind:step:microbatch``; whichever rank has that microbatch of that step meets it.
+FAULT is ``kind:step:microbatch``; whichever rank has that microbatch of that step meets it. Runs of
+``killed_runs`` take it as ``Injected``.
 """
 
+import os
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from killed_runs import Fault
 
 from rtl_dist.stage_trainer import StageTrainer
 from rtl_dist.train import main
@@ -16,9 +21,26 @@ from rtl_dist.train import main
 learn_from = StageTrainer._learn_from
 
 
-def inject(kind: str, step: int, microbatch: int) -> None:
+def say() -> None:
+    sys.stdout.write("fault fired\n")
+    sys.stdout.flush()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Injected(Fault):
+    """``inject``, in one rank."""
+
+    kind: str
+    step: int
+    microbatch: int
+
+    def install(self, mark: int) -> None:
+        inject(self.kind, self.step, self.microbatch, tell=lambda: os.write(mark, b"fired"))
+
+
+def inject(kind: str, step: int, microbatch: int, *, tell: Callable[[], object] = say) -> None:
     """Makes that microbatch's gradient no number (``nan``), or its memory too small in the forward
-    pass (``oom``) or in the backward pass (``oom-backward``), once."""
+    pass (``oom``) or in the backward pass (``oom-backward``), once; then calls ``tell``."""
     fired: list[bool] = []
 
     def fail(*_: object) -> torch.Tensor:
@@ -30,8 +52,7 @@ def inject(kind: str, step: int, microbatch: int) -> None:
         if fired or was_halved or (state.step, number) != (step, microbatch):
             return learn_from(self, batch, number, per_rank, shares=shares)
         fired.append(True)
-        sys.stdout.write("fault fired\n")
-        sys.stdout.flush()
+        tell()
         loss, accelerator = self._loss, self._job.runtime.accelerator
         backward = accelerator.backward
         if kind == "nan":

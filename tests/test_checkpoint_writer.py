@@ -143,6 +143,7 @@ class SlowDisk(At):
             time.sleep(0.01)
 
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 SAVED_AT = 3
 SAVE = "rtl_dist.checkpoint:save_checkpoint"
 

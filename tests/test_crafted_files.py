@@ -26,6 +26,8 @@ from rtl_dist.errors import RtlDistError
 from rtl_dist.files import sha256_of
 from rtl_dist.train import main
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 STAGES = [{"name": "head", "steps": 4, "trainable": "head", "lr": 1e-2, "views": 1}]
 
 
@@ -40,11 +42,6 @@ def finished(dataset, tmp_path_factory) -> Path:
     return train(
         tmp_path_factory.mktemp("finished"), dataset, stages=STAGES, checkpoint__every="2 steps"
     )
-
-
-@pytest.fixture(autouse=True)
-def _without_report(monkeypatch):
-    monkeypatch.setattr("rtl_dist.report.run.draw_run", lambda *_: None)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from rtl_dist.heartbeat import Heartbeat
 from rtl_dist.model.batchnorm import learning_layers
 from rtl_dist.model.build import make_classifier
 from rtl_dist.model.parts import digest, freeze_for
-from rtl_dist.runtime import Runtime
+from rtl_dist.ranks import Ranks
 
 TAKEN, SKIPPED = torch.tensor(True), torch.tensor(False)
 
@@ -32,7 +32,7 @@ class Alone:
         return values
 
     heartbeat = Heartbeat()
-    in_rounds = Runtime.in_rounds
+    in_rounds = Ranks.in_rounds
 
     def agree(self, *, bad_samples, failure):
         if failure is not None:

@@ -10,10 +10,11 @@ from rtl_dist.commands import first_imports
 
 @pytest.fixture
 def fresh_process(monkeypatch):
-    """As if torch had not been imported yet."""
+    """As if torch had not been imported yet; see also ``pytest_collection_finish``."""
     monkeypatch.delitem(sys.modules, "torch", raising=False)
-    yield
     gc.unfreeze()
+    yield
+    gc.freeze()
 
 
 @pytest.mark.usefixtures("fresh_process")

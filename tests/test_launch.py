@@ -7,14 +7,14 @@ import json
 import os
 import signal
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from launched_runs import ROOT, SCRIPT, TIMEOUT_S, environment, finish, start, start_ranks
+from killed_runs import Signal, run_ranks
+from launched_runs import ROOT, SCRIPT, environment, finish, start
 from safetensors.torch import load_file
 
 import rtl_dist.runtime
@@ -164,18 +164,14 @@ class TestTwoProcesses:
 
 def test_a_stop_request_to_one_rank_stops_all_and_one_process_goes_on(config, alone, tmp_path):
     run = tmp_path / "run"
-    arguments = ["--config", config, f"run.dir={run}"]
-    ranks = start_ranks(arguments, 2)
-    ledger = run / "ledger" / "samples.jsonl"
-    deadline = time.monotonic() + TIMEOUT_S
-    while not (ledger.exists() and ledger.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    ranks[1].send_signal(signal.SIGUSR1)
-    ended = [finish(process) for process in ranks]
-    assert [code for code, _ in ended] == [75, 75], ended
-    assert "saved; start the same command to go on" in ended[0][1]  # rank 0 speaks for all
+    step = "rtl_dist.stage_trainer:StageTrainer.step"
+    fault = Signal(place=step, call=18, number=signal.SIGUSR1, rank=1)
+    exits = run_ranks(config, f"run.dir={run}", world_size=2, fault=fault)
+    assert exits[1].fired
+    assert [one.code for one in exits] == [75, 75], exits
+    assert "saved; start the same command to go on" in exits[0].output  # rank 0 speaks for all
     assert Outcome(run, "").results["status"] == "stopped"
-    assert main(arguments) == 0
+    assert main(["--config", config, f"run.dir={run}"]) == 0
     resumed = Outcome(run, "")
     assert resumed.ledger == alone.ledger
     assert largest_difference(resumed, alone, "model") < 1e-10
@@ -186,11 +182,10 @@ def test_a_stop_request_to_one_rank_stops_all_and_one_process_goes_on(config, al
 
 
 def test_processes_that_cannot_share_the_microbatches_are_refused(config, tmp_path):
-    arguments = ["--config", config, f"run.dir={tmp_path / 'run'}", "batch.micro=32"]
-    for code, output in [finish(process) for process in start_ranks(arguments, 2)]:
-        assert code == 2, output
-        assert "1 microbatches (global 32 / micro 32) cannot be shared by 2 processes" in output
-        assert "use 1 processes, or another batch.micro" in output
+    for one in run_ranks(config, f"run.dir={tmp_path / 'run'}", "batch.micro=32", world_size=2):
+        assert one.code == 2, one.output
+        assert "1 microbatches (global 32 / micro 32) cannot be shared by 2" in one.output
+        assert "use 1 processes, or another batch.micro" in one.output
 
 
 def test_a_process_that_finds_itself_alone_in_a_job_of_two_is_refused(

@@ -1,6 +1,5 @@
 """Whole runs on remote data: the same as on local data, and clear about what they cannot have."""
 
-import gc
 import json
 import shutil
 import time
@@ -38,17 +37,8 @@ NOISE = (
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch):
+def impatient(monkeypatch, undrawn):
     monkeypatch.setattr(remote, "_FIRST_WAIT_S", 0.001)
-    monkeypatch.setattr(report, "draw_run", lambda run: None)  # takes longer than the run
-
-
-@pytest.fixture(scope="module", autouse=True)
-def less_garbage():
-    """Runs collect garbage often; what is imported here would take most of their time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from rtl_dist import boundary, checkpoint
 from rtl_dist.data.pack import pack
 from rtl_dist.train import main
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 FILES = ("model.safetensors", "optimizer.safetensors", "ema.safetensors")
 PER_START = (".lock", "heartbeats", "rank-00000.json")
 CHANGES = {

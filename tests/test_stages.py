@@ -31,6 +31,7 @@ from rtl_dist.errors import UserError
 from rtl_dist.features import FeatureMaker
 from rtl_dist.stage_trainer import StageTrainer
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 ALL = {"name": "all", "trainable": "all", "lr": 1e-2, "batchnorm": "train"}
 HEAD = {"name": "head", "trainable": "head", "lr": 1e-2}
 

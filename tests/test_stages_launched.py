@@ -3,16 +3,21 @@
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
-from launched_runs import ROOT, environment, finish, start, start_ranks
+from faulty_run import Injected
+from killed_runs import Exit, Fault, require_done, run_ranks
+from launched_runs import ROOT, environment, finish, start
 from safetensors.torch import load_file
 
 from rtl_dist.data.pack import pack
 
 pytestmark = pytest.mark.launch
+SHORT = ("stages.0.steps=6", "stages.0.lr=1e-3", "stages.1.steps=4")
+CACHED = ("stages.0.steps=41", "stages.0.lr=1e-3", "stages.1.steps=1")  # long enough to pay
 FAULTY = (str(ROOT / "tests" / "faulty_run.py"),)
 
 
@@ -62,11 +67,10 @@ def runs(config, tmp_path_factory) -> dict[int, Path]:
     found = {}
     for world_size in (1, 2, 4):
         found[world_size] = folder / str(world_size)
-        arguments = ["--config", config, f"run.dir={found[world_size]}"]
-        arguments += [f"features.cache_dir={folder / f'features-{world_size}'}"]
-        outcomes = [finish(process) for process in start_ranks(arguments, world_size)]
-        assert [code for code, _ in outcomes] == [0] * world_size, outcomes
-        assert "on cached features from below layer4" in outcomes[0][1]
+        features = f"features.cache_dir={folder / f'features-{world_size}'}"
+        exits = run_ranks(config, f"run.dir={found[world_size]}", features, world_size=world_size)
+        require_done(exits)
+        assert "on cached features from below layer4" in exits[0].output
     return found
 
 
@@ -82,46 +86,45 @@ def test_any_number_of_processes_gives_the_same_weights(runs, world_size):
 
 def test_processes_find_each_other_s_features(config, runs, tmp_path):
     features = f"features.cache_dir={runs[1].parent / 'features-1'}"
-    arguments = ["--config", config, f"run.dir={tmp_path / 'run'}", features, "stages.1.steps=1",
-                 "stages.0.steps=41", "stages.0.lr=1e-3"]  # fmt: skip
-    outcomes = [finish(process) for process in start_ranks(arguments, 2)]
-    assert [code for code, _ in outcomes] == [0, 0], outcomes
-    assert "cached features found in" in outcomes[0][1]
+    exits = run_ranks(config, f"run.dir={tmp_path / 'run'}", features, *CACHED, world_size=2)
+    require_done(exits)
+    assert "cached features found in" in exits[0].output
 
 
-SHORT = ["stages.0.steps=6", "stages.0.lr=1e-3", "stages.1.steps=4"]
+def run_faulty(config: str, run: Path, fault: str, world_size: int, rank: int) -> list[Exit]:
+    kind, step, microbatch = fault.split(":")
+    injected = Injected(kind=kind, step=int(step), microbatch=int(microbatch), rank=rank)
+    exits = run_ranks(config, f"run.dir={run}", *SHORT, world_size=world_size, fault=injected)
+    assert exits[rank].fired
+    return exits
 
 
-def run_faulty(config: str, run: Path, fault: str, world_size: int) -> list[tuple[int, str]]:
-    arguments = [fault, "--config", config, f"run.dir={run}", *SHORT]
-    return [finish(process) for process in start_ranks(arguments, world_size, program=FAULTY)]
+@dataclass(frozen=True, kw_only=True)
+class Elsewhere(Fault):
+    """A rank whose user folder is one of its own, as on another machine."""
+
+    folder: str
+
+    def install(self, mark: int) -> None:
+        os.environ["XDG_CACHE_HOME"] = self.folder
+        os.write(mark, b"it is elsewhere")
 
 
-def test_processes_that_do_not_see_each_other_s_folder_train_without(config, runs, tmp_path):
-    code = (
-        "import os, sys; sys.path.insert(0, sys.argv[1]); from rtl_dist.train import main;"
-        " store = os.environ['STORE'] + os.environ['RANK'];"
-        " sys.exit(main([*sys.argv[2:], f'features.cache_dir={store}']))"
-    )
-    arguments = [str(ROOT), "--config", config, f"run.dir={tmp_path / 'run'}", "stages.0.steps=41",
-                 "stages.0.lr=1e-3", "stages.1.steps=1"]  # fmt: skip
-    os.environ["STORE"] = str(tmp_path / "store")
-    try:
-        outcomes = [finish(p) for p in start_ranks(arguments, 2, program=("-c", code))]
-    finally:
-        del os.environ["STORE"]
-    assert [code for code, _ in outcomes] == [0, 0], outcomes
-    assert "no cached features of train: " in outcomes[0][1]
+def test_processes_that_do_not_see_each_other_s_folder_train_without(config, tmp_path):
+    fault = Elsewhere(rank=1, folder=str(tmp_path / "of rank 1"))
+    env = {"XDG_CACHE_HOME": str(tmp_path / "of rank 0")}
+    run = f"run.dir={tmp_path / 'run'}"
+    exits = run_ranks(config, run, *CACHED, world_size=2, fault=fault, env=env)
+    require_done(exits)
+    assert exits[1].fired
+    assert "no cached features of train: " in exits[0].output
 
 
 @pytest.mark.parametrize("fault", ["nan:7:2", "oom:7:2", "oom:7:3"])
 def test_a_fault_of_one_rank_is_everybody_s(config, tmp_path, fault):
     """Rank 1 has microbatches 2 and 3; at 3 the other rank already waits for its gradients."""
-    two = run_faulty(config, tmp_path / "two", fault, 2)
-    one = run_faulty(config, tmp_path / "one", fault, 1)
-    assert [code for code, _ in two + one] == [0, 0, 0], two
-    assert "fault fired" in two[1][1]
-    assert "fault fired" not in two[0][1]
+    require_done(run_faulty(config, tmp_path / "two", fault, world_size=2, rank=1))
+    require_done(run_faulty(config, tmp_path / "one", fault, world_size=1, rank=0))
     results = [json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two")]
     for name in ("skipped_steps", "microbatch_halvings", "samples_seen"):
         assert results[0][name] == results[1][name], name
@@ -136,13 +139,12 @@ def test_a_fault_of_one_rank_is_everybody_s(config, tmp_path, fault):
 
 
 def test_no_memory_while_gradients_are_shared_ends_the_job(config, tmp_path):
-    two = run_faulty(config, tmp_path / "two", "oom-backward:7:3", 2)
-    assert [code for code, _ in two] == [1, 1], two
+    two = run_faulty(config, tmp_path / "two", "oom-backward:7:3", world_size=2, rank=1)
+    assert [one.code for one in two] == [1, 1], two
     said = "out of memory in step 7, while the ranks exchanged gradients; start the same command"
-    assert f"{said} again with batch.micro=4" in two[1][1]
-    arguments = ["--config", config, f"run.dir={tmp_path / 'two'}", *SHORT, "batch.micro=4"]
-    outcomes = [finish(process) for process in start_ranks(arguments, 2)]
-    assert [code for code, _ in outcomes] == [0, 0], outcomes
+    assert f"{said} again with batch.micro=4" in two[1].output
+    run = f"run.dir={tmp_path / 'two'}"
+    require_done(run_ranks(config, run, *SHORT, "batch.micro=4", world_size=2))
     results = json.loads((tmp_path / "two" / "results.json").read_text())
     assert results["microbatch_halvings"] == [{"from_step": 7, "micro": 4}]
 

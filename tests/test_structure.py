@@ -26,7 +26,7 @@ LAYERS = [
         "wandb_copy",
     ],
     ["heartbeat"],
-    ["config"],
+    ["config", "ranks"],
     ["elastic"],
     ["data", "metrics", "feature_store"],
     ["model", "runtime"],
