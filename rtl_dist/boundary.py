@@ -76,7 +76,6 @@ class Boundary:
         """Evaluates, judges and logs; also called when a run goes on from just before this."""
         if not self._evaluation_is_due:
             return
-        state = self._job.state
         self.fold_totals()
         speed = self._speed()
         try:
@@ -84,8 +83,6 @@ class Boundary:
                 self._record(self._evaluator.metrics(model), model, speed)
         except StopRequested:
             self._stop()  # now that the model is again as it is trained
-        if state.stopped_early and state.last_checkpoint != state.step:
-            self.save()  # the stage's last proof, and that it has ended
         self._restart_window()
 
     def _evaluating(self) -> AbstractContextManager[None]:
@@ -123,7 +120,7 @@ class Boundary:
         job = self._job
         with job.runtime.heartbeat.phase("saving", open_ended=True):
             job.writer.wait()
-        write_model_folder(job.run / "best", model, job.config, job.dataset)
+            write_model_folder(job.run / "best", model, job.config, job.dataset)
 
     @property
     def _evaluation_is_due(self) -> bool:
@@ -134,10 +131,14 @@ class Boundary:
     def _act_on_agreement(self) -> bool:
         """One exchange a step decides for all ranks; returns whether to stop."""
         job = self._job
-        stop, num_bad = job.runtime.agree(
-            bad_samples=len(self._trainer.bad),
-            failure=self._trainer.failure or job.writer.failure,
-        )
+        try:
+            stop, num_bad = job.runtime.agree(
+                bad_samples=len(self._trainer.bad),
+                failure=self._trainer.failure or job.writer.failure,
+            )
+        except RtlDistError:
+            self._trainer.take_back()
+            raise
         self._trainer.accept()
         if num_bad:
             self._count_bad()
@@ -213,7 +214,9 @@ class Boundary:
             keep = job.config.checkpoint.keep
             job.writer.write(job.run, snapshot, keep=keep, before=self._flush)
 
-        job.runtime.from_main(save)
+        # the checkpoint before may still be on its way to a slow disk
+        with job.runtime.heartbeat.phase("saving", open_ended=job.runtime.is_main):
+            job.runtime.from_main(save)
 
     def _flush(self) -> None:
         """Makes durable what a checkpoint refers to."""

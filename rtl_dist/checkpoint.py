@@ -12,14 +12,16 @@ import contextlib
 import copy
 import json
 import logging
+import re
 import shutil
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 from rtl_dist.errors import RtlDistError, UserError
 from rtl_dist.files import flush_to_disk, save_tensors, sha256_of
@@ -28,10 +30,12 @@ from rtl_dist.state import TrainState
 LOG = logging.getLogger("rtl_dist")
 SCHEMA = 1
 FOLDER = "checkpoints"
+_NAME = re.compile(r"step-\d{8,}")  # others may be a user's own
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
 _TEMPORARY = ".incomplete-"
 _TENSORS = ("model", "optimizer", "ema", "stage_best")
+_DAMAGED = (OSError, ValueError, KeyError, TypeError, SafetensorError)
 _CHANGING = ("model", "optimizer", "ema")  # stage_best is a copy itself, and replaced as a whole
 
 
@@ -64,7 +68,7 @@ def save_checkpoint(run: Path, snapshot: Snapshot, *, keep: int) -> Path:
     Raises:
         RtlDistError: it cannot be written (full disk, no permission); older ones are untouched.
     """
-    final = run / FOLDER / f"step-{snapshot.state.step:08d}"
+    final = run / FOLDER / _name(snapshot.state.step)
     temporary = final.with_name(_TEMPORARY + final.name)
     try:
         clear_unfinished(run)
@@ -134,7 +138,7 @@ def load_newest_checkpoint(run: Path) -> Snapshot | None:
             LOG.warning(
                 "checkpoint %s is incomplete (%s); falling back to an older one", folder, error
             )
-        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        except _DAMAGED as error:
             LOG.warning(
                 "checkpoint %s is damaged (%s); falling back to an older one", folder, error
             )
@@ -144,6 +148,26 @@ def load_newest_checkpoint(run: Path) -> Snapshot | None:
             " beginning"
         )
     return None
+
+
+def load_checkpoint_of(run: Path, step: int, *, patience_s: float = 60.0) -> Snapshot:
+    """The checkpoint that another rank found, once this machine sees it whole, too.
+
+    Raises:
+        RtlDistError: it does not within ``patience_s``.
+    """
+    folder = run / FOLDER / _name(step)
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return load_checkpoint(folder)
+        except _DAMAGED as error:
+            if time.monotonic() > deadline:
+                raise RtlDistError(
+                    f"cannot go on from {folder}, as rank 0 does ({error}); is run.dir on a disk"
+                    " that all hosts see alike?"
+                ) from error
+        time.sleep(min(1.0, patience_s))
 
 
 def load_checkpoint(folder: Path) -> Snapshot:
@@ -160,8 +184,11 @@ def load_checkpoint(folder: Path) -> Snapshot:
     if content["schema"] != SCHEMA:
         raise UserError(f"{folder} is of schema {content['schema']}, this version reads {SCHEMA}")
     tensors = {
-        # an earlier version wrote no stage_best
-        name: load_file(folder / file) if (file := f"{name}.safetensors") in manifest else {}
+        # Read, not mapped: the file is deleted while its tensors are in use. An earlier version
+        # wrote no stage_best.
+        name: load((folder / file).read_bytes())
+        if (file := f"{name}.safetensors") in manifest
+        else {}
         for name in _TENSORS
     }
     return Snapshot(
@@ -229,10 +256,14 @@ def _copy(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
 
 
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
 def _checkpoints(run: Path) -> list[Path]:
     """Published checkpoints, newest first."""
     folder = run / FOLDER
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if path.name.startswith("step-")]
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: path.name, reverse=True)

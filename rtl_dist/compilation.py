@@ -41,7 +41,10 @@ def compiling_pays(
 
     def judge() -> bool:
         inputs = make_inputs()
-        eager_s = _time_passes(copy.deepcopy(trained), inputs, runtime)
+        try:
+            eager_s = _time_passes(copy.deepcopy(trained), inputs, runtime)
+        except torch.OutOfMemoryError:  # two of them are too many, or the microbatch is too large
+            return False
         passes = num_images / len(inputs) / runtime.world_size
         if eager_s * passes < _LEAST_S:
             return False

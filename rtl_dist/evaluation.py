@@ -184,6 +184,7 @@ def _from_images(
     bad: list[str] = []
     what = f"evaluating {split.name}"
     with runtime.progress(total=len(blocks), what=what, unit="batch") as bar:
+        batches = runtime.heartbeat.while_fetching(batches, are_remote=split.is_remote)
         for batch in runtime.in_rounds(batches, _rounds(split, runtime), what=what):
             if batch is None:
                 continue

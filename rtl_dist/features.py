@@ -305,7 +305,7 @@ class FeatureMaker:
             device=runtime.device,
             give_up=runtime.is_asked,
         )
-        batches = iter(loader)
+        batches = runtime.heartbeat.while_fetching(loader, are_remote=task.split.is_remote)
         done: list[tuple[int, int, list[int]]] = []  # (first row, checksum, samples used)
         bad: list[str] = []
         for turn in range(self._rounds(task)):

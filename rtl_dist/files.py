@@ -7,12 +7,15 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+_UMASK = os.umask(0o077)  # it can only be read by setting it, which other threads must not meet
+os.umask(_UMASK)
 
 
 @contextmanager
@@ -70,9 +73,8 @@ def save_tensors(
         save_file(on_cpu, path, metadata=metadata)
     except SafetensorError as error:  # a full disk, in its own words
         raise OSError(errno.EIO, str(error), str(path)) from error
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)  # safetensors makes files that only their owner can read
+    with suppress(OSError):  # not every disk knows permissions
+        path.chmod(0o666 & ~_UMASK)  # safetensors makes files that only their owner can read
 
 
 def user_cache_folder() -> Path:
@@ -81,10 +83,13 @@ def user_cache_folder() -> Path:
 
 
 def flush_to_disk(path: Path) -> None:
-    """fsync of a file or folder."""
+    """fsync of a file or folder; of a folder only where the disk can."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 

@@ -8,6 +8,7 @@ so clocks may jump, and be different on every host.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -17,14 +18,15 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
-from rtl_dist.errors import StopRequested
+from rtl_dist.errors import RtlDistError, StopRequested
 
 LOG = logging.getLogger("rtl_dist")
+T = TypeVar("T")
 FOLDER = "heartbeats"
 _FAILED = 1
 _ENDED = "ended"
@@ -64,7 +66,9 @@ class Heartbeat:
         now = time.monotonic()
         if sample is not None and now - self._named_at >= _NAMED_EVERY_S:
             self._named_at = now
-            self._sample = sample()
+            self._sample = None
+            with contextlib.suppress(RtlDistError, OSError):  # its shard may be out of reach
+                self._sample = sample()
 
     @contextlib.contextmanager
     def phase(self, name: str, *, open_ended: bool = False) -> Iterator[None]:
@@ -80,6 +84,19 @@ class Heartbeat:
         finally:
             self._phase, self.is_open_ended = before
             self.progress += 1
+
+    def while_fetching(self, items: Iterable[T], *, are_remote: bool) -> Iterator[T]:
+        """The items; fetching remote ones may take any time, and has an end of its own."""
+        if not are_remote:
+            yield from items
+            return
+        ours = iter(items)
+        while True:
+            with self.phase("waiting for data", open_ended=True):
+                found = list(itertools.islice(ours, 1))
+            if not found:
+                return
+            yield found[0]
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -152,15 +169,14 @@ class Watch:
         return self._folder / f"rank-{rank:05d}.json"
 
     def _run(self) -> None:
-        while True:
-            slept_at = time.monotonic()
-            if self._end.wait(self._interval_s):
-                return
-            now = time.monotonic()
-            if now - slept_at > 3 * self._interval_s:  # this process itself was stopped for a while
-                self._start_over(now)
+        looked_at = time.monotonic()
+        while not self._end.wait(self._interval_s):
             self._ticks += 1
             self._write()
+            now = time.monotonic()
+            if now - looked_at > 3 * self._interval_s:  # this process, or its disk, stood still
+                self._start_over(now)
+            looked_at = now
             if self._rank in self._watchers:
                 stalled = self._stalled(now)
                 if stalled and self._rank == self._speaker(stalled):

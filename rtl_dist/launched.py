@@ -59,12 +59,22 @@ def _tasks_on_this_node(env: Mapping[str, str]) -> int:
 
 
 def _first_host(nodes: str) -> str:
-    """The first of SLURM's compact list of nodes, such as ``gpu[03-07,12]``."""
-    listing = subprocess.run(
-        ["scontrol", "show", "hostnames", nodes],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    )
+    """The first of SLURM's compact list of nodes, such as ``gpu[03-07,12]``.
+
+    Raises:
+        UserError: there is no scontrol here, as in many containers, or it does not answer.
+    """
+    try:
+        listing = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UserError(
+            f"cannot ask SLURM for the first of the nodes {nodes} ({error}); set MASTER_ADDR to its"
+            " name before srun"
+        ) from error
     return listing.stdout.split()[0]

@@ -258,7 +258,8 @@ def open_job(
                 write_json(run / "results.json", _results(job, status) | {"reason": str(error)})
         raise
     finally:
-        job.writer.join()
+        with runtime.heartbeat.phase("saving", open_ended=runtime.is_main):
+            job.writer.join()
         tracker.close()
 
 

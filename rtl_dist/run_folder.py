@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -23,6 +23,7 @@ from rtl_dist.checkpoint import (
     Snapshot,
     clear_unfinished,
     has_checkpoint,
+    load_checkpoint_of,
     load_newest_checkpoint,
 )
 from rtl_dist.config import Config, Data, Stage, read_run_config, to_dict, to_yaml
@@ -122,12 +123,10 @@ def restore(run: Path, config: Config, dataset: Dataset, runtime: Runtime) -> Sn
     step = runtime.from_main(find)
     if step is None:
         return None
-    snapshot = found[0] if found else load_newest_checkpoint(run)
-    runtime.require_equal(
-        "the checkpoint to resume from", str(snapshot.state.step if snapshot else None)
+    snapshot = runtime.on_every_rank(
+        lambda: found[0] if found else load_checkpoint_of(run, cast(int, step))
     )
-    if snapshot is not None:
-        _note_smaller_microbatch(snapshot, micro)
+    _note_smaller_microbatch(snapshot, micro)
     return snapshot
 
 

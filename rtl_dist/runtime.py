@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import socket
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -51,18 +52,7 @@ class Runtime(Ranks):
         self.precision = resolve_precision(precision)
         use_cpu = not torch.cuda.is_available()
         world = launched_world_size()
-        self.accelerator = Accelerator(
-            # Without this two CPU processes each believe they are alone (accelerate 1.15).
-            cpu=use_cpu,
-            mixed_precision=self.precision if self.precision in ("fp16", "bf16") else "no",
-            kwargs_handlers=[
-                # BatchNorm buffers are kept equal by StepStatistics, not by broadcasting rank 0's
-                DistributedDataParallelKwargs(
-                    broadcast_buffers=False, gradient_as_bucket_view=True
-                ),
-                InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
-            ],
-        )
+        self.accelerator = self._meet()
         super().__init__(
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
@@ -82,10 +72,43 @@ class Runtime(Ranks):
             self._group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
             set_timeout = getattr(dist, "set_timeout", None) or c10d._set_pg_timeout  # until 2.14
             set_timeout(patience, self._group)  # all have come: patience is with their work
+            self._require_one_precision()
         if use_cpu and not _user_chose_threads():
             torch.set_num_threads(max(1, available_cpus() // self.local_world_size))
         torch.backends.cudnn.benchmark = False  # its choice differs between runs
         torch.backends.cudnn.deterministic = True
+
+    def _meet(self) -> Accelerator:
+        try:
+            return Accelerator(
+                # Without this two CPU processes each believe they are alone (accelerate 1.15).
+                cpu=not torch.cuda.is_available(),
+                mixed_precision=self.precision if self.precision in ("fp16", "bf16") else "no",
+                kwargs_handlers=[
+                    # BatchNorm buffers are kept equal by StepStatistics, not by broadcasting
+                    DistributedDataParallelKwargs(
+                        broadcast_buffers=False, gradient_as_bucket_view=True
+                    ),
+                    InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+                ],
+            )
+        except dist.DistError as error:
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise RtlDistError(
+                f"cannot meet the other processes at {address} ({str(error).splitlines()[0]}): its"
+                " host must be reachable from all and the port free (MASTER_ADDR, MASTER_PORT)"
+            ) from error
+
+    def _require_one_precision(self) -> None:
+        """Gradients of several would be averaged, and no run could be repeated."""
+        found = sorted(set(self.gather((self.precision, socket.gethostname()))))
+        if len({precision for precision, _ in found}) > 1:
+            self.close()
+            raise UserError(
+                "precision: auto is not the same on all machines ("
+                + ", ".join(f"{precision} on {host}" for precision, host in found)
+                + "); set one that all of them can do, such as precision: no"
+            )
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:

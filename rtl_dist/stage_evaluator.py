@@ -123,5 +123,6 @@ class StageEvaluator:
             device=job.runtime.device,
             give_up=job.runtime.is_asked,
         )
-        for one in loader:
+        heartbeat = job.runtime.heartbeat
+        for one in heartbeat.while_fetching(loader, are_remote=job.train.is_remote):
             yield one.inputs

@@ -115,6 +115,9 @@ class StageTrainer:
         self.on_features = self._batches.are_features
         self._wrap(kept)
         self._statistics = StepStatistics(model)
+        if runtime.world_size > 1:
+            self._settle_gradient_buckets()
+        self._compile()
         task = job.dataset.task
         self._loss = make_loss(
             config.optim, task=task, class_counts=job.train.class_counts, device=runtime.device
@@ -166,8 +169,11 @@ class StageTrainer:
         require_learning_rates(self._optimizer, rate_factor)
 
     def _abandon(self) -> None:
-        """As if this step had not begun."""
         self.was_abandoned = True
+        self._forget_step()
+
+    def _forget_step(self) -> None:
+        """As if this step had not begun."""
         self._stepper.zero_grad(set_to_none=True)
         self._statistics.put_back()
 
@@ -177,6 +183,13 @@ class StageTrainer:
         self.skipped.note(self._taken)
         self._job.state.step += 1
         self._job.state.samples_seen += self._job.config.batch.global_
+
+    def take_back(self) -> None:
+        """The last step was spoiled on purpose: that says nothing of the loss scale."""
+        if self._scaler is not None:
+            scale, num_finite = self._scale_before
+            self._scaler._scale.copy_(scale)
+            self._scaler._growth_tracker.copy_(num_finite)
 
     def optimizer_state(self) -> OptimizerState:
         """To be saved, or to go on from."""
@@ -252,7 +265,7 @@ class StageTrainer:
         )
 
     def _wrap(self, kept: OptimizerState | None) -> None:
-        """DDP around what is trained, mixed precision, and compilation where it pays."""
+        """DDP around what is trained, and mixed precision; first tries whether compiling pays."""
         job, accelerator = self._job, self._job.runtime.accelerator
         state, compiles = job.state, job.config.compile
         if compiles == "auto" and job.config.batch.sync_batchnorm:
@@ -273,14 +286,31 @@ class StageTrainer:
                 self._optimizer,
                 device_placement=[True, False],  # restored state is where it belongs already
             )
-        self.is_compiled = bool(compiles is True or (compiles == "auto" and state.is_compiled))
+        self._scaler = accelerator.scaler
+        if kept is not None and kept.scaler and self._scaler is not None:
+            self._scaler.load_state_dict(kept.scaler)
+
+    def _compile(self) -> None:
+        compiles = self._job.config.compile
+        self.is_compiled = compiles is True or bool(
+            compiles == "auto" and self._job.state.is_compiled
+        )
         if self.is_compiled:
             self._wrapped = torch.compile(self._wrapped)
             if self.frozen is not None:
                 self.frozen.compile()
-        self._scaler = accelerator.scaler
-        if kept is not None and kept.scaler and self._scaler is not None:
-            self._scaler.load_state_dict(kept.scaler)
+
+    def _settle_gradient_buckets(self) -> None:
+        """Passes something through that is forgotten.
+
+        DDP puts gradients into other buckets after its first backward pass (torch's ``Reducer``,
+        ``rebuild_buckets``), and where one lies says in which order three or more ranks' are added:
+        a run's first step would round otherwise than the same step of one that did not start there.
+        """
+        self._statistics.begin()
+        scores = self._wrapped(self._inputs_of(self._black_images(_STAND_IN_SIZE)))
+        self._job.runtime.accelerator.backward(scores.sum())
+        self._forget_step()
 
     # --- a step --------------------------------------------------------------------------------
 
@@ -381,8 +411,7 @@ class StageTrainer:
         asked_at = time.perf_counter()
         batch = None
         try:
-            # fetching has an end of its own
-            is_remote = self._job.train.files.cache is not None
+            is_remote = self._job.train.is_remote  # fetching has an end of its own
             with self._job.runtime.heartbeat.phase("waiting for data", open_ended=is_remote):
                 batch = next(self._batches.iterator)
         except RtlDistError as error:
@@ -395,6 +424,8 @@ class StageTrainer:
         the device."""
         accelerator, limit = self._job.runtime.accelerator, self._job.config.optim.clip_grad_norm
         if self._scaler is not None:
+            # on the device: state_dict would wait for it
+            self._scale_before = self._scaler._scale.clone(), self._scaler._growth_tracker.clone()
             if limit is not None:
                 accelerator.clip_grad_norm_(self._parameters, limit)
             return take_scaled_step(self._stepper, self._scaler)

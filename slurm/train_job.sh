@@ -77,14 +77,23 @@ job=$SLURM_JOB_ID
 # 75: stopped on request and saved. 143: ended by TERM before it had anything to save. Preemption with
 # a grace time ends the processes only, and a job that then ends is not requeued by SLURM. A job that
 # was cancelled is no longer RUNNING, and stays cancelled, as one that SLURM requeued stays requeued.
-state=$(scontrol show job "$job" --oneliner | grep -o 'JobState=[A-Z_]*')
+requeue() {
+    local state try
+    for try in 1 2 3 4 5; do # the controller may be busy
+        state=$(scontrol show job "$job" --oneliner | grep -o 'JobState=[A-Z_]*')
+        case $state in
+        JobState=RUNNING)
+            echo "requeueing job $job" >&2
+            trap '' TERM # requeueing ends this script as well
+            scontrol requeue "$job" && return
+            ;;
+        ?*) return ;;
+        esac
+        sleep $((5 * try))
+    done
+    echo "job $job is saved but could not be requeued: submit it again to go on" >&2
+}
 case $code in
-75 | 143)
-    if [ "$state" = JobState=RUNNING ]; then
-        echo "requeueing job $job" >&2
-        trap '' TERM # requeueing ends this script as well
-        scontrol requeue "$job"
-    fi
-    ;;
+75 | 143) requeue ;;
 esac
 exit "$code"

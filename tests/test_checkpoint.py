@@ -2,7 +2,12 @@
 
 import errno
 import logging
+import os
 import resource
+import stat
+import sys
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +16,7 @@ from torch import nn
 import rtl_dist.checkpoint as room
 from rtl_dist.checkpoint import (
     Snapshot,
+    load_checkpoint_of,
     load_newest_checkpoint,
     optimizer_tensors,
     restore_optimizer,
@@ -219,3 +225,47 @@ def test_one_changed_number_is_damage(tmp_path, name):
     assert changed != content
     file.write_bytes(changed)
     assert load_newest_checkpoint(tmp_path).state.step == 1
+
+
+def test_what_another_rank_found_is_waited_for(tmp_path):
+    """On a network disk a host may see a new folder late, or a part of it."""
+    folder = save_checkpoint(tmp_path, snapshot(4), keep=2)
+    hidden = folder.rename(tmp_path / "hidden")
+    showing = threading.Timer(0.5, lambda: hidden.rename(folder))
+    showing.start()
+    assert load_checkpoint_of(tmp_path, 4).state.step == 4
+    showing.join()
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(RtlDistError, match="all hosts see alike"):
+        load_checkpoint_of(tmp_path, 4, patience_s=0.1)
+
+
+def test_a_folder_of_a_user_s_own_is_no_checkpoint(tmp_path):
+    own = tmp_path / "checkpoints" / "step-best"
+    own.mkdir(parents=True)
+    save_checkpoint(tmp_path, snapshot(4), keep=1)
+    save_checkpoint(tmp_path, snapshot(8), keep=1)
+    assert load_newest_checkpoint(tmp_path).state.step == 8
+    assert own.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is mapped")
+def test_what_is_loaded_does_not_hang_on_files_that_go(tmp_path):
+    """A mapped file that another host deletes would end the process (SIGBUS)."""
+    folder = save_checkpoint(tmp_path, snapshot(4), keep=1)
+    loaded = load_newest_checkpoint(tmp_path)
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+    assert loaded.model["w"].eq(4).all()
+
+
+def test_a_disk_that_cannot_flush_folders(tmp_path, monkeypatch):
+    flush = os.fsync
+
+    def cannot(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", cannot)
+    save_checkpoint(tmp_path, snapshot(4), keep=1)
+    assert load_newest_checkpoint(tmp_path).state.step == 4

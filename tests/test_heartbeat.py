@@ -7,6 +7,7 @@ import re
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from killed_runs import At, require_done, run_ranks
 from tiny_runs import make_dataset, require_equal_runs, tiny_config, write_config
 
 from rtl_dist import heartbeat
+from rtl_dist.errors import DataError
 from rtl_dist.heartbeat import Heartbeat, Watch, clear_heartbeats
 
 STEP = "rtl_dist.stage_trainer:StageTrainer.step"
@@ -153,13 +155,18 @@ def test_a_stop_while_a_loader_stalls_saves_the_last_whole_step(config, tmp_path
 
 
 @pytest.mark.launch
-def test_a_rank_that_works_for_long_is_waited_for(config):
+@pytest.mark.parametrize(
+    "place",
+    ["rtl_dist.run:build_model",
+     "rtl_dist.checkpoint:save_checkpoint",  # in its thread: the next one waits for it
+     "rtl_dist.boundary:write_model_folder"],
+)  # fmt: skip
+def test_a_rank_that_works_for_long_is_waited_for(config, place):
     """Twice the time-out in a phase that may take any time; in any other it would be ended."""
-    exits = run_ranks(
-        config, "run.timeout=2 seconds", world_size=2,
-        fault=Hold(place="rtl_dist.run:build_model", seconds=4.5, rank=0),
-    )  # fmt: skip
+    fault = Hold(place=place, seconds=4.5, rank=0)
+    exits = run_ranks(config, "run.timeout=2 seconds", world_size=2, fault=fault)
     require_done(exits)
+    assert exits[0].fired
 
 
 @pytest.mark.launch
@@ -313,3 +320,29 @@ def test_names_of_samples_are_asked_for_once_a_second_at_most():
     assert len(asked) == 1
     assert heartbeat.describe()["sample"] == "key"
     assert heartbeat.progress == 1000
+
+
+def test_a_sample_that_cannot_be_named_is_left_out():
+    heartbeat = Heartbeat()
+
+    def name() -> str:
+        raise DataError("its shard is out of reach")
+
+    heartbeat.beat(step=1, sample=name)
+    assert heartbeat.describe()["sample"] is None
+    assert heartbeat.progress == 1
+
+
+@pytest.mark.parametrize("are_remote", [False, True])
+def test_remote_data_may_take_any_time(are_remote):
+    heartbeat, seen = Heartbeat(), []
+
+    def items() -> Iterator[int]:
+        for item in range(2):
+            seen.append(heartbeat.describe())
+            yield item
+
+    for item in heartbeat.while_fetching(items(), are_remote=are_remote):
+        assert seen[item]["open_ended"] is are_remote
+        assert not heartbeat.is_open_ended
+    assert len(seen) == 2

@@ -104,6 +104,15 @@ def gone_on(config: str, run: Path, *, world_size: int = 1, more: str = "") -> N
 # --- at every step -----------------------------------------------------------------------------
 
 
+def test_one_of_three_ranks_killed(tmp_path, config):
+    """With three ranks the order of a sum matters, and DDP's first step adds in one of its own."""
+    undisturbed, run, share = tmp_path / "undisturbed", tmp_path / "run", "batch.global=12"
+    gone_on(config, undisturbed, world_size=3, more=share)
+    killed(config, run, Kill(place=STEP, call=9, rank=1), world_size=3, more=share)
+    gone_on(config, run, world_size=3, more=share)
+    require_equal_runs(undisturbed, run)
+
+
 @pytest.mark.parametrize("step", range(1, NUM_STEPS + 1))
 def test_killed_at_any_step(tmp_path, config, undisturbed, step):
     run = tmp_path / "run"

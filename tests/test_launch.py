@@ -6,19 +6,22 @@ Starting processes costs some ten seconds of imports, so a few runs are shared b
 import json
 import os
 import signal
+import socket
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from killed_runs import Signal, run_ranks
+from killed_runs import Fault, Signal, replace_everywhere, run_ranks
 from launched_runs import ROOT, SCRIPT, environment, finish, start
 from safetensors.torch import load_file
 
 import rtl_dist.runtime
 from rtl_dist.data.pack import pack
+from rtl_dist.errors import UserError
 from rtl_dist.launched import launched_world_size
 from rtl_dist.train import main
 
@@ -212,6 +215,38 @@ def test_processes_without_a_meeting_point_are_refused(config, tmp_path, monkeyp
     assert "MASTER_ADDR" in capsys.readouterr().err
 
 
+@dataclass(frozen=True, kw_only=True)
+class OtherHardware(Fault):
+    """A rank whose machine computes in bf16."""
+
+    def install(self, mark: int) -> None:
+        os.write(mark, b"it has")
+        replace_everywhere("rtl_dist.runtime:resolve_precision", lambda _: lambda wanted: "bf16")
+
+
+def test_machines_of_several_precisions_are_refused(config, tmp_path):
+    run = f"run.dir={tmp_path / 'run'}"
+    exits = run_ranks(config, run, "precision=no", world_size=2, fault=OtherHardware(rank=1))
+    assert exits[1].fired
+    assert [one.code for one in exits] == [2, 2], exits
+    for one in exits:
+        assert "not the same on all machines (bf16 on " in one.last_line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_port_that_is_taken_is_named(config, tmp_path):
+    with closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+        (one,) = run_ranks(config, f"run.dir={tmp_path / 'run'}", env=env)
+    assert one.code == 1, one.output
+    assert f"cannot meet the other processes at 127.0.0.1:{port} (" in one.last_line
+    assert "Traceback" not in one.output
+
+
 # --- what srun and the files of launch/ say ---
 
 
@@ -238,6 +273,15 @@ def test_tasks_of_srun_are_told_their_ranks(tmp_path, monkeypatch):
         "MASTER_ADDR": "gpu07",
         "MASTER_PORT": "12123",
     }
+
+
+def test_without_scontrol_the_cure_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    env = {"SLURM_JOB_ID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "gpu[07-08]",
+           "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+           "SLURM_NODEID": "0"}  # fmt: skip
+    with pytest.raises(UserError, match="set MASTER_ADDR"):
+        launched_world_size(env)
 
 
 def test_a_launcher_within_srun_has_the_last_word():

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_runs import (
     ROOT,
     Killed,
@@ -25,6 +26,9 @@ from tiny_runs import (
 
 from rtl_dist import boundary, checkpoint
 from rtl_dist.data.pack import pack
+from rtl_dist.errors import StopRequested
+from rtl_dist.runtime import Runtime
+from rtl_dist.stage_trainer import StageTrainer
 from rtl_dist.train import main
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -379,6 +383,42 @@ def test_the_best_weights_are_those_that_count_whatever_is_evaluated_from_then_o
     rows = {row["step"]: row for row in metric_rows(run) if "val/loss" in row}
     assert steps[-1] in rows, "what was being judged was judged again"
     assert rows[best["step"]]["val/loss"] == best["loss"]
+
+
+def test_a_stop_while_waiting_for_data_leaves_the_loss_scale_alone(tmp_path, dataset, monkeypatch):
+    """The step that is then spoiled on purpose would else count as one that overflowed."""
+    stages = [{"name": "all", "steps": 12, "trainable": "all", "lr": 1e-2, "batchnorm": "train"}]
+    init, next_batch = Runtime.__init__, StageTrainer._next_batch
+
+    def with_scaler(self, *arguments, **options):
+        init(self, *arguments, **options)
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024, growth_interval=3)
+
+    def asked(self):
+        if self._job.state.step == 6:
+            self.failure = StopRequested("stopped while waiting for data")
+            return None
+        return next_batch(self)
+
+    monkeypatch.setattr(Runtime, "__init__", with_scaler)
+    configs = []
+    for name in ("whole", "stopped"):
+        config = tiny_config(dataset, tmp_path / name, stages=stages)
+        configs.append(write_config(tmp_path / f"{name}.yaml", config))
+    assert main(["--config", configs[0]]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(StageTrainer, "_next_batch", asked)
+        assert main(["--config", configs[1]]) == 75
+    assert newest_checkpoint(tmp_path / "stopped").name == "step-00000006"
+    assert main(["--config", configs[1]]) == 0
+    states = []
+    for name in ("whole", "stopped"):
+        folder = newest_checkpoint(tmp_path / name)
+        states.append(json.loads((folder / "state.json").read_text())["scaler"])
+    assert states[0] == states[1]
+    assert states[0]["scale"] == 1024 * 2**4
+    for file in FILES[:2]:
+        assert filecmp.cmp(*(newest_checkpoint(tmp_path / n) / file for n in ("whole", "stopped")))
 
 
 def test_a_disk_that_cannot_be_read_for_a_moment_damages_nothing(tmp_path, dataset, monkeypatch):

@@ -144,7 +144,7 @@ class _Images:
 
     def prefetch(self, position: int, shards_ahead: Callable[[int], Iterator[int]]) -> None:
         """Has remote shards come in the background, in the order in which they will be needed."""
-        if self._split.files.cache is None:
+        if not self._split.is_remote:
             return
         if self._prefetcher is None:
             self._prefetcher = Prefetcher(self._split, shards_ahead)
@@ -153,7 +153,7 @@ class _Images:
     def read(self, samples: np.ndarray, keys: np.ndarray, put: Put, *, substitute: bool) -> Batch:
         """A batch whose inputs are for the caller to add: ``put`` decodes each sample's file and
         places it. Without ``substitute`` nothing is put for a damaged sample."""
-        if self._split.files.cache is not None:  # several remote shards come at once
+        if self._split.is_remote:  # several remote shards come at once
             shards = {self._split.row(sample)[0] for sample in samples.tolist()}
             self._split.files.fetch(sorted(shards))
         used, bad = samples.copy(), []

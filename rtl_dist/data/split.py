@@ -76,6 +76,11 @@ class Split:
     def num_samples(self) -> int:
         return len(self.index)
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether its shards are fetched before they are read."""
+        return self.files.cache is not None
+
     def order(self, seed: int, *, window: int | None) -> Order:
         """The training stream; see ``Order``."""
         return Order(self.shards.sizes(), seed, window)
