@@ -114,7 +114,7 @@ class StageTrainer:
         )
         self.on_features = self._batches.are_features
         self._wrap(kept)
-        self._statistics = StepStatistics(model)
+        self._statistics = StepStatistics(model)  # once wrapped: that puts other tensors in buffers
         if runtime.world_size > 1:
             self._settle_gradient_buckets()
         self._compile()
