@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from rtl_dist.errors import RtlDistError, UserError
+from rtl_dist.errors import RtlDistError, UserError, disk_refused
 from rtl_dist.files import flush_to_disk, save_tensors, sha256_of
 from rtl_dist.state import TrainState
 
@@ -93,10 +93,7 @@ def save_checkpoint(run: Path, snapshot: Snapshot, *, keep: int) -> Path:
         flush_to_disk(final.parent)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise RtlDistError(
-            f"cannot write checkpoint {final}: {error.strerror or error}; free space or correct"
-            " the permissions, then start the same command again"
-        ) from error
+        raise disk_refused(error, f"checkpoint {final}") from error
     everything = _checkpoints(run)
     # newer ones were damaged and passed over when this run resumed: they must not crowd it out
     damaged = [path for path in everything if path.name > final.name]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rtl_dist.checkpoint import Snapshot, save_checkpoint
-from rtl_dist.errors import RtlDistError
+from rtl_dist.errors import RtlDistError, disk_refused
 
 
 class CheckpointWriter:
@@ -43,11 +43,7 @@ class CheckpointWriter:
             except RtlDistError as error:
                 self._failure = error
             except OSError as error:
-                where, what = error.filename or run, error.strerror or error
-                self._failure = RtlDistError(
-                    f"cannot write {where}: {what}; free space or correct the permissions, then"
-                    " start the same command again"
-                )
+                self._failure = disk_refused(error, error.filename or run)
             except Exception as error:  # noqa: BLE001 - raised again by all ranks
                 self._failure = RuntimeError(f"a checkpoint could not be written: {error!r}")
 

@@ -43,3 +43,11 @@ class WorkerError(RtlDistError):
 
 class OutOfMemory(RtlDistError):
     """The device's memory does not hold a microbatch; smaller ones may go on from the same step."""
+
+
+def disk_refused(error: OSError, where: object, *, to: str = "write") -> RtlDistError:
+    """What to say when ``where`` could not be written (or read)."""
+    return RtlDistError(
+        f"cannot {to} {where}: {error.strerror or error}; free space or correct the permissions,"
+        " then start the same command again"
+    )

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from rtl_dist.errors import RtlDistError, StopRequested
+from rtl_dist.errors import RtlDistError, StopRequested, disk_refused
 from rtl_dist.heartbeat import Heartbeat
 from rtl_dist.stopping import StopRequests
 
@@ -129,11 +129,8 @@ class Ranks:
             except RtlDistError as error:
                 result[1] = error
             except OSError as error:
-                what = "read" if isinstance(error, FileNotFoundError) else "write"
-                result[1] = RtlDistError(
-                    f"cannot {what} {error.filename or 'a file'}: {error.strerror or error}; free"
-                    " space or correct the permissions, then start the same command again"
-                )
+                to = "read" if isinstance(error, FileNotFoundError) else "write"
+                result[1] = disk_refused(error, error.filename or "a file", to=to)
             except Exception as error:
                 self._broadcast([None, RuntimeError(f"rank 0 failed: {error!r}")])
                 raise
