@@ -19,9 +19,9 @@ from pathlib import Path
 import timm
 import torch
 
-from rtl_dist.checkpoint import Snapshot, save_checkpoint
-from rtl_dist.checkpoint_writer import CheckpointWriter
-from rtl_dist.state import TrainState
+from rtl_dist.records.checkpoint import Snapshot, save_checkpoint
+from rtl_dist.records.checkpoint_writer import CheckpointWriter
+from rtl_dist.records.state import TrainState
 
 
 def snapshot(step: int) -> Snapshot:

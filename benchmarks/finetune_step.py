@@ -42,11 +42,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import resnet18
 
 from rtl_dist.config import parse_config
-from rtl_dist.data.pack import pack
-from rtl_dist.data.ring import Batch
-from rtl_dist.run import open_data, open_job, resolve
-from rtl_dist.runtime import Runtime
-from rtl_dist.stage_trainer import StageTrainer
+from rtl_dist.data.loading.ring import Batch
+from rtl_dist.distributed.runtime import Runtime
+from rtl_dist.prepare.packing.pack import pack
+from rtl_dist.training.begin import open_data, open_job, resolve
+from rtl_dist.training.stage_trainer import StageTrainer
 
 NUM_CLASSES = 10
 WARM_UP_STEPS = 3

@@ -56,12 +56,12 @@ TICKS = os.sysconf("SC_CLK_TCK")
 def ours(data: Path, workers: int, *, first_step: int = 0, region: bool = True) -> Iterator[Any]:
     import torch
 
-    import rtl_dist.data.region as room
+    import rtl_dist.data.images.region as room
     from rtl_dist.config import Augment
-    from rtl_dist.data.augment import TrainTransform
-    from rtl_dist.data.dataset import open_dataset
-    from rtl_dist.data.loader import make_loader
-    from rtl_dist.data.microbatches import TrainingMicrobatches, microbatch_positions
+    from rtl_dist.data.format.dataset import open_dataset
+    from rtl_dist.data.images.augment import TrainTransform
+    from rtl_dist.data.loading.loader import make_loader
+    from rtl_dist.data.loading.microbatches import TrainingMicrobatches, microbatch_positions
 
     if region and not room.available():
         raise SystemExit("the extension is not built; see README.md")
@@ -138,7 +138,7 @@ def webdataset(data: Path, workers: int) -> Iterator[Any]:
 class OurView:
     def __init__(self) -> None:
         from rtl_dist.config import Augment
-        from rtl_dist.data.augment import TrainTransform
+        from rtl_dist.data.images.augment import TrainTransform
 
         self._transform = TrainTransform(
             Augment(crop_scale=CROP_SCALE), image_size=SIDE, channels=3
@@ -152,7 +152,7 @@ class OurView:
 def webdataset_uint8(data: Path, workers: int) -> Iterator[Any]:
     import webdataset as wds
 
-    import rtl_dist.data.region as room
+    import rtl_dist.data.images.region as room
 
     room._native = None  # decoding as webdataset's users could: torchvision, whole images
     room.available.cache_clear()
@@ -213,8 +213,8 @@ def dali(data: Path, workers: int) -> Iterator[Any]:
 
 def decoder(data: Path, workers: int) -> Iterator[Any]:
     """Every process crops, from memory, what it read before; nothing travels."""
-    from rtl_dist.data.dataset import open_dataset
-    from rtl_dist.data.split import SampleReader
+    from rtl_dist.data.format.dataset import open_dataset
+    from rtl_dist.data.format.split import SampleReader
 
     split = open_dataset(data / "packed").split("train")
     reader = SampleReader(split)
@@ -296,7 +296,7 @@ def measure(side: str, data: Path, workers: int, batches: int) -> dict[str, floa
 
 def measure_seek(data: Path, workers: int, repeats: int) -> list[float]:
     """Time to the first batch in mid epoch 7 by that of a fresh start, alternating."""
-    from rtl_dist.data.dataset import open_dataset
+    from rtl_dist.data.format.dataset import open_dataset
 
     num_samples = open_dataset(data / "packed").split("train").num_samples
     far = int(7.4 * num_samples) // BATCH
@@ -395,7 +395,7 @@ def prepare(images: Path, work: Path, *, with_mds: bool, resize: int | None) -> 
     """The same files as a folder, as shards and as MDS; 2,000 or more, names repeating."""
     from PIL import Image
 
-    from rtl_dist.data.pack import pack
+    from rtl_dist.prepare.packing.pack import pack
 
     train = work / "folder" / "train"
     if not train.exists():

@@ -28,10 +28,16 @@ from pathlib import Path
 
 import numpy as np
 
-from rtl_dist.data.dataset import DESCRIPTION, FORMAT, INDEX_FOLDER, SINGLE_LABEL, fingerprint_of
-from rtl_dist.data.order import Order
-from rtl_dist.data.split import INDEX_DTYPE
-from rtl_dist.files import write_json
+from rtl_dist.core.files import write_json
+from rtl_dist.data.format.dataset import (
+    DESCRIPTION,
+    FORMAT,
+    INDEX_FOLDER,
+    SINGLE_LABEL,
+    fingerprint_of,
+)
+from rtl_dist.data.format.split import INDEX_DTYPE
+from rtl_dist.data.order.epochs import Order
 
 NUM_SHARDS, SHARD_SIZE = 10**5, 10**4
 NUM_SAMPLES = NUM_SHARDS * SHARD_SIZE
@@ -48,7 +54,7 @@ import time
 began = time.perf_counter(), time.process_time()
 import json, sys
 ask = json.loads(sys.argv[1])
-from rtl_dist.data.dataset import open_dataset
+from rtl_dist.data.format.dataset import open_dataset
 marks = [("import", time.perf_counter())]
 split = open_dataset(ask["folder"]).split("train")
 marks.append(("open", time.perf_counter()))
@@ -107,7 +113,7 @@ def make_dataset(folder: Path) -> None:
 
 
 def positions_of(rank: int, step: int) -> list[int]:
-    from rtl_dist.data.microbatches import microbatch_positions
+    from rtl_dist.data.loading.microbatches import microbatch_positions
 
     return list(
         microbatch_positions(

@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from rtl_dist.data.order import Order
+from rtl_dist.data.order.epochs import Order
 
 NUM_SHARDS, SHARD_SIZE = 128, 1000
 NUM_SAMPLES = NUM_SHARDS * SHARD_SIZE

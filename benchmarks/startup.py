@@ -26,7 +26,7 @@ from pathlib import Path
 
 import psutil
 
-from rtl_dist.data.pack import pack
+from rtl_dist.prepare.packing.pack import pack
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPORTS = "import torch, torchvision, timm, accelerate"

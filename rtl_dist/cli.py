@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from rtl_dist import __version__
-from rtl_dist.commands import add_debug, first_imports, leave, run_command, train_arguments
+from rtl_dist.commands.common import add_debug, first_imports, leave, run_command, train_arguments
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,8 +59,8 @@ def _add_find_lr(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
     def run(arguments: argparse.Namespace) -> str:
         with first_imports():
+            from rtl_dist.commands.find_lr import find_lr
             from rtl_dist.config import load_config
-            from rtl_dist.find_lr import find_lr
 
         return find_lr(load_config(arguments.config, arguments.overrides), arguments.stage)
 
@@ -91,7 +91,7 @@ def _add_chaos(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier one in OUT")
 
     def run(arguments: argparse.Namespace) -> str:
-        from rtl_dist.chaos import chaos
+        from rtl_dist.chaos.experiment import chaos
 
         return chaos(
             arguments.config,
@@ -149,7 +149,7 @@ def _add_pack(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     add_debug(parser)
 
     def run(arguments: argparse.Namespace) -> str:
-        from rtl_dist.data.pack import pack
+        from rtl_dist.prepare.packing.pack import pack
 
         report = pack(
             arguments.source,
@@ -218,7 +218,7 @@ def _add_index(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_debug(parser)
 
     def run(arguments: argparse.Namespace) -> str:
-        from rtl_dist.data.index import index
+        from rtl_dist.prepare.indexing.index import index
 
         report = index(
             arguments.shards,
@@ -261,7 +261,7 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add_debug(parser)
 
     def run(arguments: argparse.Namespace) -> str:
-        from rtl_dist.data.verify import verify_and_report
+        from rtl_dist.prepare.verifying.verify import verify_and_report
 
         return verify_and_report(
             arguments.dataset,
@@ -299,7 +299,7 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 
     def run(arguments: argparse.Namespace) -> str:
         with first_imports():
-            from rtl_dist.evaluate_model import evaluate
+            from rtl_dist.commands.evaluate import evaluate
 
         return evaluate(
             arguments.model,

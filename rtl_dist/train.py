@@ -15,11 +15,11 @@ if sys.path and os.path.realpath(sys.path[0] or ".") == os.path.dirname(os.path.
     # others of the same name; the project's root belongs there instead.
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 
-from rtl_dist.commands import first_imports, leave, run_command, train_arguments
+from rtl_dist.commands.common import first_imports, leave, run_command, train_arguments
 from rtl_dist.config import Config, load_config
-from rtl_dist.launched import may_end_alone
-from rtl_dist.lock import require_unlocked
-from rtl_dist.stopping import StopRequests
+from rtl_dist.core.lock import require_unlocked
+from rtl_dist.distributed.launchers import may_end_alone
+from rtl_dist.distributed.stopping import StopRequests
 
 
 def train(config: Config) -> str:
@@ -33,9 +33,9 @@ def train(config: Config) -> str:
         if may_end_alone():
             require_unlocked(Path(config.run.dir))
         with first_imports():
-            from rtl_dist import engine, run  # noqa: F401 - all there is, at once
-            from rtl_dist.elastic import taking_part
-            from rtl_dist.run_folder import keep_resolved
+            from rtl_dist.distributed.elastic import taking_part
+            from rtl_dist.records.run_folder import keep_resolved
+            from rtl_dist.training import begin, fit  # noqa: F401 - all there is, at once
 
         config = keep_resolved(config)
         with taking_part(config) as trains:
@@ -44,10 +44,10 @@ def train(config: Config) -> str:
 
 def run_job(config: Config, stops: StopRequests) -> str:
     """The job of a process that takes part in it; returns and raises as ``train``."""
-    from rtl_dist.engine import fit
-    from rtl_dist.run import already_done, finish, open_data, open_job, resolve
-    from rtl_dist.run_folder import WATCHED, owned_run_folder
-    from rtl_dist.runtime import Runtime
+    from rtl_dist.distributed.runtime import Runtime
+    from rtl_dist.records.run_folder import WATCHED, owned_run_folder
+    from rtl_dist.training.begin import already_done, finish, open_data, open_job, resolve
+    from rtl_dist.training.fit import fit
 
     with (
         Runtime(config.precision, stops, patience=WATCHED) as runtime,

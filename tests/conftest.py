@@ -47,7 +47,7 @@ def undrawn(monkeypatch):
 @pytest.fixture
 def computed(monkeypatch):
     """The split of each view of features that is computed."""
-    from rtl_dist.features import FeatureMaker
+    from rtl_dist.features.maker import FeatureMaker
 
     found: list[str] = []
     write = FeatureMaker._write_blocks

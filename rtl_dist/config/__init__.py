@@ -1,4 +1,4 @@
-"""The config: typed sections and the strict loader."""
+"""Every key of a config, its type and meaning, and the strict loader."""
 
 from rtl_dist.config.loader import load_config, parse_config, read_run_config, to_dict, to_yaml
 from rtl_dist.config.schema import (

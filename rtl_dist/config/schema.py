@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rtl_dist.durations import Duration
-from rtl_dist.schedule import Every
-from rtl_dist.urls import is_url, secret_in
+from rtl_dist.core.durations import Duration
+from rtl_dist.core.urls import is_url, secret_in
+from rtl_dist.optim.schedule import Every
 
 Precision = Literal["auto", "no", "fp16", "bf16", "fp64"]
 _PLATEAU_PATIENCE = 2  # evaluations

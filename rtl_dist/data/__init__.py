@@ -1,1 +1,1 @@
-"""From image files to batches on the device: packing, indexing, order, decoding, loading."""
+"""A data set, read: which sample comes when, its bytes, its pixels, its microbatch."""

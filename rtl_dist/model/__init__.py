@@ -1,1 +1,1 @@
-"""The network: building, loading weights, its parts, freezing, BatchNorm statistics."""
+"""The network: built, cut into parts, frozen, averaged, kept as a folder."""

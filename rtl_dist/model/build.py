@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from rtl_dist.config import Data, Model
-from rtl_dist.data.order import derive_key
-from rtl_dist.errors import UserError
+from rtl_dist.core.errors import UserError
+from rtl_dist.data.order.epochs import derive_key
 from rtl_dist.model.basic_cnn import NUM_FEATURES, BasicCNN
 from rtl_dist.model.classifier import Classifier, Preprocessing
 from rtl_dist.model.weights import load_weights

@@ -14,9 +14,9 @@ import torch
 
 from rtl_dist import __version__
 from rtl_dist.config import Config, Model, Precision, parse_config, read_run_config
-from rtl_dist.data.dataset import Dataset
-from rtl_dist.errors import UserError
-from rtl_dist.files import replacing, save_tensors, write_json
+from rtl_dist.core.errors import UserError
+from rtl_dist.core.files import replacing, save_tensors, write_json
+from rtl_dist.data.format.dataset import Dataset
 from rtl_dist.model.build import make_classifier
 from rtl_dist.model.classifier import Classifier
 from rtl_dist.model.weights import read_state_dict

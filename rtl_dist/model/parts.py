@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rtl_dist.config import Stage
-from rtl_dist.errors import UserError
+from rtl_dist.core.errors import UserError
 from rtl_dist.model.classifier import Classifier
 
 NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm2d)

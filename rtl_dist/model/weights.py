@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from safetensors.torch import load_file
 
-from rtl_dist.errors import UserError
+from rtl_dist.core.errors import UserError
 from rtl_dist.model.classifier import Classifier
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "model_ema")

@@ -1,1 +1,1 @@
-"""Plots and pages drawn from a run's files and from an evaluation's predictions."""
+"""Plots and pages, drawn from the files of a run alone."""

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from rtl_dist.data.dataset import MULTI_LABEL
-from rtl_dist.data.split import SampleReader, Split
-from rtl_dist.errors import DataError
-from rtl_dist.files import write_json, write_text
-from rtl_dist.metrics import (
+from rtl_dist.core.errors import DataError
+from rtl_dist.core.files import write_json, write_text
+from rtl_dist.data.format.dataset import MULTI_LABEL
+from rtl_dist.data.format.split import SampleReader, Split
+from rtl_dist.evaluation.metrics import (
     ClassScores,
     Predictions,
     calibration,
@@ -258,7 +258,7 @@ def _load_picture(reader: SampleReader, sample: int) -> np.ndarray | None:
     """The sample's picture, uint8 (h, w, 3), no side above 224; None when it cannot be read."""
     from PIL import Image
 
-    from rtl_dist.data.decode import decode
+    from rtl_dist.data.images.decode import decode
 
     try:
         pixels = decode(reader.read(sample), 3).permute(1, 2, 0).numpy()

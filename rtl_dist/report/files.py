@@ -1,4 +1,4 @@
-"""Pictures and tables to whole files (see ``rtl_dist.files``)."""
+"""Pictures and tables to whole files (see ``rtl_dist.core.files``)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rtl_dist.files import replacing, write_text
+from rtl_dist.core.files import replacing, write_text
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rtl_dist.errors import UserError
+from rtl_dist.core.errors import UserError
 
 METRICS = "metrics.jsonl"
 

@@ -27,7 +27,7 @@ from rtl_dist.report.history import is_finite
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FOLDER = "lr_finder"  # as in rtl_dist.lr_finder, which brings accelerate
+FOLDER = "lr_finder"  # as in rtl_dist.training.lr_finder, which brings accelerate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,9 @@ def range_test_figure(test: RangeTest) -> Figure:
     if not test.losses:
         say(axes, "the loss was a number at no rate")
         return figure
-    from rtl_dist.lr_finder import smoothed  # late: it brings accelerate, which reports do not need
+    from rtl_dist.training.lr_finder import (
+        smoothed,  # late: it brings accelerate, which reports do not need
+    )
 
     values = smoothed(test.losses)
     axes.set_xscale("log")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rtl_dist.files import write_text
+from rtl_dist.core.files import write_text
 from rtl_dist.report import plots
 from rtl_dist.report.evaluation import METRIC_NAMES, PICTURES, headline, read_summary
 from rtl_dist.report.figure import png

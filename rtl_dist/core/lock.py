@@ -1,0 +1,88 @@
+"""One job in a run folder: a lock that ends with its process, and names its owner."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+import time
+from pathlib import Path
+from typing import IO
+
+from rtl_dist.core.errors import UserError
+
+LOG = logging.getLogger("rtl_dist")
+_NAME = ".lock"
+_WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)
+_TRIES_S = 2.0  # for an owner that is just ending, and for others that only look
+
+
+class RunLock:
+    """An advisory lock (flock) of a run folder. A process that ends in any way has released it."""
+
+    def __init__(self, run: Path) -> None:
+        self._path = run / _NAME
+        self._file: IO[str] | None = None
+
+    def acquire(self) -> None:
+        """Returns without the lock, and warns, on a disk that has none.
+
+        Raises:
+            UserError: another job has it. OSError: the folder cannot be written.
+        """
+        file = open(self._path, "a+", encoding="utf-8")  # noqa: SIM115 - held until release
+        try:
+            _take(file, self._path.parent)
+        except OSError as error:
+            file.close()
+            if error.errno not in _WITHOUT_LOCKS:
+                raise
+            LOG.warning("%s is on a disk without locks: start no second job here", self._path)
+            return
+        except UserError:
+            file.close()
+            raise
+        file.truncate(0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}")
+        file.flush()
+        self._file = file
+        # a loader worker must not hold the lock on when this process was killed
+        os.register_at_fork(after_in_child=self.release)
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def require_unlocked(run: Path) -> None:
+    """Before anything else is done that takes time.
+
+    Raises:
+        UserError: another job has the run folder.
+    """
+    try:
+        with open(run / _NAME, encoding="utf-8") as file:
+            _take(file, run)
+    except OSError:
+        return  # there is none yet, or what is wrong is told by ``acquire``
+
+
+def _take(file: IO[str], run: Path) -> None:
+    tries_until = time.monotonic() + _TRIES_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() < tries_until:
+                time.sleep(0.1)
+                continue
+        file.seek(0)
+        owner = file.read().strip() or "another job"
+        raise UserError(
+            f"the run folder {run} is in use by {owner}; wait for it, or choose another run.dir"
+        )

@@ -1,0 +1,276 @@
+"""The data set: ``dataset.json``, its splits, and what must be true of their files.
+
+A data set is a folder (or URL) of plain WebDataset tars with ``dataset.json`` and, per split,
+``index/<split>.npy`` (one ``INDEX_DTYPE`` row a sample, memory-mapped) and, for multi-label data,
+``index/<split>.labels.npy`` (uint8, samples x classes). The index alone says where each sample's
+bytes are, so any sample is one ``pread`` and no tar is ever walked while training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from tokenize import TokenError
+from typing import Any
+
+import numpy as np
+
+from rtl_dist.core.errors import DataError, UserError
+from rtl_dist.core.files import sha256_of
+from rtl_dist.core.urls import is_url, secret_in
+from rtl_dist.data.format.split import INDEX_DTYPE, DatasetPlace, Split
+from rtl_dist.data.storage.cache import RemoteFile
+from rtl_dist.data.storage.remote import read_url, size_of
+from rtl_dist.data.storage.shard_files import ShardFiles, Shards
+
+FORMAT = "rtl_dist/1"
+DESCRIPTION = "dataset.json"
+PACKER_KEY, INDEXER_KEY = "packer", "indexer"  # in it: which command made it, and its settings
+INDEX_FOLDER = "index"
+SINGLE_LABEL = "single_label"
+MULTI_LABEL = "multi_label"
+
+_CHECKED_INDEX_BYTES = 2**30  # larger ones are neither read at every start nor read ahead
+# What numpy lets the damaged header of an array file out as.
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    EOFError,
+    SyntaxError,
+    TypeError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+    TokenError,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """A data set, opened: the description checked, splits opened on demand."""
+
+    place: DatasetPlace
+    task: str
+    classes: tuple[str, ...]
+    fingerprint: str
+    description: dict[str, Any] = field(repr=False)
+
+    @property
+    def where(self) -> str:
+        """Its folder or URL."""
+        return self.place.where
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @cached_property
+    def split_names(self) -> tuple[str, ...]:
+        return tuple(self.description["splits"])
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether ``pack`` made the shards, not somebody else."""
+        return INDEXER_KEY not in self.description
+
+    def shard_files(self, shards: Shards) -> ShardFiles:
+        """These shards' files, with a cache if any of them is remote."""
+        has_remote = self.place.is_remote or shards.has_urls()
+        return ShardFiles(self.where, shards, self.place.cache if has_remote else None)
+
+    def split(self, name: str) -> Split:
+        """Opens a split, at a cost that does not grow with its samples; ``check_split`` looks at
+        its files.
+
+        Raises:
+            DataError: no such split, or its index does not fit the description.
+        """
+        splits = self.description["splits"]
+        if name not in splits:
+            raise DataError(
+                f"{self.place.path_of(DESCRIPTION)} has no split {name!r}; it has:"
+                f" {', '.join(splits)}. Name one of these, or pack or index again"
+                " (--val-fraction 0.2 makes a val of train)"
+            )
+        entry = splits[name]
+        self._check_entry(name, entry)
+        index = self._load_array(f"{name}.npy", entry.get("index_sha256"))
+        if index.dtype != INDEX_DTYPE or index.shape != (entry["num_samples"],):
+            raise DataError(
+                f"the index of split {name!r} in {self.where} does not fit {DESCRIPTION}; pack"
+                " again"
+            )
+        label_matrix = None
+        if self.task == MULTI_LABEL:
+            label_matrix = self._load_array(f"{name}.labels.npy", entry.get("labels_sha256"))
+            expected = (len(index), self.num_classes)
+            if label_matrix.shape != expected or label_matrix.dtype != np.uint8:
+                raise DataError(
+                    f"labels of split {name!r} are {label_matrix.dtype} {label_matrix.shape},"
+                    f" expected uint8 {expected}; pack {self.where} again"
+                )
+        shards = Shards(entry["shards"])
+        return Split(
+            name=name,
+            dataset=self.place,
+            shards=shards,
+            files=self.shard_files(shards),
+            class_counts=tuple(entry["class_counts"]),
+            index=index,
+            label_matrix=label_matrix,
+            are_ours=self.is_ours,
+        )
+
+    def index_path(self, name: str, sha256: str | None) -> Path:
+        """The local file of an index; a remote one is fetched into the cache first."""
+        where = self.place.path_of(f"{INDEX_FOLDER}/{name}")
+        if not self.place.is_remote:
+            return Path(where)
+        if sha256 is None:
+            raise DataError(f"{self.where} does not say the checksum of {name}; pack again")
+        return self.place.cache.path(RemoteFile(url=where, bytes=size_of(where), sha256=sha256))
+
+    def _load_array(self, name: str, sha256: str | None) -> np.ndarray:
+        path = self.index_path(name, sha256)
+        try:
+            array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        except LOAD_ERRORS as error:
+            if self.place.is_remote and isinstance(error, FileNotFoundError):
+                return self._load_array(name, sha256)  # another process made room just now
+            raise DataError(f"cannot read the index {path}: {error}; pack again") from error
+        if array.nbytes > _CHECKED_INDEX_BYTES and isinstance(array.base, mmap.mmap):
+            # else each row of 24 bytes brings in the disk's whole read-ahead, which may be 8 MB
+            array.base.madvise(mmap.MADV_RANDOM)
+        return array
+
+    def _check_entry(self, name: str, entry: dict[str, Any]) -> None:
+        """What is counted on later: counts that add up, shards that say all of themselves.
+
+        Raises:
+            DataError: the description is not one that we wrote.
+        """
+        where = self.place.path_of(DESCRIPTION)
+        try:
+            whole = all(
+                isinstance(shard["path"], str)
+                and len(bytes.fromhex(shard["sha256"])) == 32
+                and shard["bytes"] >= 0 <= shard["num_samples"]
+                for shard in entry["shards"]
+            )
+            counted = sum(shard["num_samples"] for shard in entry["shards"])
+            whole = whole and counted == entry["num_samples"]
+            counts = entry["class_counts"]
+            if self.task == SINGLE_LABEL:
+                whole = whole and sum(counts) == counted
+            whole = whole and len(counts) == self.num_classes
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"{where}: split {name!r} is not described as it should be ({error!r}); pack again"
+            ) from error
+        if not whole:
+            raise DataError(
+                f"the class counts, shards and samples of split {name!r} in {where} do not add up;"
+                " pack again"
+            )
+        if self.place.is_remote:
+            for shard in entry["shards"]:
+                path = shard["path"]
+                if is_url(path) or path.startswith("/") or ".." in path.split("/"):
+                    raise DataError(
+                        f"{where}: shard {path!r} lies outside of the data set, which remote data"
+                        " may not ask for; copy the description and index to a local folder"
+                    )
+
+
+def check_split(dataset: Dataset, split: Split) -> None:
+    """Looks at a split's files before they are used: the index's checksum, each shard's size.
+
+    Raises:
+        DataError: something is missing or was altered since packing.
+        RemoteError: a remote place cannot be reached.
+    """
+    check_index(dataset, split.name)
+    split.files.check_sizes()
+
+
+def check_index(dataset: Dataset, split: str) -> None:
+    """Compares a split's index with its checksum; one too large to read at every start is left to
+    the checks of each sample.
+
+    Raises:
+        DataError: it was altered since packing.
+    """
+    entry = dataset.description["splits"][split]
+    for suffix, key in ((".npy", "index_sha256"), (".labels.npy", "labels_sha256")):
+        if key not in entry:
+            continue
+        path = dataset.index_path(f"{split}{suffix}", entry[key])
+        if path.stat().st_size <= _CHECKED_INDEX_BYTES and sha256_of(path) != entry[key]:
+            raise DataError(f"the index {path} was altered since packing; restore it or pack again")
+
+
+def open_dataset(
+    path: str | Path, *, cache_dir: str | None = None, cache_gb: float | None = None
+) -> Dataset:
+    """Opens the data set in a folder or behind a URL.
+
+    Args:
+        cache_dir, cache_gb: of remote shards; see ``Cache``.
+
+    Raises:
+        UserError: the URL holds a password or token.
+        DataError: there is none, or its description is damaged, edited or of another format.
+        RemoteError: the place cannot be reached.
+    """
+    if is_url(str(path)) and (reason := secret_in(str(path))):
+        raise UserError(reason)
+    place = DatasetPlace(where=str(path), cache_dir=cache_dir, cache_gb=cache_gb)
+    where = place.path_of(DESCRIPTION)
+    try:
+        content = read_url(where) if place.is_remote else Path(where).read_bytes()
+        description = json.loads(content)
+    except FileNotFoundError:
+        raise DataError(
+            f"no data set at {path}: {DESCRIPTION} is missing; make it with"
+            f" `rtl-dist pack SOURCE {path}`, or with `rtl-dist index` for shards that are there"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"cannot read {where}: {error}; pack again") from error
+    try:
+        if description["format"] != FORMAT:
+            raise DataError(
+                f"{where} is of format {description['format']!r}; this version reads"
+                f" {FORMAT!r}: pack again"
+            )
+        if description["fingerprint"] != fingerprint_of(description):
+            raise DataError(
+                f"{where} does not match its own fingerprint: it was edited or damaged; pack again"
+            )
+        if description["task"] not in (SINGLE_LABEL, MULTI_LABEL):
+            raise DataError(f"{where} has an unknown task {description['task']!r}; pack again")
+        if not isinstance(description["splits"], dict):
+            raise TypeError("a table of splits")
+        return Dataset(
+            place=place,
+            task=description["task"],
+            classes=tuple(map(str, description["classes"])),
+            fingerprint=description["fingerprint"],
+            description=description,
+        )
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{where} lacks {error}; pack again") from error
+
+
+def fingerprint_of(description: dict[str, Any]) -> str:
+    """sha256 over the whole description but the fingerprint itself.
+
+    The description holds each shard's sha256 and each index file's, so equal fingerprints mean
+    equal classes, samples, labels and bytes.
+    """
+    content = {key: value for key, value in description.items() if key != "fingerprint"}
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()

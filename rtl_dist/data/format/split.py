@@ -1,0 +1,235 @@
+"""One split: its index, its shards, and reading one sample by number."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rtl_dist.core.errors import DataError, RtlDistError, ShardError
+from rtl_dist.core.urls import is_url, join_url
+from rtl_dist.data.images.foreign import require_known
+from rtl_dist.data.order.balanced import BalancedOrder, ClassMembers, group_by_class
+from rtl_dist.data.order.epochs import Order
+from rtl_dist.data.storage.cache import Cache
+from rtl_dist.data.storage.shard_files import ShardFiles, Shards
+
+# 24 bytes a sample: where the image's bytes are (offset and size in bytes within the tar), their
+# crc32, and the class number (-1 in multi-label data, whose labels are in their own array).
+INDEX_DTYPE = np.dtype(
+    [("offset", "<u8"), ("size", "<u4"), ("shard", "<u4"), ("crc32", "<u4"), ("label", "<i4")]
+)
+
+_TAR_BLOCK = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetPlace:
+    """Where a data set is: a folder or URL; and, for remote shards, ``Cache``'s arguments."""
+
+    where: str
+    cache_dir: str | None = None
+    cache_gb: float | None = None
+
+    @property
+    def is_remote(self) -> bool:
+        return is_url(self.where)
+
+    def path_of(self, name: str) -> str:
+        """The path or URL of one of its files."""
+        return join_url(self.where, name) if self.is_remote else os.path.join(self.where, name)
+
+    @cached_property
+    def cache(self) -> Cache:
+        return Cache(self.cache_dir, self.cache_gb)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """One split: its shards, and memory-mapped index and labels.
+
+    ``index`` has dtype ``INDEX_DTYPE`` and shape (num_samples,); its rows follow the shards.
+    ``label_matrix`` is None or uint8 of shape (num_samples, num_classes). ``dataset`` says how to
+    open the data set again; ``are_ours`` that ``pack`` made the shards, not somebody else.
+    """
+
+    name: str
+    dataset: DatasetPlace
+    shards: Shards
+    files: ShardFiles
+    class_counts: tuple[int, ...]
+    index: np.ndarray
+    label_matrix: np.ndarray | None
+    are_ours: bool
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a worker process maps the index again instead of receiving a copy of it
+        return _reopen_split, (self.dataset, self.name)
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.index)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether its shards are fetched before they are read."""
+        return self.files.cache is not None
+
+    def order(self, seed: int, *, window: int | None) -> Order:
+        """The training stream; see ``Order``."""
+        return Order(self.shards.sizes(), seed, window)
+
+    def balanced_order(self, seed: int) -> BalancedOrder:
+        """The training stream with each class equally often; see ``BalancedOrder``. Only for
+        single-label data of which every class has a sample. Reads all labels, once a process.
+
+        Raises:
+            ShardError: a label is out of range.
+        """
+        return BalancedOrder(self.shards.sizes(), seed, self._class_members)
+
+    @cached_property
+    def _class_members(self) -> ClassMembers:
+        assert self.label_matrix is None
+        labels = self.labels(np.arange(self.num_samples))
+        return group_by_class(labels, num_classes=len(self.class_counts))
+
+    def shard_path(self, number: int) -> Path:
+        """The local file of a shard; a remote one is fetched into the cache first."""
+        return self.files.path(number)
+
+    def labels(self, samples: np.ndarray) -> np.ndarray:
+        """Class numbers, int64 (n,); or 0/1 float32 (n, num_classes) for multi-label data."""
+        if self.label_matrix is not None:
+            return np.asarray(self.label_matrix[samples], dtype=np.float32)
+        labels = np.asarray(self.index["label"][samples], dtype=np.int64)
+        # checked here and not when opening, which must not read all of a large index
+        wrong = np.flatnonzero((labels < 0) | (labels >= len(self.class_counts)))
+        if wrong.size:
+            raise ShardError(
+                f"label out of range: {self.describe(int(samples[wrong[0]]))} has class"
+                f" {labels[wrong[0]]}, but there are {len(self.class_counts)}; pack again"
+            )
+        return labels
+
+    def row(self, sample: int) -> tuple[int, int, int, int]:
+        """(shard, offset, size, crc32) of a sample's image.
+
+        Raises:
+            ShardError: the index names bytes that no shard has.
+        """
+        offset, size, shard, crc32, _ = self.index[sample].tolist()
+        if shard >= len(self.shards) or offset + size > self.shards[shard].bytes:
+            raise ShardError(
+                f"the index of split {self.name!r} in {self.dataset.where} was altered: sample"
+                f" {sample} lies outside of its shard; restore it or make it again"
+            )
+        return shard, offset, size, crc32
+
+    def key(self, sample: int) -> str:
+        """The sample's WebDataset key, as its shard has it. Raises as ``SampleReader.read``."""
+        shard, offset, _, _ = self.row(sample)
+        return _key_of(self._member_name(shard, offset))
+
+    def keys(self) -> Iterator[str]:
+        """Every sample's key in the samples' order. Raises as ``SampleReader.read``."""
+        return (self.key(sample) for sample in range(self.num_samples))
+
+    def name_of(self, sample: int) -> str:
+        """The key where that costs no more than a read, else number and shard."""
+        shard = self.row(sample)[0]
+        if self.are_ours and not self.files.is_remote(shard):
+            return self.key(sample)
+        return f"number {sample} in {self.shards[shard].path}"
+
+    def describe(self, sample: int) -> str:
+        """Names a sample for an error message: split, key (if it can still be read) and shard."""
+        try:
+            shard = self.shards[self.row(sample)[0]].path
+        except ShardError:
+            return f"sample {sample} of split {self.name!r}"
+        try:
+            where = f"key {self.key(sample)!r} in {shard}"
+        except RtlDistError:
+            where = f"in {shard}"
+        return f"sample {sample} of split {self.name!r} ({where})"
+
+    def _member_name(self, shard: int, offset: int) -> str:
+        if self.are_ours:  # one plain header directly before the bytes
+            name = self.files.read(shard, offset - _TAR_BLOCK, 100)
+            return name.rstrip(b"\0").decode("utf-8", "replace")
+        path = self.shard_path(shard)
+        try:
+            return _names_in(str(path), path.stat().st_mtime_ns).get(offset, "?")
+        except OSError as error:
+            raise ShardError(f"cannot read {path}: {error.strerror}; is it there?") from error
+
+
+class SampleReader:
+    """Reads samples' image bytes with ``pread`` and checks each against its crc32.
+
+    Decoders do not notice one flipped byte (they return wrong pixels), so the checksum must.
+    """
+
+    def __init__(self, split: Split) -> None:
+        self._split = split
+        self._fetched_anew: set[int] = set()
+
+    def read(self, sample: int) -> bytes:
+        """The sample's image file as bytes.
+
+        Raises:
+            ShardError: the whole shard is missing, unreadable or cut short.
+            DataError: the sample's bytes changed since packing, or are no image that a decoder may
+                be given.
+        """
+        split = self._split
+        shard, offset, size, crc32 = split.row(sample)
+        content = split.files.read(shard, offset, size)
+        is_whole = zlib.crc32(content) == crc32
+        if not is_whole and shard not in self._fetched_anew and split.files.forget(shard):
+            self._fetched_anew.add(shard)  # once: it may be the index that is wrong
+            content = split.files.read(shard, offset, size)  # fetched anew
+            is_whole = zlib.crc32(content) == crc32
+        if len(content) != size:
+            raise ShardError(
+                f"{split.describe(sample)} is cut short: the shard was truncated; restore it or"
+                " pack again"
+            )
+        if not is_whole:
+            raise DataError(
+                f"{split.describe(sample)} fails its checksum: the shard was altered or"
+                " damaged since packing; restore the file or pack again"
+            )
+        if not split.are_ours or split.files.is_remote(shard):
+            require_known(content)
+        return content
+
+    def close(self) -> None:
+        self._split.files.close()
+
+
+def _reopen_split(place: DatasetPlace, name: str) -> Split:
+    from rtl_dist.data.format.dataset import open_dataset
+
+    dataset = open_dataset(place.where, cache_dir=place.cache_dir, cache_gb=place.cache_gb)
+    return dataset.split(name)
+
+
+def _key_of(member: str) -> str:
+    """WebDataset's rule: up to the first dot of the base name."""
+    folder, slash, name = member.rpartition("/")
+    return folder + slash + name.split(".", 1)[0]
+
+
+@lru_cache(maxsize=2)
+def _names_in(path: str, modified_at: int) -> dict[int, str]:
+    from rtl_dist.data.format.tar_reader import member_names
+
+    return member_names(Path(path))

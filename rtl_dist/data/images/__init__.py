@@ -1,0 +1,1 @@
+"""Image bytes to what the network sees."""

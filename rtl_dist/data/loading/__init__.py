@@ -1,0 +1,1 @@
+"""Microbatches, made by worker processes and brought to the device."""

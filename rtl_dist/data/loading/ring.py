@@ -1,0 +1,155 @@
+"""Microbatches travel from workers to the training process through a ring of shared slots.
+
+A worker writes pixels straight into the slot that its request names; what goes through the queue is
+a few numbers. So the training process neither copies nor unpickles an image. The slots are
+anonymous shared memory, not files in ``/dev/shm``, which containers often keep at 64 MB.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from itertools import count
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from rtl_dist.data.images.tiny import TinyBatch, enlarge
+
+
+class Batch(NamedTuple):
+    """One microbatch.
+
+    inputs: uint8 (n, C, S, S) images, or float32 (n, F) cached features. Images that workers made
+        are only lent: the next batch may overwrite them.
+    labels: int64 (n,) class numbers, or float32 (n, num_classes) of 0 and 1.
+    samples: int64 (n,) sample numbers within the split, of what is really in ``inputs``; on the
+        host.
+    bad: what each damaged sample that was replaced (or, in evaluation, left black) suffers from.
+    """
+
+    inputs: torch.Tensor
+    labels: torch.Tensor
+    samples: torch.Tensor
+    bad: list[str]
+
+
+class Microbatches(Protocol):
+    """What a worker is asked for. ``shape``: (n, C, S, S), the most that one holds."""
+
+    shape: tuple[int, int, int, int]
+
+    def fill(self, position: int, out: torch.Tensor) -> Batch:
+        """The microbatch at ``position``, its inputs being the first part of ``out``, uint8 of
+        ``shape``."""
+
+    def fill_tiny(self, position: int, out: torch.Tensor) -> tuple[Batch, TinyBatch] | None:
+        """The same, but its inputs are crops that ``enlarge`` makes the microbatch of; None if they
+        are not all tiny."""
+
+
+class Request(NamedTuple):
+    """slot: where in the ring. position: which microbatch."""
+
+    slot: int
+    position: int
+
+
+class Reply(NamedTuple):
+    """A batch without its pixels, which are the first bytes of the slot. shape: theirs.
+    tiny_shapes: see ``TinyBatch``; None: they are views as the network sees them."""
+
+    slot: int
+    shape: tuple[int, ...]
+    tiny_shapes: np.ndarray | None
+    labels: np.ndarray
+    samples: np.ndarray
+    bad: list[str]
+
+
+class Ring(Dataset[Reply]):
+    """Answers requests by filling slots; a ``DataLoader``'s data set.
+
+    Args:
+        num_slots: one more than there are requests under way, for the batch in use.
+        enlarge_here: tiny images are enlarged where the batch is used, not by the workers.
+    """
+
+    def __init__(
+        self, microbatches: Microbatches, num_slots: int, *, enlarge_here: bool = False
+    ) -> None:
+        self._microbatches, self._enlarge_here = microbatches, enlarge_here
+        self._is_pinned = False
+        self.slots = _shared_uint8((num_slots, *microbatches.shape))
+
+    def __getitem__(self, request: Request) -> Reply:
+        slot, tiny = self.slots[request.slot], None
+        if self._enlarge_here:
+            tiny = self._microbatches.fill_tiny(request.position, slot)
+            self._enlarge_here = tiny is not None  # where one image is not tiny, more are not
+        if tiny is not None:
+            batch, crops = tiny
+            shape, tiny_shapes = tuple(crops.pixels.shape), crops.shapes
+        else:
+            batch, tiny_shapes = self._microbatches.fill(request.position, slot), None
+            shape = tuple(batch.inputs.shape)
+        return Reply(
+            request.slot,
+            shape,
+            tiny_shapes,
+            batch.labels.numpy(),
+            batch.samples.numpy(),
+            batch.bad,
+        )
+
+    def batch(self, reply: Reply, device: torch.device) -> Batch:
+        """The batch of a reply on ``device``, in the process that asked; on a CPU its inputs are
+        the slot itself."""
+        pixels = self.slots[reply.slot].view(-1)[: math.prod(reply.shape)].view(reply.shape)
+        pixels = pixels.to(device, non_blocking=True)
+        if reply.tiny_shapes is not None:
+            pixels = enlarge(TinyBatch(pixels, reply.tiny_shapes), self.slots.shape[-1])
+        labels = torch.from_numpy(reply.labels).to(device, non_blocking=True)
+        return Batch(pixels, labels, torch.from_numpy(reply.samples), reply.bad)
+
+    def pin(self) -> None:
+        """Locks the slots in memory, so that a GPU copies from them while the CPU goes on. Where
+        that is refused (a limit of the system's) copies are slower and all else is the same."""
+        address, size = self.slots.data_ptr(), self.slots.numel()
+        self._is_pinned = not int(torch.cuda.cudart().cudaHostRegister(address, size, 0))
+        if not self._is_pinned:
+            with suppress(RuntimeError):  # CUDA tells of the refusal again, once, at the next call
+                torch.zeros(1, device="cuda").item()
+
+    def unpin(self) -> None:
+        if self._is_pinned:
+            torch.cuda.cudart().cudaHostUnregister(self.slots.data_ptr())
+            self._is_pinned = False
+
+
+class Requests(Sampler[Request]):
+    """Gives each position the next slot in turn."""
+
+    def __init__(self, positions: Iterable[int], num_slots: int) -> None:
+        self._positions, self._num_slots = positions, num_slots
+
+    def __iter__(self) -> Iterator[Request]:
+        for number, position in zip(count(), self._positions):
+            yield Request(number % self._num_slots, position)
+
+
+def as_it_is(reply: Any) -> Any:
+    """A ``collate_fn``: the default one would send every array through a file of its own."""
+    return reply
+
+
+def _shared_uint8(shape: tuple[int, ...]) -> torch.Tensor:
+    if sys.platform == "linux":  # where workers are forked and so share what is mapped
+        memory = mmap.mmap(-1, max(1, math.prod(shape)))
+        return torch.frombuffer(memory, dtype=torch.uint8)[: math.prod(shape)].view(shape)
+    return torch.empty(shape, dtype=torch.uint8).share_memory_()

@@ -1,0 +1,1 @@
+"""Which sample comes at which position of the training stream."""

@@ -1,0 +1,1 @@
+"""Where shards are, and how their bytes come."""

@@ -1,0 +1,1 @@
+"""The processes of a job: how they meet, agree, stop and are watched."""

@@ -1,0 +1,1 @@
+"""Every sample scored once, and exact figures from the scores."""

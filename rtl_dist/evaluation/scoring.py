@@ -1,0 +1,232 @@
+"""Exact evaluation: every sample of a split is scored once, whatever the ranks and batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from rtl_dist.core.errors import DataError
+from rtl_dist.data.format.dataset import MULTI_LABEL, Dataset
+from rtl_dist.data.format.split import Split
+from rtl_dist.data.images.augment import EvalTransform
+from rtl_dist.data.loading.loader import make_loader, to_device
+from rtl_dist.data.loading.microbatches import SplitMicrobatches
+from rtl_dist.data.loading.ring import Batch
+from rtl_dist.distributed.runtime import Runtime
+from rtl_dist.evaluation.metrics import Predictions, compute_metrics
+from rtl_dist.features.maker import EVAL_BLOCK, cannot_evaluate
+from rtl_dist.features.store import View
+from rtl_dist.model.classifier import Classifier
+from rtl_dist.model.divided import Divided, divide
+
+_KEPT_BYTES = 2**30
+
+
+@dataclass(kw_only=True)
+class KeptImages:
+    """This rank's share of a split as an evaluation looks at it, kept by the first one if it takes
+    at most 1 GiB of the host's memory: later ones then wait for no loader."""
+
+    batches: list[Batch] = field(default_factory=list)
+    is_whole: bool = False
+
+
+def eval_transform(model: Classifier) -> EvalTransform:
+    """How an evaluation looks at an image."""
+    preprocessing = model.preprocessing
+    return EvalTransform(
+        image_size=preprocessing.image_size,
+        crop_pct=preprocessing.crop_pct,
+        channels=preprocessing.channels,
+    )
+
+
+def predict_split(
+    model: Classifier,
+    dataset: Dataset,
+    split: Split,
+    *,
+    runtime: Runtime,
+    workers: int,
+    divided: Divided | None = None,
+    view: View | None = None,
+    kept: KeptImages | None = None,
+) -> Predictions | None:
+    """Scores a split, blocks of it shared among the ranks; the model is left in eval mode.
+
+    Args:
+        divided: the model, cut; None: it is cut below its head.
+        view: what the frozen part makes of this split, to score from.
+        kept: images to score, or to be kept.
+
+    Returns:
+        on rank 0 every sample's scores in index order, elsewhere None.
+
+    Raises:
+        DataError: on every rank, if a sample is damaged.
+        RtlDistError: on every rank, if the loader of one failed.
+        StopRequested: on every rank, if one was asked to stop.
+        RuntimeError: a sample was not counted exactly once.
+    """
+    model.eval()
+    if divided is None:
+        divided = divide(model, "head", dtype=runtime.autocast_dtype)
+    scored: list[tuple[np.ndarray, np.ndarray]] = []
+    with torch.inference_mode():
+        if view is None:
+            transform = eval_transform(model)
+            blocks = _from_images(divided, split, transform, kept, runtime=runtime, workers=workers)
+        else:
+            blocks = _from_view(divided, split, view, runtime=runtime)
+        for samples, logits in blocks:
+            scores = logits.float()
+            scores = scores.sigmoid() if dataset.task == MULTI_LABEL else scores.softmax(1)
+            scored.append((samples, scores.cpu().numpy()))
+    gathered = runtime.gather_to_main(scored)
+    assembled: list[Predictions] = []
+
+    def assemble() -> None:
+        blocks = [block for of_rank in gathered or [] for block in of_rank]
+        assembled.append(_assemble(dataset, split, blocks))
+
+    runtime.from_main(assemble)  # so that what is wrong there ends every rank
+    return assembled[0] if assembled else None
+
+
+def evaluate_split(
+    model: Classifier,
+    dataset: Dataset,
+    split: Split,
+    *,
+    runtime: Runtime,
+    workers: int,
+    divided: Divided | None = None,
+    view: View | None = None,
+    kept: KeptImages | None = None,
+) -> dict[str, float]:
+    """The split's metrics (see ``metrics``), equal on every rank; raises as ``predict_split``."""
+    predictions = predict_split(
+        model,
+        dataset,
+        split,
+        runtime=runtime,
+        workers=workers,
+        divided=divided,
+        view=view,
+        kept=kept,
+    )
+
+    def compute() -> dict[str, float]:
+        assert predictions is not None
+        return compute_metrics(predictions)
+
+    with runtime.heartbeat.phase("computing metrics", open_ended=runtime.is_main):
+        metrics: dict[str, float] = runtime.from_main(compute)
+    return metrics
+
+
+def _from_view(
+    divided: Divided, split: Split, view: View, *, runtime: Runtime
+) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    """Sample numbers and logits of this rank's blocks, from what the frozen part made of them."""
+    blocks = _blocks_of(split, runtime)
+    for first in runtime.in_rounds(
+        blocks, _rounds(split, runtime), what=f"evaluating {split.name}"
+    ):
+        if first is None:
+            continue
+        samples = np.arange(first, min(first + EVAL_BLOCK, split.num_samples))
+        inputs = view.features[first : first + len(samples)].to(runtime.device)
+        with runtime.accelerator.autocast():
+            yield samples, divided.trained(inputs)
+
+
+def _blocks_of(split: Split, runtime: Runtime) -> range:
+    """The first samples of this rank's blocks."""
+    return range(0, split.num_samples, EVAL_BLOCK)[runtime.rank :: runtime.world_size]
+
+
+def _rounds(split: Split, runtime: Runtime) -> int:
+    """How many blocks the rank with the most of them has."""
+    return len(range(0, split.num_samples, EVAL_BLOCK)[:: runtime.world_size])
+
+
+def _from_images(
+    divided: Divided,
+    split: Split,
+    transform: EvalTransform,
+    kept: KeptImages | None,
+    *,
+    runtime: Runtime,
+    workers: int,
+) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    """Sample numbers and logits of this rank's blocks, from the evaluation's view of each image."""
+    assert divided.frozen is not None
+    blocks = _blocks_of(split, runtime)
+    microbatches = SplitMicrobatches(split, transform, size=EVAL_BLOCK)
+    batches: Iterable[Batch]
+    if kept is not None and kept.is_whole:
+        batches = (to_device(batch, runtime.device) for batch in kept.batches)
+    else:
+        batches = make_loader(
+            microbatches,
+            blocks,
+            workers=min(workers, len(blocks)),
+            device=runtime.device,
+            give_up=runtime.is_asked,
+        )
+        if kept is not None and len(blocks) * math.prod(microbatches.shape) <= _KEPT_BYTES:
+            batches = _keeping(kept, batches)
+    bad: list[str] = []
+    what = f"evaluating {split.name}"
+    with runtime.progress(total=len(blocks), what=what, unit="batch") as bar:
+        batches = runtime.heartbeat.while_fetching(batches, are_remote=split.is_remote)
+        for batch in runtime.in_rounds(batches, _rounds(split, runtime), what=what):
+            if batch is None:
+                continue
+            bar.update()
+            if batch.bad:
+                bad += batch.bad
+                continue
+            with runtime.accelerator.autocast():
+                logits = divided.trained(divided.frozen(batch.inputs))
+            yield batch.samples.numpy(), logits
+    _refuse_bad(runtime, bad)
+
+
+def _keeping(kept: KeptImages, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches, which are kept once all of them have come."""
+    copies = []
+    for batch in batches:
+        copies.append(batch._replace(inputs=batch.inputs.to("cpu", copy=True)))
+        yield batch
+    kept.batches, kept.is_whole = copies, True
+
+
+def _refuse_bad(runtime: Runtime, bad: list[str]) -> None:
+    every = [name for names in runtime.gather(bad) for name in names]
+    if every:
+        raise DataError(cannot_evaluate(every))
+
+
+def _assemble(
+    dataset: Dataset, split: Split, blocks: list[tuple[np.ndarray, np.ndarray]]
+) -> Predictions:
+    scores = np.zeros((split.num_samples, dataset.num_classes), dtype=np.float32)
+    times_seen = np.zeros(split.num_samples, dtype=np.int64)
+    for samples, block in blocks:
+        scores[samples] = block
+        np.add.at(times_seen, samples, 1)
+    if not (times_seen == 1).all():
+        raise RuntimeError(
+            f"split {split.name!r}: {(times_seen != 1).sum()} of {split.num_samples} samples were"
+            " not counted exactly once"
+        )
+    labels = split.labels(np.arange(split.num_samples))
+    if dataset.task == MULTI_LABEL:
+        labels = labels.astype(np.uint8)
+    return Predictions(task=dataset.task, classes=dataset.classes, labels=labels, scores=scores)

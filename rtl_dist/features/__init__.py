@@ -1,0 +1,1 @@
+"""What frozen parts make of every image, computed once a view and found again on disk."""

@@ -1,0 +1,78 @@
+"""An exponential moving average of the weights, kept as a model of its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from rtl_dist.distributed.runtime import Runtime
+from rtl_dist.model.batchnorm import StepStatistics
+from rtl_dist.model.classifier import Classifier
+
+
+class Average:
+    """``average = decay * average + (1 - decay) * weights`` after each step, of parameters and of
+    BatchNorm's running statistics; counters are copied."""
+
+    def __init__(self, model: Classifier, decay: float) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self._decay = decay
+
+    @torch.no_grad()
+    def update(self, model: Classifier, *, taken: torch.Tensor) -> None:
+        """taken: a bool on the device; without effect if the step was not taken."""
+        averaged, weights = [], []
+        for mine, theirs in zip(
+            self.model.state_dict().values(), model.state_dict().values(), strict=True
+        ):
+            if mine.is_floating_point():
+                averaged.append(mine)
+                weights.append(theirs)
+            else:
+                mine.copy_(torch.where(taken, theirs, mine))
+        moved = torch._foreach_sub(weights, averaged)
+        torch._foreach_mul_(moved, 1 - self._decay)
+        torch._foreach_add_(moved, averaged)
+        # chosen, not multiplied by 0: what overflowed times 0 is not 0
+        kept = [torch.where(taken, new, old) for new, old in zip(moved, averaged, strict=True)]
+        torch._foreach_copy_(averaged, kept)
+
+    @contextmanager
+    def with_statistics_of(
+        self,
+        batches: Iterable[torch.Tensor],
+        rounds: int,
+        layers: set[str],
+        runtime: Runtime,
+    ) -> Iterator[None]:
+        """Within the block the BatchNorm layers named have the statistics that the averaged weights
+        really meet (Izmailov et al. 2018, arXiv 1803.05407, section 3.2), in place of an average of
+        those that other weights met.
+
+        Args:
+            batches: uint8 images (n, C, S, S), ``rounds`` of them on every rank.
+
+        Raises:
+            StopRequested: on every rank. RtlDistError: on every rank, if the loader of one failed.
+        """
+        chosen = [m for name, m in self.model.named_modules() if name in layers]
+        for layer in chosen:
+            layer.train()
+        statistics = StepStatistics(self.model, momentum=1.0)
+        statistics.begin()
+        try:
+            for images in runtime.in_rounds(batches, rounds, what="measuring statistics"):
+                with torch.no_grad(), runtime.accelerator.autocast():
+                    self.model(images)
+                statistics.add()
+            true = torch.ones((), dtype=torch.bool, device=runtime.device)
+            statistics.fold(runtime.mean_over_ranks, taken=true)
+            self.model.eval()
+            yield
+        finally:
+            self.model.eval()
+            statistics.put_back()
+            statistics.close()

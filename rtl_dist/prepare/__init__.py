@@ -1,0 +1,1 @@
+"""Making and checking data sets: pack, index, verify."""

@@ -1,0 +1,283 @@
+"""``rtl-dist index SHARDS... OUT``: WebDataset tars made by anyone become a data set, uncopied.
+
+The story: find the shards and their splits, read each once (in processes), refuse what is damaged
+or ambiguous, number the classes, then publish the same index and ``dataset.json`` as ``pack``. The
+same shards give the same bytes, with however many workers they are read.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from rtl_dist.core.errors import RtlDistError, UserError
+from rtl_dist.core.processes import map_in_order, num_workers
+from rtl_dist.core.urls import is_url
+from rtl_dist.prepare.indexing.classes import read_classes
+from rtl_dist.prepare.indexing.inputs import InputShard, find_shards, splits_of
+from rtl_dist.prepare.indexing.labels import PICKLED
+from rtl_dist.prepare.indexing.merge import (
+    Labelling,
+    LeftOutSample,
+    check_scans,
+    check_something_left,
+    label_samples,
+    left_out_samples,
+    settle_label_member,
+    split_samples,
+)
+from rtl_dist.prepare.indexing.publish import check_place, describe_split, description_of, publish
+from rtl_dist.prepare.indexing.samples import IMAGE_KINDS
+from rtl_dist.prepare.indexing.scan import Chosen, ShardJob, ShardScan, scan_shard
+from rtl_dist.prepare.packing.plan import PackOptions
+from rtl_dist.prepare.sources.items import SPLIT_ORDER, TRAIN, VAL, check_classes_in_splits
+
+_LEFT_OUT_SHOWN = 10
+# Starting processes costs about as much as reading this many bytes of shards on one core.
+_ALONE_BELOW_BYTES = 128 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexReport:
+    """What was indexed. ``class_counts`` has a count a class, in the order of ``classes``."""
+
+    out: Path
+    task: str
+    classes: tuple[str, ...]
+    num_shards: int
+    num_samples: dict[str, int]
+    class_counts: dict[str, tuple[int, ...]]
+    left_out: tuple[LeftOutSample, ...]
+    fingerprint: str
+    seconds: float
+
+    def __str__(self) -> str:
+        """What the command says: what was indexed, what was left out, and what to type next."""
+        lines = [
+            f"left out: {one.key} in {one.shard} ({one.reason})"
+            for one in self.left_out[:_LEFT_OUT_SHOWN]
+        ]
+        if len(self.left_out) > _LEFT_OUT_SHOWN:
+            more = len(self.left_out) - _LEFT_OUT_SHOWN
+            lines.append(f"left out: {more:,} more, all in {self.out / 'left_out.csv'}")
+        if len(self.left_out) > sum(self.num_samples.values()):
+            lines.append("MOST SAMPLES WERE LEFT OUT: look at the reasons above")
+        if all(name.isdecimal() for name in self.classes):
+            lines.append("classes are numbers here: --classes A,B,... names them")
+        following = (
+            f"rtl-dist train --config configs/transfer.yaml data.path={self.out}"
+            f" run.dir=runs/{self.out.resolve().name}"
+        )
+        if TRAIN not in self.num_samples:
+            following = "index it with train shards, train=... val=..., to train on it"
+        elif VAL not in self.num_samples:
+            following = (
+                "the same command with --val-fraction 0.2 --overwrite: training needs a val split"
+            )
+        counts = ", ".join(f"{name} {count:,}" for name, count in self.num_samples.items())
+        without = f" ({len(self.left_out):,} left out)" if self.left_out else ""
+        lines.append(
+            f"indexed {len(self.classes):,} classes, {counts} images{without} of"
+            f" {self.num_shards:,} shards into {self.out} in {self.seconds:.0f} s; next:"
+            f" {following}"
+        )
+        # a tar's names need not be UTF-8, a terminal's lines must be
+        return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
+
+
+def index(
+    shards: Sequence[str],
+    out: Path,
+    *,
+    image: str | None = None,
+    label: str | None = None,
+    field: str | None = None,
+    classes: str | None = None,
+    val_fraction: float = 0.0,
+    workers: int | None = None,
+    allow_missing_classes: bool = False,
+    skip_decode: bool = False,
+    overwrite: bool = False,
+    show_progress: bool = True,
+) -> IndexReport:
+    """Describes WebDataset shards where they are, as a data set in OUT.
+
+    Args:
+        shards: files, folders, brace patterns and URLs, each with ``SPLIT=`` before it or not.
+        image: extensions of the image member, in the order they are looked for, as ``jpg,png``;
+            None: the only image of each sample.
+        label: extension of the label member; None: the one of cls, json, txt
+            and label that most samples have.
+        field: the label's field in JSON, dotted; None: the one of the usual names that is there.
+        classes: names with commas or a file of one a line: the classes' order, or the numbers'
+            names.
+        val_fraction: the part of train, of each class alike, that becomes val.
+        workers: processes; None takes this process's CPUs, or one where starting more costs more.
+        allow_missing_classes: accept classes without a sample in some split.
+        skip_decode: take it on trust that every image can be decoded.
+        overwrite: replace a data set's description and index in OUT. Shards are never touched.
+        show_progress: a bar on stderr, where that is a terminal.
+
+    Raises:
+        UserError: an argument is wrong, a choice is needed, or OUT holds something else.
+        DataError: shards are missing or damaged (all are named), or nothing in them can be used.
+        RtlDistError: a worker was killed, or a remote place or the disk failed.
+    """
+    started_at = time.monotonic()
+    out = Path(out)
+    chosen = _chosen(image, label, field)
+    PackOptions(val_fraction=val_fraction)  # refuses what pack refuses
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers is {workers}: give 1 process or more")
+    names = None if classes is None else read_classes(classes)
+    check_place(out, overwrite)  # before anything is read
+    inputs = find_shards(shards)
+    splits = splits_of(inputs)
+    _check_val(val_fraction, splits)
+
+    scans = _scan(inputs, chosen, not skip_decode, workers, show_progress, out.name)
+    check_scans(scans)
+    settle_label_member(scans, chosen)
+    check_something_left(inputs, scans, splits)
+    found = label_samples(scans, names)
+    sample_splits = split_samples(inputs, scans, found.labels, found.task, val_fraction)
+    by_split = left_out_samples(inputs, scans)
+    if not allow_missing_classes:
+        _check_classes(found, sample_splits, [one for split in splits for one in by_split[split]])
+
+    entries: dict[str, dict[str, Any]] = {}
+    files: dict[str, bytes] = {}
+    for split in SPLIT_ORDER:
+        its = [
+            number
+            for number, shard in enumerate(inputs)
+            if shard.split == split or split in sample_splits[number]
+        ]
+        if its:
+            entries[split], its_files = describe_split(
+                split, out, its, scans, found, sample_splits, len(by_split.get(split, []))
+            )
+            files |= its_files
+    settings = {"val_fraction": val_fraction, "decoded": not skip_decode}
+    left_out = [one for split in splits for one in by_split[split]]
+    description = description_of(found, settings, entries)
+    try:
+        fingerprint = publish(out, description, files, left_out, overwrite)
+    except OSError as error:
+        raise RtlDistError(
+            f"cannot write into {out}: {error.strerror or error}; make room and start the same"
+            " command again"
+        ) from error
+    return IndexReport(
+        out=out,
+        task=found.task,
+        classes=found.classes,
+        num_shards=len(inputs),
+        num_samples={name: entry["num_samples"] for name, entry in entries.items()},
+        class_counts={name: tuple(entry["class_counts"]) for name, entry in entries.items()},
+        left_out=tuple(left_out),
+        fingerprint=fingerprint,
+        seconds=time.monotonic() - started_at,
+    )
+
+
+def _chosen(image: str | None, label: str | None, field: str | None) -> Chosen:
+    images = tuple(name.strip().lstrip(".").lower() for name in (image or "").split(",") if name)
+    for name in images:
+        if name.rsplit(".", 1)[-1] not in IMAGE_KINDS:
+            raise UserError(f"--image {name}: images are {', '.join(IMAGE_KINDS)}")
+    label = None if label is None else label.strip().lstrip(".").lower()
+    if label is not None and label.rsplit(".", 1)[-1] in PICKLED:
+        raise UserError(
+            f"--label {label}: such members can hold code and are never opened; choose one of text"
+            " or JSON"
+        )
+    if field is not None and label is not None and label.rsplit(".", 1)[-1] != "json":
+        raise UserError(f"--field {field} is for .json members, but --label is {label}")
+    if field is not None and label is None:
+        label = "json"
+    return Chosen(image=images, label=label, field=field)
+
+
+def _check_val(val_fraction: float, splits: tuple[str, ...]) -> None:
+    if not val_fraction:
+        return
+    if VAL in splits:
+        raise UserError(
+            "--val-fraction was given, but there are val shards already: leave the option out, or"
+            " name the shards with train=..."
+        )
+    if TRAIN not in splits:
+        raise UserError("--val-fraction was given, but there are no train shards to take from")
+
+
+def _scan(
+    inputs: Sequence[InputShard],
+    chosen: Chosen,
+    decode: bool,
+    workers: int | None,
+    show_progress: bool,
+    name: str,
+) -> list[ShardScan]:
+    local = [shard.location for shard in inputs if not is_url(shard.location)]
+    num_bytes = sum(os.path.getsize(location) for location in local)
+    all_local = len(local) == len(inputs)
+    scans: list[ShardScan] = []
+
+    def jobs(folder: Path) -> Iterator[ShardJob]:
+        for shard in inputs:
+            # once there is damage nothing is published: only more of it is looked for
+            sound = not any(scan.damage for scan in scans)
+            yield ShardJob(
+                location=shard.location, chosen=chosen, decode=decode and sound, folder=folder
+            )
+
+    with (
+        tempfile.TemporaryDirectory(prefix="rtl-dist-index-") as folder,
+        tqdm(
+            desc=f"indexing {name}",
+            total=num_bytes if all_local else None,
+            unit="B",
+            unit_scale=True,
+            disable=None if show_progress else True,  # None: quiet when stderr is no terminal
+        ) as bar,
+    ):
+        alone = all_local and num_bytes < _ALONE_BELOW_BYTES
+        count = num_workers(workers, len(inputs), alone=alone)
+        try:
+            with closing(map_in_order(scan_shard, jobs(Path(folder)), count, bar.update)) as found:
+                for scan in found:
+                    scans.append(scan)
+        except BrokenProcessPool as error:
+            raise RtlDistError(
+                "an indexing process was killed, perhaps for want of memory: start the same command"
+                " again with fewer --workers"
+            ) from error
+    return scans
+
+
+def _check_classes(
+    found: Labelling, sample_splits: list[list[str]], left_out: list[LeftOutSample]
+) -> None:
+    """Raises DataError: a split has no sample of some class, perhaps because they were left out."""
+    counts: dict[str, Counter[int]] = {}
+    for labels, splits in zip(found.labels, sample_splits, strict=True):
+        for its, split in zip(labels, splits, strict=True):
+            counts.setdefault(split, Counter()).update(its)
+    why = ""
+    if left_out:
+        why = (
+            f" that can be used; {len(left_out):,} samples were left out, such as"
+            f" {left_out[0].key} ({left_out[0].reason})"
+        )
+    check_classes_in_splits(found.classes, {s: counts[s] for s in SPLIT_ORDER if s in counts}, why)

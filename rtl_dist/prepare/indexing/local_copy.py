@@ -1,0 +1,25 @@
+"""A remote shard on the local disk, for as long as it is being read."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rtl_dist.data.storage.remote import read_chunks, size_of
+
+
+@contextmanager
+def local_copy(url: str, folder: Path) -> Iterator[Path]:
+    """The file behind a URL as a temporary file in ``folder``.
+
+    Raises:
+        ShardError: it is not there, or may not be read.
+        RemoteError: the place cannot be reached.
+    """
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".tar") as file:
+        for chunk in read_chunks(url, 0, size_of(url)):
+            file.write(chunk)
+        file.flush()
+        yield Path(file.name)

@@ -1,0 +1,169 @@
+"""``rtl-dist pack SOURCE OUT``: images to shuffled, indexed, reproducible WebDataset shards.
+
+The story: list the source, plan every shard, write the shards (in processes, resumable), then
+publish the index and, last of all, ``dataset.json``. The same source gives the same bytes, wherever
+it lies, whenever and with however many workers it is packed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from rtl_dist.core.errors import UserError
+from rtl_dist.prepare.packing.plan import PackOptions, Plan, make_plan
+from rtl_dist.prepare.packing.publish import PackedSplit, gather_split, publish
+from rtl_dist.prepare.packing.shard import write_shards
+from rtl_dist.prepare.packing.work import check_unfinished, claim, locked, release
+from rtl_dist.prepare.sources import LeftOut, is_path, open_source
+from rtl_dist.prepare.sources.items import check_classes_in_splits, shorten
+
+_LEFT_OUT_SHOWN = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackReport:
+    """What was packed. ``class_counts`` has a count a class, in the order of ``classes``."""
+
+    out: Path
+    task: str
+    classes: tuple[str, ...]
+    num_samples: dict[str, int]
+    class_counts: dict[str, tuple[int, ...]]
+    left_out: tuple[LeftOut, ...]
+    fingerprint: str
+    shards_kept: int
+    """Shards that an earlier, interrupted start of the same pack had finished."""
+    seconds: float
+
+    @property
+    def resumed(self) -> bool:
+        return self.shards_kept > 0
+
+    def __str__(self) -> str:
+        """What the command says: what was packed, what was left out, and what to type next."""
+        counts = ", ".join(f"{name} {count:,}" for name, count in self.num_samples.items())
+        lines = [
+            f"left out: {file.name} ({file.reason})" for file in self.left_out[:_LEFT_OUT_SHOWN]
+        ]
+        if len(self.left_out) > _LEFT_OUT_SHOWN:
+            more = len(self.left_out) - _LEFT_OUT_SHOWN
+            lines.append(f"left out: {more:,} more, all in {self.out / 'left_out.csv'}")
+        if "val" not in self.num_samples:
+            lines.append("no val split to choose the best weights by: see --val-fraction")
+        kept = f" ({self.shards_kept} shards were already there)" if self.resumed else ""
+        lines.append(
+            f"packed {len(self.classes):,} classes, {counts} images into {self.out} in"
+            f" {self.seconds:.0f} s{kept}; next: rtl-dist train --config"
+            f" configs/transfer.yaml data.path={self.out} run.dir=runs/{self.out.name}"
+        )
+        return "\n".join(lines)
+
+
+def pack(
+    source: str,
+    out: Path,
+    *,
+    val_fraction: float = 0.0,
+    shard_size: int = 1000,
+    resize: int | None = None,
+    workers: int | None = None,
+    labels: Sequence[str] | None = None,
+    allow_missing_classes: bool = False,
+    overwrite: bool = False,
+    show_progress: bool = True,
+) -> PackReport:
+    """Packs SOURCE into the data set OUT, taking up what an interrupted start of it has finished.
+
+    Args:
+        source: a folder, a .csv file, ``digits`` or ``torchvision:NAME``.
+        val_fraction: the part of train, of each class alike, that becomes val.
+        shard_size: samples a shard.
+        resize: images whose short side has more pixels are shrunk to it; None: files unchanged.
+        workers: processes; None takes this process's CPUs, or one where starting more costs more.
+        labels: a CSV's label columns, or the classes to keep, in that order.
+        allow_missing_classes: accept classes without a sample in some split.
+        overwrite: replace a finished data set that ``pack`` wrote in OUT.
+        show_progress: a bar on stderr, where that is a terminal.
+
+    Raises:
+        UserError: an argument is wrong, or OUT holds something else.
+        DataError: the source cannot be understood, or none of its images can be packed.
+        RtlDistError: a worker was killed or the disk is full; the same call goes on from there.
+    """
+    started_at = time.monotonic()
+    out = Path(out)
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers is {workers}: give 1 process or more")
+    options = PackOptions(
+        val_fraction=val_fraction,
+        shard_size=shard_size,
+        resize=resize,
+        labels=None if labels is None else tuple(labels),
+    )
+    _check_apart(source, out)
+    if not overwrite:
+        check_unfinished(out)  # before anything is downloaded or listed
+    plan = make_plan(open_source(source, options.labels), options)
+    if not allow_missing_classes:
+        _check_classes(plan)
+    with locked(out):
+        claim(out, plan.digest, plan.files, overwrite)
+        with tqdm(
+            desc=f"packing {out.name}",
+            total=sum(len(shard.items) for shard in plan.shards),
+            unit="image",
+            disable=None if show_progress else True,  # None: quiet when stderr is no terminal
+        ) as bar:
+            kept = write_shards(plan, out, workers, bar.update)
+        splits = {split: gather_split(plan, out, split) for split in plan.source.splits}
+        bad = [file for split in splits.values() for file in split.left_out]
+        left_out = sorted([*plan.source.left_out, *bad])
+        if not allow_missing_classes:
+            _check_packed_classes(plan, splits)
+        description = publish(plan, out, splits, left_out)
+        release(out)
+    return PackReport(
+        out=out,
+        task=plan.source.task,
+        classes=plan.source.classes,
+        num_samples={name: split.entry["num_samples"] for name, split in splits.items()},
+        class_counts={name: tuple(split.entry["class_counts"]) for name, split in splits.items()},
+        left_out=tuple(left_out),
+        fingerprint=description["fingerprint"],
+        shards_kept=kept,
+        seconds=time.monotonic() - started_at,
+    )
+
+
+def _check_apart(source: str, out: Path) -> None:
+    """OUT must not be in a source folder, where the next start would take it for images."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: OUT must be a folder")
+    if is_path(source) and Path(source).is_dir():
+        inside = Path(source).resolve()
+        if inside == out.resolve() or inside in out.resolve().parents:
+            raise UserError(f"{out} lies in the source {source}: choose an OUT outside of it")
+
+
+def _check_classes(plan: Plan) -> None:
+    counts = {split: Counter[int]() for split in plan.source.splits}
+    for item in plan.source.items:
+        counts[item.split].update(item.labels)
+    check_classes_in_splits(plan.source.classes, counts)
+
+
+def _check_packed_classes(plan: Plan, splits: dict[str, PackedSplit]) -> None:
+    counts = {
+        name: Counter(dict(enumerate(split.entry["class_counts"])))
+        for name, split in splits.items()
+    }
+    bad = [f"{file.name} ({file.reason})" for split in splits.values() for file in split.left_out]
+    check_classes_in_splits(
+        plan.source.classes, counts, f" that can be packed; left out: {shorten(bad)}"
+    )

@@ -1,0 +1,144 @@
+"""Writing one shard, and the processes that write many at once."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from rtl_dist.core.errors import DataError, RtlDistError
+from rtl_dist.core.processes import map_in_order, num_workers
+from rtl_dist.data.format.dataset import MULTI_LABEL
+from rtl_dist.data.format.tar import TarWriter
+from rtl_dist.data.images.foreign import suffix_of
+from rtl_dist.prepare.images import MAX_FILE_BYTES, checked_image
+from rtl_dist.prepare.packing.plan import Plan, ShardPlan
+from rtl_dist.prepare.packing.work import ShardRecord, is_finished, publishing, record_shard
+from rtl_dist.prepare.sources.items import Item
+
+_MAX_KEY = 80
+# Starting processes costs about as much as packing this many bytes of images on one core.
+_ALONE_BELOW_BYTES = 128 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a worker needs to know besides the shard. Everything in it can be pickled."""
+
+    out: Path
+    root: Path
+    task: str
+    classes: tuple[str, ...]
+    resize: int | None
+
+
+def write_shards(plan: Plan, out: Path, workers: int | None, advance: Callable[[int], Any]) -> int:
+    """Writes every shard that is not there yet; ``advance(n)`` is told of n more items done.
+
+    Args:
+        workers: processes; None chooses.
+
+    Returns:
+        How many shards were kept from an earlier start.
+
+    Raises:
+        RtlDistError: a worker was killed or the disk is full. What is finished stays.
+    """
+    source = plan.source
+    job = Job(
+        out=out,
+        root=source.root.absolute(),
+        task=source.task,
+        classes=source.classes,
+        resize=plan.options.resize,
+    )
+    work = functools.partial(write_shard, job)
+    count = num_workers(workers, len(plan.shards), alone=plan.source_bytes < _ALONE_BELOW_BYTES)
+    try:
+        with contextlib.closing(map_in_order(work, plan.shards, count, advance)) as kept:
+            return sum(kept)
+    except BrokenProcessPool as error:
+        raise RtlDistError(
+            "a packing process was killed, perhaps for want of memory: start the same command again"
+            " with fewer --workers; finished shards are kept"
+        ) from error
+    except OSError as error:
+        raise RtlDistError(
+            f"cannot write into {out}: {error.strerror or error}; make room and start the same"
+            " command again, finished shards are kept"
+        ) from error
+
+
+def write_shard(job: Job, shard: ShardPlan, advance: Callable[[int], Any]) -> bool:
+    """Writes one shard and its sidecar, a sample in memory at a time.
+
+    Returns:
+        True if the shard was there already, whole.
+    """
+    if is_finished(job.out, shard.path):
+        advance(len(shard.items))
+        return True
+    rows: list[tuple[int, int, int, int]] = []
+    left_out: list[tuple[str, str]] = []
+    with publishing(job.out, job.out / shard.path) as file:
+        tar = TarWriter(file)
+        for position, item in enumerate(shard.items):
+            try:
+                suffix, content = checked_image(_read(item, job.root), job.resize)
+            except DataError as error:
+                left_out.append((item.name, str(error)))
+            else:
+                key = key_of(shard.first + position, item.name)
+                offset = tar.add(f"{key}.{suffix}", content)
+                tar.add(*_label_member(key, item, job))
+                rows.append((position, offset, len(content), zlib.crc32(content)))
+            advance(1)
+        tar.finish()
+        record = ShardRecord(
+            path=shard.path, bytes=tar.num_bytes, sha256=tar.sha256, rows=rows, left_out=left_out
+        )
+        # Before the shard gets its name: then a shard without a sidecar cannot be. A sidecar
+        # without its shard means nothing.
+        record_shard(job.out, record)
+    return False
+
+
+def key_of(position: int, name: str) -> str:
+    """A sample's key: its position in the split, and the file's stem so that it can be traced.
+
+    Webdataset ends a key at its first dot, so none may be in it.
+    """
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", PurePosixPath(name).stem)
+    return f"{position:07d}_{stem}"[:_MAX_KEY]
+
+
+def _read(item: Item, root: Path) -> bytes | np.ndarray:
+    """The item's content. Raises DataError: unreadable, or not worth reading whole."""
+    if item.content is not None:
+        return item.content
+    try:
+        with open(root / item.name, "rb") as file:
+            head = file.read(16)
+            suffix_of(head)
+            if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
+                raise DataError(f"is larger than the {MAX_FILE_BYTES >> 20} MiB allowed")
+            return head + file.read()
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}") from error
+
+
+def _label_member(key: str, item: Item, job: Job) -> tuple[str, bytes]:
+    if job.task != MULTI_LABEL:
+        return f"{key}.cls", str(item.labels[0]).encode()
+    labels = {"labels": [job.classes[label] for label in item.labels]}
+    return f"{key}.json", json.dumps(labels, ensure_ascii=False).encode()

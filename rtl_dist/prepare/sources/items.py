@@ -1,0 +1,165 @@
+"""What every source of images is turned into: named, labelled items, each in a split."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+
+from rtl_dist.core.errors import DataError, UserError
+from rtl_dist.data.format.dataset import SINGLE_LABEL
+
+TRAIN, VAL, TEST = "train", "val", "test"
+SPLIT_ORDER = (TRAIN, VAL, TEST)
+# The names under which people keep their splits, in lower case.
+SPLIT_OF = {"train": TRAIN, "val": VAL, "valid": VAL, "validation": VAL, "test": TEST}
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic")
+
+_MOST_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image to pack.
+
+    ``name`` is unique within its source, has forward slashes and no leading one; it is the file's
+    path relative to ``Source.root`` unless ``content`` holds the image itself: an image file's
+    bytes, or uint8 pixels of shape (height, width) or (height, width, 3), which become a PNG.
+    ``labels`` are class numbers: exactly one in single-label data, any number in multi-label data.
+    """
+
+    name: str
+    split: str
+    labels: tuple[int, ...]
+    content: bytes | np.ndarray | None = None
+
+    def read(self, root: Path) -> bytes | np.ndarray:
+        """The image file's bytes, or its pixels. Raises OSError when the file is unreadable."""
+        return (root / self.name).read_bytes() if self.content is None else self.content
+
+    def stamp(self, root: Path) -> tuple[int, int]:
+        """Changes when the image changes: (size in bytes, mtime in ns), or (size, crc32)."""
+        if self.content is None:
+            try:
+                status = os.stat(root / self.name)
+            except OSError:  # a broken link: it will be left out by name when it is read
+                return (-1, 0)
+            return (status.st_size, status.st_mtime_ns)
+        content = self.content if isinstance(self.content, bytes) else self.content.tobytes()
+        return (len(content), zlib.crc32(content))
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class LeftOut:
+    """A file that is not packed, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Everything to be packed. ``root`` is where the items' files are; items are in no order."""
+
+    root: Path
+    task: str
+    classes: tuple[str, ...]
+    items: list[Item]
+    left_out: list[LeftOut] = field(default_factory=list)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that have items, as train, val, test."""
+        present = {item.split for item in self.items}
+        return tuple(split for split in SPLIT_ORDER if split in present)
+
+
+def single_label_source(
+    root: Path,
+    named: list[tuple[Item, str]],
+    classes: Sequence[str],
+    labels: Sequence[str] | None,
+    left_out: Sequence[LeftOut] = (),
+) -> Source:
+    """Numbers the classes: all of ``classes`` in their order, or only ``labels`` in theirs.
+
+    ``named`` pairs each item with its class's name; the items' own labels are not looked at.
+
+    Raises:
+        UserError: ``labels`` names a class that is not there, or one twice.
+        DataError: a class's name is not text.
+    """
+    for name in classes:
+        if not name.isprintable():  # also what is not UTF-8 on disk: it fits no dataset.json
+            raise DataError(f"class name {name!r} holds characters that cannot be shown: rename it")
+    kept = tuple(classes) if labels is None else check_labels(labels, classes, "class")
+    number = {name: (i,) for i, name in enumerate(kept)}
+    items = [
+        Item(name=item.name, split=item.split, labels=number[name], content=item.content)
+        for item, name in named
+        if name in number
+    ]
+    return Source(
+        root=root, task=SINGLE_LABEL, classes=kept, items=items, left_out=sorted(left_out)
+    )
+
+
+def scatter_key(salt: str, name: str) -> bytes:
+    """Sorting by this puts names in a fixed pseudo-random order, another for each salt.
+
+    A hash, not a seeded generator: the order depends neither on NumPy's version nor on how many
+    other names there are, nor on the order in which the file system lists them.
+    """
+    return hashlib.sha256(f"{salt}\0{name}".encode("utf-8", "surrogateescape")).digest()
+
+
+def check_labels(labels: Sequence[str], known: Sequence[str], what: str) -> tuple[str, ...]:
+    """``labels`` as a tuple. Raises UserError: one of them is unknown or is given twice."""
+    for label in labels:
+        if label not in known:
+            near = get_close_matches(label, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are: {shorten(list(known))}"
+            raise UserError(f"--labels names {label!r}, which is no {what} of the source; {hint}")
+        if list(labels).count(label) > 1:
+            raise UserError(f"--labels names {label!r} twice; name each {what} once")
+    return tuple(labels)
+
+
+def check_classes_in_splits(
+    classes: Sequence[str], counts: dict[str, Counter[int]], after: str = ""
+) -> None:
+    """Every class must have a sample in every split.
+
+    ``counts`` maps each split to its samples a class number; ``after`` is put behind the message.
+
+    Raises:
+        DataError: names the first such class, its split, how many more there are, and the cure.
+    """
+    missing = [
+        (name, split)
+        for split, count in counts.items()
+        for i, name in enumerate(classes)
+        if not count[i]
+    ]
+    if missing:
+        name, split = missing[0]
+        others = [f"{name!r} in {split}" for name, split in missing[1:]]
+        also = f" (and so have {shorten(others)})" if others else ""
+        raise DataError(
+            f"class {name!r} has no image in split {split!r}{also}{after}; add images of it there,"
+            " or give --allow-missing-classes"
+        )
+
+
+def shorten(names: list[str]) -> str:
+    """The first few names and how many more there are, for an error message."""
+    shown = ", ".join(names[:_MOST_SHOWN])
+    return shown if len(names) <= _MOST_SHOWN else f"{shown} and {len(names) - _MOST_SHOWN} more"

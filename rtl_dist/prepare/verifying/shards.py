@@ -1,0 +1,209 @@
+"""One shard: its hash, and every sample that the index says is in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rtl_dist.core.errors import DataError
+from rtl_dist.core.files import sha256_of
+from rtl_dist.data.format.tar import BLOCK
+from rtl_dist.data.images.decode import decode
+from rtl_dist.data.images.foreign import require_decodable
+from rtl_dist.data.storage.shard_files import Shard, ShardFiles
+from rtl_dist.prepare.verifying.findings import Damage
+
+_MOST_LABEL_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardJob:
+    """A shard and the index rows that point into it. Everything in it can be pickled.
+
+    ``samples`` int64 (n,) are numbers within the split; ``labels`` as ``CheckedSplit.labels``.
+    """
+
+    split: str
+    shard: Shard
+    files: ShardFiles
+    """Of this shard alone: its number 0."""
+    samples: np.ndarray
+    rows: np.ndarray
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    check_members: bool
+    """Whether a label member must follow each image, as ``rtl-dist pack`` writes it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardResult:
+    """What was found.
+
+    ``digests`` uint64 (n, 2): 128 bits of each sample's pixels; ``sizes`` uint32 (n, 2): width and
+    height. Both are 0 for samples that could not be decoded.
+    """
+
+    split: str
+    samples: np.ndarray
+    digests: np.ndarray
+    sizes: np.ndarray
+    damage: list[Damage]
+
+
+def check_shard(job: ShardJob, advance: Callable[[int], Any]) -> ShardResult:
+    """Hashes a shard, then reads, checks and decodes each of its samples."""
+    torch.set_num_threads(1)  # the processes are the parallelism
+    count = len(job.samples)
+    digests = np.zeros((count, 2), np.uint64)
+    sizes = np.zeros((count, 2), np.uint32)
+    damage: list[Damage] = []
+    done = 0
+    try:
+        path = job.files.path(0)
+        with open(path, "rb", buffering=0) as file:
+            damage += _check_file(job, path, os.fstat(file.fileno()).st_size)
+            for i in range(count):
+                damage += (
+                    _of_sample(job, i, kind, what)
+                    for kind, what in _check_sample(job, i, file.fileno(), digests, sizes)
+                )
+                advance(1)
+                done += 1
+    except (OSError, DataError) as error:
+        advance(count - done)
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        damage.append(
+            Damage(
+                kind="missing_shard",
+                split=job.split,
+                where=job.shard.path,
+                what=f"{why}; {count - done} samples are lost",
+            )
+        )
+    return ShardResult(
+        split=job.split, samples=job.samples, digests=digests, sizes=sizes, damage=damage
+    )
+
+
+def digest_of(pixels: torch.Tensor) -> bytes:
+    """128 bits of a decoded image: equal for equal sizes and pixels, however they were stored."""
+    array = pixels.permute(1, 2, 0).contiguous().numpy()
+    digest = hashlib.blake2b(repr(array.shape).encode(), digest_size=16)
+    digest.update(array)
+    return digest.digest()
+
+
+def _check_file(job: ShardJob, path: Path, size: int) -> Iterator[Damage]:
+    def damage(kind: str, what: str) -> Damage:
+        return Damage(kind=kind, split=job.split, where=job.shard.path, what=what)
+
+    if size != job.shard.bytes:
+        how = "cut to" if size < job.shard.bytes else "grown to"
+        yield damage("shard_size", f"{how} {size} bytes where {job.shard.bytes} were packed")
+    elif sha256_of(path) != job.shard.sha256:
+        yield damage("shard_sha256", "its sha256 is not that of dataset.json")
+    _, first, repeats = np.unique(job.rows["offset"], return_index=True, return_counts=True)
+    for i in first[repeats > 1]:
+        yield _of_sample(job, int(i), "index_row", "points at the same bytes as another row")
+
+
+def _check_sample(
+    job: ShardJob, i: int, file: int, digests: np.ndarray, sizes: np.ndarray
+) -> Iterator[tuple[str, str]]:
+    """What is wrong with the i-th sample, as (kind, what); fills in its digest and size."""
+    yield from _check_label(job, i)
+    offset, size = int(job.rows["offset"][i]), int(job.rows["size"][i])
+    if offset < BLOCK or offset + size > job.shard.bytes:
+        yield "index_row", f"{size} bytes from {offset} are not in a shard of {job.shard.bytes}"
+        return
+    content = os.pread(file, size, offset)
+    if len(content) != size:
+        yield "cut_short", "the shard ends before it does"
+        return
+    if zlib.crc32(content) != job.rows["crc32"][i]:
+        yield "crc32", "its bytes fail their checksum"
+        return
+    if job.check_members:
+        yield from _check_member(job, i, file, offset, size)
+    try:
+        # First, because a PNG that is not whole can end the process in its decoder.
+        require_decodable(content)
+        pixels = decode(content, 3)
+    except DataError as error:
+        yield "undecodable", str(error)
+        return
+    digests[i] = np.frombuffer(digest_of(pixels), np.uint64)
+    sizes[i] = pixels.shape[2], pixels.shape[1]
+
+
+def _check_label(job: ShardJob, i: int) -> Iterator[tuple[str, str]]:
+    label = job.labels[i]
+    if label.ndim:
+        if label.size and label.max() > 1:
+            yield "label_range", f"a label is {label.max()}, neither 0 nor 1"
+    elif not 0 <= label < len(job.classes):
+        yield "label_range", f"has class {label}, but there are {len(job.classes)}"
+
+
+def _check_member(
+    job: ShardJob, i: int, file: int, offset: int, size: int
+) -> Iterator[tuple[str, str]]:
+    """Compares a row with the tar's headers around the image and the label member behind it."""
+    behind = offset + size + -size % BLOCK
+    try:
+        image = _header(file, offset - BLOCK)
+        member = _header(file, behind)
+        content = os.pread(file, min(member.size, _MOST_LABEL_BYTES), behind + BLOCK)
+        told = _labels_in(member.name, content)
+    except (tarfile.HeaderError, ValueError, KeyError, TypeError):
+        yield "label_member", "the shard holds no label where it should be"
+        return
+    key, _, _ = image.name.rpartition(".")
+    if image.size != size or member.name.rpartition(".")[0] != key:
+        yield "index_row", f"is not what the shard calls {image.name}"
+        return
+    label = job.labels[i]
+    if label.ndim and not label.size:
+        return  # the label file cannot be used, which was told already
+    known: set[int | str] = (
+        {job.classes[n] for n in np.flatnonzero(label)} if label.ndim else {int(label)}
+    )
+    if told != known:
+        yield "label_member", f"{_listed(known)} in the index, {_listed(told)} in the shard"
+
+
+def _header(file: int, offset: int) -> tarfile.TarInfo:
+    return tarfile.TarInfo.frombuf(os.pread(file, BLOCK, offset), "utf-8", "surrogateescape")
+
+
+def _labels_in(name: str, content: bytes) -> set[int | str]:
+    """What a label member says: a class number, or label names."""
+    if name.endswith(".cls"):
+        return {int(content)}
+    if name.endswith(".json"):
+        return set(json.loads(content)["labels"])
+    raise ValueError(f"{name} is no label member")
+
+
+def _listed(labels: set[int | str]) -> str:
+    return ", ".join(sorted(map(str, labels))) or "no label"
+
+
+def _of_sample(job: ShardJob, i: int, kind: str, what: str) -> Damage:
+    return Damage(
+        kind=kind,
+        split=job.split,
+        where=job.shard.path,
+        what=what,
+        sample=int(job.samples[i]),
+    )

@@ -1,0 +1,92 @@
+"""What every stage of a run works with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rtl_dist.config import Config
+from rtl_dist.data.format.dataset import Dataset
+from rtl_dist.data.format.split import Split
+from rtl_dist.distributed.runtime import Runtime
+from rtl_dist.evaluation.scoring import KeptImages
+from rtl_dist.model.average import Average
+from rtl_dist.model.classifier import Classifier
+from rtl_dist.optim.schedule import Every, is_due
+from rtl_dist.records.checkpoint_writer import CheckpointWriter
+from rtl_dist.records.state import TrainState
+from rtl_dist.records.tracking import Tracker
+
+
+@dataclass(kw_only=True)
+class Job:
+    """A run under way: its parts, opened, and how far it has come."""
+
+    config: Config
+    runtime: Runtime
+    run: Path
+    dataset: Dataset
+    train: Split
+    val: Split
+    model: Classifier
+    average: Average | None
+    tracker: Tracker
+    state: TrainState
+    stage_best: dict[str, torch.Tensor]
+    val_images: KeptImages
+    writer: CheckpointWriter
+    workers: int
+
+    @property
+    def micro_batch_size(self) -> int:
+        """The canonical microbatch; memory may have forced another than the config's."""
+        return self.state.micro_batch_size or int(self.config.batch.micro)
+
+    @property
+    def evaluated_model(self) -> Classifier:
+        """The averaged weights where there are such, else the trained ones."""
+        return self.average.model if self.average else self.model
+
+    @property
+    def epoch(self) -> float:
+        return self.state.samples_seen / self.train.num_samples
+
+    def wait_for_checkpoint(self) -> None:
+        """Returns once the newest checkpoint is on the disk; called by all ranks.
+
+        Raises:
+            RtlDistError: on every rank, if it could not be written.
+        """
+        with self.runtime.heartbeat.phase("saving", open_ended=self.runtime.is_main):
+            self.runtime.from_main(self.writer.wait)
+
+    def keep_as_stage_best(self) -> None:
+        """Copies the weights, so that the stage can hand them on when it ends."""
+        tensors = {f"model/{k}": v for k, v in self.model.state_dict().items()}
+        if self.average:
+            tensors |= {f"ema/{k}": v for k, v in self.average.model.state_dict().items()}
+        self.stage_best = {name: value.to("cpu", copy=True) for name, value in tensors.items()}
+
+    def go_back_to_stage_best(self) -> None:
+        """Puts back what ``keep_as_stage_best`` took."""
+        models = {"model": self.model} | ({"ema": self.average.model} if self.average else {})
+        for kind, model in models.items():
+            prefix = f"{kind}/"
+            model.load_state_dict(
+                {
+                    name.removeprefix(prefix): value
+                    for name, value in self.stage_best.items()
+                    if name.startswith(prefix)
+                }
+            )
+
+    def is_due(self, every: Every, last: int) -> bool:
+        return is_due(
+            self.state.step,
+            every,
+            last=last,
+            num_samples=self.train.num_samples,
+            global_batch_size=self.config.batch.global_,
+        )

@@ -1,0 +1,126 @@
+"""``rtl-dist find-lr``: what training would find, found without it, and nothing else touched."""
+
+import json
+import re
+
+import pytest
+from launched_runs import finish, start_ranks
+from report_helpers import assert_drawn, assert_no_leftovers, assert_self_contained
+from tiny_runs import make_dataset, tiny_config, write_config
+
+from rtl_dist.cli import main
+from rtl_dist.config import load_config
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def config(tmp_path, dataset):
+    return write_config(tmp_path / "tiny.yaml", tiny_config(dataset, tmp_path / "run"))
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    monkeypatch.setattr("rtl_dist.training.lr_finder._STEPS", 8)
+
+
+def content_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def found_in(folder, stage):
+    return json.loads((folder / "lr_finder" / f"{stage}.json").read_text())
+
+
+def test_it_finds_what_training_would_and_training_shows_it(tmp_path, config, capsys):
+    assert main(["find-lr", "--config", config]) == 0
+    last_line = capsys.readouterr().out.strip().splitlines()[-1]
+    folder = tmp_path / "run-find-lr"
+    picture = folder / "plots" / "lr_finder_head.png"
+    assert_drawn(picture)
+    assert str(picture) in last_line
+    assert not (tmp_path / "run").exists()
+
+    found = found_in(folder, "head")
+    override = re.search(r"stages\.0\.lr=\S+", last_line)[0]
+    assert load_config(config, [override]).stages[0].lr == pytest.approx(found["lr"], rel=0.06)
+
+    assert main(["train", "--config", config, "stages.0.lr=auto"]) == 0
+    assert found_in(tmp_path / "run", "head") == found
+    assert (tmp_path / "run" / "plots" / "lr_finder_head.png").read_bytes() == picture.read_bytes()
+    assert "Stage head: " in assert_self_contained(tmp_path / "run" / "report.html")
+
+
+@pytest.mark.usefixtures("few_steps")
+def test_a_stage_of_its_name_from_a_runs_weights_leaves_the_run_alone(tmp_path, config, capsys):
+    run = tmp_path / "run"
+    assert main(["train", "--config", config]) == 0
+    before = content_of(run)
+    arguments = ["find-lr", "--config", config, f"model.weights={run}", "--stage", "top"]
+    assert main(arguments) == 0
+    output = capsys.readouterr()
+    assert "stages.1.lr=" in output.out.splitlines()[-1]
+    assert f"weights and head from {run}" in output.err
+    assert content_of(run) == before
+    assert found_in(tmp_path / "run-find-lr", "top")["stage"] == "top"
+    assert not (tmp_path / "run-find-lr" / "checkpoints").exists()
+    assert main(["train", "--config", config]) == 0
+    assert "already done" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("few_steps")
+def test_a_repeat_replaces_what_was_found(tmp_path, config):
+    folder = tmp_path / "run-find-lr"
+    assert main(["find-lr", "--config", config]) == 0
+    first = found_in(folder, "head")
+    assert main(["find-lr", "--config", config, "seed=6"]) == 0
+    assert found_in(folder, "head") != first
+    assert_no_leftovers(folder)
+
+
+def test_a_loss_that_is_never_a_number_is_told(tmp_path, config, capsys, monkeypatch):
+    monkeypatch.setattr("rtl_dist.training.lr_finder.non_finite", lambda counts: 1)
+    assert main(["find-lr", "--config", config]) == 1
+    assert "stages.head.lr" in capsys.readouterr().err
+    assert found_in(tmp_path / "run-find-lr", "head")["lr"] is None
+    results = tmp_path / "run-find-lr" / "results.json"
+    assert json.loads(results.read_text())["status"] == "failed"
+    monkeypatch.undo()
+    monkeypatch.setattr("rtl_dist.training.lr_finder._STEPS", 8)
+    assert main(["find-lr", "--config", config, "run.resume=never"]) == 0
+    assert not results.exists()
+
+
+def test_a_stage_that_is_not_there_is_refused_before_anything_is_made(tmp_path, config, capsys):
+    assert main(["find-lr", "--config", config, "--stage", "tpo"]) == 2
+    error = capsys.readouterr().err
+    assert "no stage 'tpo'; it has head, top, all" in error
+    assert not list(tmp_path.glob("run*"))
+
+
+def test_a_folder_of_a_training_is_refused(tmp_path, config, capsys):
+    training = tmp_path / "run-find-lr" / "checkpoints" / "step-00000001"
+    training.mkdir(parents=True)
+    (training / "state.json").write_text("{}")
+    assert main(["find-lr", "--config", config]) == 2
+    assert "holds a training run; choose another run.dir" in capsys.readouterr().err
+
+
+@pytest.mark.launch
+def test_two_processes_find_the_rate_of_one(tmp_path, config, capsys):
+    assert main(["find-lr", "--config", config, "precision=fp64"]) == 0
+    line = capsys.readouterr().out.strip().splitlines()[-1]
+    arguments = ["find-lr", "--config", config, "precision=fp64", f"run.dir={tmp_path / 'two'}"]
+    ranks = start_ranks(arguments, 2, program=("-m", "rtl_dist"))
+    outputs = []
+    for code, output in [finish(process) for process in ranks]:
+        assert code == 0, output
+        outputs.append(output)
+    assert outputs[0].splitlines()[-1] == line.replace(str(tmp_path / "run"), str(tmp_path / "two"))
+    assert "stages.0.lr" not in outputs[1]
+    one, two = (found_in(tmp_path / f"{name}-find-lr", "head") for name in ("run", "two"))
+    assert two["rates"] == one["rates"]
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)

@@ -1,0 +1,711 @@
+"""Samples to microbatches: the same pixels whatever the workers, damage found, every image kind."""
+
+import dataclasses
+import io
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset as wds
+from pack_images import image_bytes
+from PIL import Image, ImageOps
+from small_sets import Canary, flip_byte, packed
+
+from rtl_dist.config import Augment
+from rtl_dist.data.images.augment import EvalTransform, TrainTransform
+from rtl_dist.data.format.dataset import check_split, open_dataset
+from rtl_dist.data.images.decode import claimed_pixels, decode
+from rtl_dist.prepare.indexing.index import index
+from rtl_dist.data.loading.loader import make_loader, resolve_workers
+from rtl_dist.data.loading.microbatches import SplitMicrobatches, TrainingMicrobatches, microbatch_positions
+from rtl_dist.data.order.epochs import Order
+from rtl_dist.prepare.packing.pack import pack
+from rtl_dist.core.processes import available_cpus
+from rtl_dist.data.format.split import SampleReader
+from rtl_dist.core.errors import DataError, WorkerError
+from rtl_dist.evaluation.scoring import predict_split
+from rtl_dist.model.classifier import Preprocessing
+from rtl_dist.model.divided import Divided
+from rtl_dist.distributed.runtime import Runtime
+
+SIDE, MICRO, BATCH, NUM = 8, 4, 16, 23
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    counts = {"train/ants": 12, "train/bees": 11, "val/ants": 4, "val/bees": 5}
+    return packed(tmp_path_factory.mktemp("data"), counts)
+
+
+@pytest.fixture(scope="module")
+def train(dataset):
+    return dataset.split("train")
+
+
+@pytest.fixture
+def damaged(dataset, tmp_path):
+    """A copy of the data set that a test may damage."""
+    shutil.copytree(Path(dataset.where), tmp_path / "copy")
+    return open_dataset(tmp_path / "copy")
+
+
+def microbatches(split, *, seed=0, views=None, size=MICRO, channels=3, augment=None, window=None):
+    transform = TrainTransform(augment or Augment(), image_size=SIDE, channels=channels)
+    order = split.order(seed, window=window)
+    return TrainingMicrobatches(split, transform, order=order, size=size, views=views)
+
+
+def samples_at(split, first, count, seed=0):
+    return split.order(seed, window=None).samples_at(first, count)[0]
+
+
+def positions(end_step, *, rank=0, world_size=1):
+    return microbatch_positions(
+        0,
+        end_step,
+        global_batch_size=BATCH,
+        micro_batch_size=MICRO,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def read(dataset, requests, workers):
+    loader = make_loader(dataset, requests, workers=workers, device=torch.device("cpu"))
+    return [batch._replace(inputs=batch.inputs.clone()) for batch in loader]
+
+
+def same(one, other):
+    return (
+        torch.equal(one.inputs, other.inputs)
+        and torch.equal(one.labels, other.labels)
+        and torch.equal(one.samples, other.samples)
+        and one.bad == other.bad
+    )
+
+
+# --- the same pixels ----------------------------------------------------------------------------
+
+
+def test_a_microbatch_holds_what_its_positions_say(train):
+    reader = SampleReader(train)
+    for position in (0, 20, 2 * NUM - 1):
+        batch = microbatches(train)[position]
+        samples = samples_at(train, position, MICRO)
+        assert batch.samples.tolist() == samples.tolist()
+        assert batch.labels.tolist() == train.index["label"][samples].tolist()
+        assert (batch.inputs.dtype, batch.inputs.shape) == (torch.uint8, (MICRO, 3, SIDE, SIDE))
+        assert batch.bad == []
+    # without augmentation the pixels are the decoded image's
+    whole = Augment(crop_scale=(1.0, 1.0), crop_ratio=(1.2, 1.2), hflip=0)
+    transform = TrainTransform(whole, image_size=10, channels=3)
+    first = TrainingMicrobatches(
+        train, transform, order=train.order(0, window=None), size=1, views=None
+    )[0]
+    image = decode(reader.read(int(first.samples[0])), 3)  # 12 x 10 pixels
+    shrunk = torch.nn.functional.interpolate(image[None].float(), (10, 10), mode="bilinear")
+    assert (first.inputs.float() - shrunk).abs().mean() < 16
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(train, workers):
+    alone = read(microbatches(train), positions(3), 0)
+    assert len(alone) == 12
+    shared = read(microbatches(train), positions(3), workers)
+    assert all(same(a, b) for a, b in zip(alone, shared, strict=True))
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_together_see_the_same_pixels(train, world_size):
+    alone = read(microbatches(train), positions(3), 0)
+    of_rank = [
+        iter(read(microbatches(train), positions(3, rank=rank, world_size=world_size), 0))
+        for rank in range(world_size)
+    ]
+    share = BATCH // MICRO // world_size
+    together = [next(one) for _ in range(3) for one in of_rank for _ in range(share)]
+    assert all(same(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_what_was_read_before_changes_nothing(train):
+    one, other = microbatches(train), microbatches(train)
+    expected = one[40]
+    for position in (8, 0, 40, 4):
+        torch.rand(3)
+        other[position]
+    assert same(expected, other[40])
+
+
+def test_augmentation_is_keyed_by_seed_view_and_sample(train):
+    def views_of(sample, *, seed=0, views=None, epochs=4):
+        """The pixels of one sample in each epoch."""
+        seen = []
+        dataset = microbatches(train, seed=seed, views=views, size=1)
+        for epoch in range(epochs):
+            numbers = samples_at(train, epoch * NUM, NUM, seed)
+            within = numbers.tolist().index(sample)
+            seen.append(dataset[epoch * NUM + within].inputs)
+        return seen
+
+    def all_differ(tensors):
+        return len({tensor.numpy().tobytes() for tensor in tensors}) == len(tensors)
+
+    assert all_differ(views_of(5))  # a new view every epoch
+    cycle = views_of(5, views=2)
+    assert torch.equal(cycle[0], cycle[2])
+    assert torch.equal(cycle[1], cycle[3])
+    assert all_differ(cycle[:2])
+    assert torch.equal(cycle[0], views_of(5)[0])  # a view's number is its first epoch's
+    assert all_differ([views_of(5, epochs=1)[0], views_of(5, seed=1, epochs=1)[0]])
+
+
+def test_two_samples_of_the_same_image_get_different_views(train):
+    transform = TrainTransform(Augment(), image_size=SIDE, channels=3)
+    pixels = np.arange(20 * 20 * 3, dtype=np.uint8).reshape(20, 20, 3)
+    image = encoded(Image.fromarray(pixels), "PNG")
+    assert torch.equal(transform(image, 1), transform(image, 1))
+    assert not torch.equal(transform(image, 1), transform(image, 2))
+
+
+@pytest.mark.parametrize(
+    "augment",
+    [
+        Augment(vflip=0.5, rotation=20),
+        Augment(randaugment=9),
+        Augment(color_jitter=0.3),
+        Augment(erasing=1.0),
+    ],
+    ids=["flips", "randaugment", "jitter", "erasing"],
+)
+def test_every_augmentation_draws_from_its_key_alone(train, augment):
+    views = []
+    for _ in range(2):
+        torch.manual_seed(torch.seed() % 2**31)
+        np.random.seed(None)
+        views.append([microbatches(train, augment=augment)[p] for p in (0, 4)])
+    assert all(same(a, b) for a, b in zip(*views, strict=True))
+    plain = microbatches(train)[0]
+    assert not torch.equal(plain.inputs, views[0][0].inputs)
+
+
+def test_cached_views_are_the_views_of_training(train):
+    """A block of a split in view v has the pixels that training has in the epochs of that view."""
+    transform = TrainTransform(Augment(), image_size=SIDE, channels=3)
+    pixels = {}
+    for view in (0, 1):
+        blocks = SplitMicrobatches(train, transform, size=5, seed=3, view=view)
+        for first in range(0, NUM, 5):
+            batch = blocks[first]
+            assert len(batch.inputs) == 5  # always full
+            for sample, image in zip(batch.samples.tolist(), batch.inputs, strict=True):
+                pixels.setdefault((view, sample), image)
+    dataset = microbatches(train, seed=3, views=2, size=1)
+    for position in range(3 * NUM):
+        batch = dataset[position]
+        expected = pixels[position // NUM % 2, int(batch.samples[0])]
+        assert torch.equal(batch.inputs[0], expected)
+
+
+# --- evaluation ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 4, 9, 23, 64])
+def test_evaluation_covers_each_sample_once(train, size):
+    transform = EvalTransform(image_size=SIDE, crop_pct=1.0, channels=3)
+    blocks = SplitMicrobatches(train, transform, size=size)
+    batches = read(blocks, range(0, NUM, size), 0)
+    assert torch.cat([batch.samples for batch in batches]).tolist() == list(range(NUM))
+    labels = torch.cat([batch.labels for batch in batches])
+    assert labels.tolist() == train.index["label"].tolist()
+
+
+def test_evaluation_shows_the_centre():
+    pixels = np.zeros((20, 30, 3), dtype=np.uint8)
+    pixels[5:15, 10:20] = 200
+    image = encoded(Image.fromarray(pixels), "PNG")
+    # short side 20, centre 10
+    view = EvalTransform(image_size=10, crop_pct=0.5, channels=3)(image, 0)
+    assert view.shape == (3, 10, 10)
+    assert (view == 200).all()
+    assert EvalTransform(image_size=8, crop_pct=1.0, channels=3)(image, 0).shape == (3, 8, 8)
+
+
+# --- damage -------------------------------------------------------------------------------------
+
+
+def position_of(sample):
+    order = Order(np.array([NUM]), 0)
+    return order.samples_at(0, NUM)[0].tolist().index(sample)
+
+
+def test_a_flipped_byte_is_found_and_names_the_sample(damaged):
+    split = damaged.split("train")
+    key = split.key(9)
+    flip_byte(split, 9)
+    with pytest.raises(DataError, match=r"sample 9 of split 'train' .* fails its checksum"):
+        SampleReader(split).read(9)
+    batch = microbatches(split, size=1)[position_of(9)]
+    (message,) = batch.bad
+    assert message.startswith("sample 9 of split 'train'")
+    assert repr(key) in message
+    assert "checksum" in message
+    assert split.shards[split.index[9]["shard"]].path in message
+
+
+def test_a_substitute_is_always_the_same_and_brings_its_label(damaged):
+    split = damaged.split("train")
+    other_class = [i for i in range(NUM) if split.index[i]["label"] != split.index[9]["label"]]
+    flip_byte(split, 9)
+    alone = microbatches(split, size=1)[position_of(9)]
+    substitute = int(alone.samples[0])
+    assert substitute != 9
+    assert alone.labels.tolist() == [split.index[substitute]["label"]]
+    at = position_of(9)
+    for first in (at - 2, at - 1, at):
+        if first >= 0:
+            batch = microbatches(split, size=3)[first]
+            assert batch.samples[at - first] == substitute
+            assert torch.equal(batch.inputs[at - first], alone.inputs[0])
+    # a substitute of the other class, at some damaged sample, shows whose label is taken
+    labels = set()
+    for sample in range(NUM):
+        flip_byte(split, sample)
+        batch = microbatches(split, size=1)[position_of(sample)]
+        flip_byte(split, sample)
+        labels.add((int(split.index[sample]["label"]), int(batch.labels[0])))
+        assert batch.labels[0] == split.index[int(batch.samples[0])]["label"]
+    assert {(0, 1), (1, 0)} & labels
+    assert other_class
+
+
+def test_a_damaged_substitute_is_replaced_too(damaged):
+    split = damaged.split("train")
+    flip_byte(split, 9)
+    first = int(microbatches(split, size=1)[position_of(9)].samples[0])
+    flip_byte(split, first)
+    batch = microbatches(split, size=1)[position_of(9)]
+    assert batch.samples[0] not in (9, first)
+    assert [name.split(" of split")[0] for name in batch.bad] == ["sample 9", f"sample {first}"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_split_in_which_nothing_can_be_read_is_refused(damaged, workers):
+    split = damaged.split("train")
+    for sample in range(NUM):
+        flip_byte(split, sample)
+    with pytest.raises(DataError, match="16 samples in a row cannot be read"):
+        read(microbatches(split), [0], workers)
+
+
+def test_evaluation_replaces_nothing(damaged):
+    split = damaged.split("train")
+    flip_byte(split, 9)
+    blocks = SplitMicrobatches(
+        split, EvalTransform(image_size=SIDE, crop_pct=1.0, channels=3), size=4
+    )
+    batch = blocks[8]
+    assert batch.samples.tolist() == [8, 9, 10, 11]
+    assert len(batch.bad) == 1
+    assert not batch.inputs[1].any()
+    assert batch.inputs[0].any()
+
+
+class Scores(torch.nn.Module):
+    """Stands for a classifier and its frozen part, which break on anything but images."""
+
+    preprocessing = Preprocessing(image_size=SIDE, crop_pct=1.0, mean=(0, 0, 0), std=(1, 1, 1))
+
+    def forward(self, images):
+        return torch.zeros(len(images), 2) + images.float().mean((1, 2, 3))[:, None]
+
+
+def score(dataset, split, runtime):
+    divided = Divided(Scores(), torch.nn.Identity())
+    return predict_split(Scores(), dataset, split, runtime=runtime, workers=0, divided=divided)
+
+
+@pytest.mark.parametrize("damage", [1, 9], ids=["one", "a whole batch"])
+def test_damaged_samples_cannot_be_evaluated(damaged, damage):
+    split = damaged.split("val")
+    with Runtime("no") as runtime:
+        predictions = score(damaged, split, runtime)
+        assert predictions.scores.shape == (9, 2)
+        for sample in range(damage):
+            flip_byte(split, sample)
+        more = ", and 8 more" if damage == 9 else ""
+        with pytest.raises(DataError, match=f"cannot evaluate exactly: sample 0 of .*{more}$"):
+            score(damaged, split, runtime)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: os.truncate(path, path.stat().st_size - 1), "truncated"),
+        (lambda path: os.truncate(path, 0), "truncated"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"x"), "altered"),
+        (lambda path: path.unlink(), "cannot be opened"),
+    ],
+    ids=["cut", "emptied", "longer", "gone"],
+)
+def test_a_shard_of_another_size_is_found_before_it_is_read(damaged, change, message):
+    split = damaged.split("train")
+    shard = split.shards[1].path
+    change(Path(damaged.where) / shard)
+    with pytest.raises(DataError, match=f"{shard}.*{message}"):
+        check_split(damaged, split)
+    check_split(damaged, damaged.split("val"))  # its shards are whole
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_lost_after_opening_is_named(damaged, workers):
+    split = damaged.split("train")
+    for shard in split.shards:
+        (Path(damaged.where) / shard.path).unlink()
+    with pytest.raises(DataError, match=r"(?s)cannot read .*\.tar"):
+        read(microbatches(split), [0], workers)
+
+
+def test_a_shard_cut_after_opening_is_named(damaged):
+    split = damaged.split("train")
+    last = int(np.argmax(split.index["offset"]))
+    path = Path(damaged.where) / split.shards[split.index[last]["shard"]].path
+    os.truncate(path, int(split.index[last]["offset"]) + 3)
+    with pytest.raises(DataError, match=f"sample {last} .* is cut short"):
+        SampleReader(split).read(last)
+
+
+@pytest.mark.parametrize("change", ["shorter", "other dtype", "text", "gone"])
+def test_an_index_that_does_not_fit_is_refused(damaged, change):
+    path = Path(damaged.where) / "index" / "train.npy"
+    index = np.load(path)
+    if change == "shorter":
+        np.save(path, index[:-1])
+    elif change == "other dtype":
+        np.save(path, np.arange(NUM))
+    elif change == "text":
+        path.write_text("no index")
+    else:
+        path.unlink()
+    with pytest.raises(DataError, match=r"index.* pack again"):
+        damaged.split("train")
+
+
+def test_a_pickled_index_is_not_unpickled(damaged, tmp_path):
+    canary = tmp_path / "canary"
+    path = Path(damaged.where) / "index" / "train.npy"
+    np.save(path, np.array([Canary(canary)] * NUM, dtype=object), allow_pickle=True)
+    with pytest.raises(DataError, match="cannot read the index"):
+        damaged.split("train")
+    assert not canary.exists()
+
+
+# --- processes ----------------------------------------------------------------------------------
+
+
+def test_a_split_pickles_as_its_name(train):
+    content = pickle.dumps(train)
+    assert len(content) < 500
+    other = pickle.loads(content)
+    assert isinstance(other.index, np.memmap)
+    assert (other.name, other.dataset, other.shards) == (train.name, train.dataset, train.shards)
+    assert other.index.tolist() == train.index.tolist()
+
+
+def test_a_reader_travels_without_its_descriptors(train):
+    """With spawn a data set that was read from here is pickled; its files are open only here."""
+    dataset, reader = microbatches(train), SampleReader(train)
+    expected, content = dataset[8], reader.read(0)
+    pickled = pickle.dumps(reader)
+    reader.close()
+    assert pickle.loads(pickled).read(0) == content
+    assert same(pickle.loads(pickle.dumps(dataset))[8], expected)
+
+
+def test_workers_ignore_stop_signals(train):
+    """The training process saves first and then ends its workers itself."""
+    before = set(multiprocessing.active_children())
+    cpu = torch.device("cpu")
+    loader = iter(make_loader(microbatches(train), positions(8), workers=1, device=cpu))
+    first = next(loader)
+    batches = [first._replace(inputs=first.inputs.clone())]
+    (worker,) = set(multiprocessing.active_children()) - before
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        os.kill(worker.pid, number)
+    batches += [batch._replace(inputs=batch.inputs.clone()) for batch in loader]
+    assert len(batches) == 32
+    assert all(
+        same(a, b) for a, b in zip(batches, read(microbatches(train), positions(8), 0), strict=True)
+    )
+
+
+def test_an_error_in_a_worker_ends_the_workers(damaged):
+    """They ignore SIGTERM, so one that is not told to end stays for as long as this process."""
+    split = damaged.split("train")
+    for sample in range(NUM):
+        flip_byte(split, sample)
+    before = set(multiprocessing.active_children())
+    with pytest.raises(DataError) as caught:
+        read(microbatches(split), positions(8), 2)
+    assert set(multiprocessing.active_children()) <= before  # while the error is still held
+    message = str(caught.value)
+    assert message.startswith("16 samples in a row cannot be read, the last: sample ")
+    assert "\n" not in message
+
+
+@pytest.mark.timeout(120)
+def test_a_process_can_exit_while_its_workers_wait(train, tmp_path):
+    (tmp_path / "dataset.pkl").write_bytes(pickle.dumps(microbatches(train)))
+    code = (
+        "import pickle, torch\n"
+        "from rtl_dist.data.loading.loader import make_loader\n"
+        f"dataset = pickle.load(open({str(tmp_path / 'dataset.pkl')!r}, 'rb'))\n"
+        "batches = iter(make_loader(dataset, range(100), workers=1, device=torch.device('cpu')))\n"
+        "print(len(next(batches).samples))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert (done.stdout.split(), done.stderr) == ([str(MICRO)], "")
+
+
+def test_a_killed_worker_is_a_named_failure(train):
+    before = set(multiprocessing.active_children())
+    handler = signal.getsignal(signal.SIGCHLD)
+    cpu = torch.device("cpu")
+    loader = iter(make_loader(microbatches(train), positions(100), workers=2, device=cpu))
+    next(loader)
+    victim, _ = set(multiprocessing.active_children()) - before
+    os.kill(victim.pid, signal.SIGKILL)
+    started_at = time.monotonic()
+    with pytest.raises(WorkerError, match=f"loader process {victim.pid} was killed"):
+        for _ in loader:
+            pass
+    assert time.monotonic() - started_at < 30
+    assert set(multiprocessing.active_children()) <= before
+    # torch's own handler would raise anywhere, in the middle of a collective too
+    assert signal.getsignal(signal.SIGCHLD) is handler
+
+
+def test_a_slot_is_lent_until_the_next_batch_is_asked_for(train):
+    """Each batch is whole while it is in use, though workers are ahead by as much as they may."""
+    cpu = torch.device("cpu")
+    expected = read(microbatches(train), positions(20), 0)
+    loader = make_loader(microbatches(train), positions(20), workers=2, device=cpu)
+    addresses = set()
+    for batch, whole in zip(loader, expected, strict=True):
+        time.sleep(0.01)  # let them fill every slot that they have
+        assert torch.equal(batch.inputs, whole.inputs)
+        addresses.add(batch.inputs.data_ptr())
+    assert len(addresses) == 2 * 4 + 1  # slots are used again, not made anew
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("side", [SIDE, 64], ids=["as they are", "enlarged on the GPU"])
+def test_a_gpu_gets_the_same_batches(train, side):
+    transform = TrainTransform(Augment(), image_size=side, channels=3)
+    order = train.order(0, window=None)
+    source = TrainingMicrobatches(train, transform, order=order, size=MICRO, views=None)
+    loader = make_loader(source, positions(20), workers=2, device=torch.device("cuda"))
+    on_gpu = [(batch.inputs * 1, batch.labels * 1) for batch in loader]  # computed, not waited for
+    for (inputs, labels), position in zip(on_gpu, positions(20), strict=True):
+        assert torch.equal(inputs.cpu(), source[position].inputs)
+        assert torch.equal(labels.cpu(), source[position].labels)
+
+
+def test_workers_share_the_cpus_this_process_may_use():
+    cpus = available_cpus()
+    assert cpus == len(os.sched_getaffinity(0))
+    assert resolve_workers(3, local_world_size=64) == 3
+    assert resolve_workers(0, local_world_size=1) == 0
+    assert resolve_workers("auto", local_world_size=1) == min(cpus, 16)
+    assert resolve_workers("auto", local_world_size=10**6) == 1
+
+
+# --- kinds of images ----------------------------------------------------------------------------
+
+
+def encoded(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def picture(width=16, height=12):
+    """A smooth colour picture, so that JPEG changes little."""
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return np.stack([x, y, (x + y) / 2], 2).astype(np.uint8)
+
+
+def png_16bit(pixels):
+    """A PNG of uint16 (height, width[, 3]), which Pillow cannot write in colour."""
+    height, width = pixels.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+
+    def chunk(kind, content):
+        crc = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
+
+    header = struct.pack(">IIBBBBB", width, height, 16, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def array(image):
+    return image.permute(1, 2, 0).numpy().astype(int)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_colour_and_grey_are_what_the_config_asks_for(mode, kind, channels):
+    source = Image.fromarray(picture()).convert(mode)
+    image = decode(encoded(source, kind, **({} if kind == "PNG" else {"quality": 95})), channels)
+    assert (image.dtype, image.shape) == (torch.uint8, (channels, 12, 16))
+    expected = np.asarray(source.convert("L" if channels == 1 else "RGB")).astype(int)
+    assert abs(array(image).squeeze() - expected).mean() < (1 if kind == "PNG" else 5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("colour", [False, True])
+def test_16_bit_png_keeps_its_upper_bits(colour, channels):
+    values = np.arange(12 * 16, dtype=np.uint16).reshape(12, 16) * 341
+    pixels = np.stack([values] * 3, 2) if colour else values
+    image = decode(png_16bit(pixels), channels)
+    assert (image.dtype, image.shape) == (torch.uint8, (channels, 12, 16))
+    expected = np.repeat((values >> 8)[:, :, None], channels, 2).astype(int)
+    assert abs(array(image) - expected).max() <= (1 if colour and channels == 1 else 0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation):
+    source = Image.fromarray(picture())
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(source, "JPEG", quality=95, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    image = decode(content, 3)
+    assert array(image).shape == np.asarray(upright).shape
+    assert abs(array(image) - np.asarray(upright).astype(int)).mean() < 3
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_cmyk_jpeg_has_the_colours_it_was_made_of(channels):
+    source = Image.fromarray(picture())
+    image = decode(encoded(source.convert("CMYK"), "JPEG", quality=95), channels)
+    expected = np.asarray(source.convert("L" if channels == 1 else "RGB")).astype(int)
+    assert abs(array(image).squeeze() - expected).mean() < 5
+
+
+def test_transparency_and_palettes_are_decoded():
+    source = Image.fromarray(picture())
+    assert decode(encoded(source.convert("RGBA"), "PNG"), 3).shape == (3, 12, 16)
+    assert decode(encoded(source.convert("LA"), "PNG"), 1).shape == (1, 12, 16)
+    assert decode(encoded(source.convert("P"), "PNG"), 3).shape == (3, 12, 16)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff\xd8\xff",
+        b"no image at all",
+        b"GIF89a" + bytes(20),
+        b"\x89PNG\r\n\x1a\n" + bytes(9),
+    ],
+    ids=["empty", "jpeg header", "text", "gif", "png header"],
+)
+def test_what_is_no_image_is_a_data_error(content):
+    with pytest.raises(DataError, match=r"\Acannot be decoded: [^\n]+\Z"):
+        decode(content, 3)
+
+
+def test_all_kinds_pass_through_pack_and_loader(tmp_path):
+    source = Image.fromarray(picture(40, 30))
+    folder = tmp_path / "images" / "a"
+    folder.mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (folder / "grey.jpg").write_bytes(encoded(source.convert("L"), "JPEG"))
+    (folder / "cmyk.jpg").write_bytes(encoded(source.convert("CMYK"), "JPEG"))
+    (folder / "turned.jpg").write_bytes(encoded(source, "JPEG", exif=exif))
+    (folder / "deep.png").write_bytes(png_16bit(np.asarray(source).astype(np.uint16) * 257))
+    (folder / "small.webp").write_bytes(encoded(source, "WEBP"))
+    (tmp_path / "images" / "b").mkdir()
+    (tmp_path / "images" / "b" / "0.png").write_bytes(encoded(source, "PNG"))
+    pack(str(tmp_path / "images"), tmp_path / "packed", workers=1, show_progress=False)
+    split = open_dataset(tmp_path / "packed").split("train")
+    for channels in (1, 3):
+        batch = microbatches(split, size=6, channels=channels)[0]
+        assert batch.inputs.shape == (6, channels, SIDE, SIDE)
+        assert batch.bad == []
+
+
+@pytest.mark.parametrize(
+    ("content", "pixels"),
+    [
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", 50_000, 40_000), 2 * 10**9),
+        (
+            b"\xff\xd8\xff\xe0\0\x04ab\xff\xff\xc2\0\x11\x08" + struct.pack(">HH", 65_500, 65_500),
+            65_500**2,
+        ),
+        (b"\xff\xd8\xff\xd0\xff\x01\xff\xc0\0\x11\x08" + struct.pack(">HH", 3, 5) + bytes(9), 15),
+        (b"\xff\xd8 no marker", 0),
+        (b"\xff\xd8\xff\xe0\xff\xff", 0),
+        (b"\x89PNG\r\n\x1a\n", 0),
+        (b"", 0),
+    ],
+    ids=["png", "jpeg", "stand-alone markers", "no marker", "cut", "cut png", "nothing"],
+)
+def test_a_header_that_claims_too_much_is_refused_before_memory_is_asked_for(content, pixels):
+    assert claimed_pixels(content) == pixels
+    if pixels > 10**8:
+        with pytest.raises(DataError, match="more than the 178,956,970 pixels"):
+            decode(content, 3)
+
+
+def test_an_image_too_elongated_to_be_resized_is_named():
+    content = encoded(Image.new("RGB", (65_000, 1)), "JPEG")
+    with pytest.raises(DataError, match="is too elongated: 65000 x 1 pixels"):
+        EvalTransform(image_size=224, crop_pct=0.875, channels=3)(content, 0)
+
+
+def test_want_of_memory_is_not_the_samples_fault(damaged, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 GB")
+
+    monkeypatch.setattr("rtl_dist.data.images.decode.decode_image", fail)
+    monkeypatch.setattr("rtl_dist.data.images.region.available", lambda: False)
+    with pytest.raises(WorkerError, match="no memory was left"):
+        microbatches(damaged.split("train"))[0]
+
+
+def test_a_file_of_somebody_elses_is_looked_at_before_it_is_decoded(tmp_path):
+    """libpng can end the process on a damaged PNG, and a GIF may be of any size."""
+    with wds.TarWriter(str(tmp_path / "a.tar")) as tar:
+        for i in range(4):
+            png = image_bytes(i, kind="PNG")
+            tar.write({"__key__": str(i), "png": png, "cls": i % 2})
+    index([str(tmp_path / "a.tar")], tmp_path / "out", skip_decode=True, show_progress=False)
+    dataset = open_dataset(tmp_path / "out")
+    split = dataset.split("train")
+    shard, offset, size, _ = split.row(1)
+    with open(split.shard_path(shard), "r+b") as file:
+        file.seek(offset + size - 30)  # within the compressed pixels
+        file.write(b"xxxx")
+        file.seek(offset)
+        crc32 = zlib.crc32(file.read(size))
+    rows = np.array(split.index)
+    rows["crc32"][1] = crc32  # whoever made the index saw these bytes
+    with pytest.raises(DataError):
+        SampleReader(dataclasses.replace(split, index=rows)).read(1)

@@ -1,0 +1,256 @@
+"""What the packer makes of each kind of source, and the one error each wrong source gets."""
+
+import numpy as np
+import pytest
+from pack_images import REAL_DATA, class_folders, image_bytes
+
+from rtl_dist.core.errors import DataError, UserError
+from rtl_dist.data.format.dataset import open_dataset
+from rtl_dist.data.format.split import SampleReader
+from rtl_dist.data.images.decode import decode
+from rtl_dist.prepare.packing.pack import pack
+from rtl_dist.prepare.sources import open_source
+
+
+def by_name(source):
+    """name -> (split, class names)."""
+    return {i.name: (i.split, [source.classes[n] for n in i.labels]) for i in source.items}
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Writes a CSV of these lines beside four images a.jpg to d.jpg and returns its path."""
+    for i, name in enumerate("abcd"):
+        (tmp_path / f"{name}.jpg").write_bytes(image_bytes(i))
+
+    def write(*lines, name="list.csv"):
+        (tmp_path / name).write_text("\n".join(lines) + "\n", encoding="utf-8-sig")
+        return str(tmp_path / name)
+
+    return write
+
+
+# --- folders
+
+
+def test_folder_without_splits_is_train_with_classes_sorted(tmp_path):
+    source = open_source(str(class_folders(tmp_path / "s", {"b": 1, "a/deep": 2, "B": 1})))
+    assert source.classes == ("B", "a", "b")
+    assert by_name(source) == {
+        "B/000.jpeg": ("train", ["B"]),
+        "a/deep/000.jpeg": ("train", ["a"]),
+        "a/deep/001.jpeg": ("train", ["a"]),
+        "b/000.jpeg": ("train", ["b"]),
+    }
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "Val"])
+def test_folder_with_splits(name, tmp_path):
+    source = open_source(
+        str(class_folders(tmp_path / "s", {"train/a": 1, f"{name}/a": 1, "test/a": 1}))
+    )
+    assert source.splits == ("train", "val", "test")
+    assert source.classes == ("a",)
+
+
+def test_class_may_be_called_test(tmp_path):
+    assert open_source(str(class_folders(tmp_path / "s", {"test": 1, "control": 1}))).classes == (
+        "control",
+        "test",
+    )
+
+
+def test_labels_choose_classes_and_their_order(tmp_path):
+    folder = class_folders(tmp_path / "s", {"a": 1, "b": 2, "c": 1})
+    source = open_source(str(folder), ["c", "b"])
+    assert source.classes == ("c", "b")
+    assert sorted(item.labels for item in source.items) == [(0,), (1,), (1,)]
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        ({}, "holds nothing to pack"),
+        ({"a": 0}, "holds class folders but no images"),
+        ({"train/a": 1, "val": 1}, "val holds images but no class folders"),
+        ({"train/a": 1, "val/a": 0}, "val holds class folders but no images"),
+        ({"train/a": 1, "other/a": 1}, "other is neither train, val nor test"),
+        ({"train/a": 1, "val/a": 1, "valid/a": 1}, "two folders for split 'val', val and valid"),
+        ({"train/a": 1, "train/b": 1, "val/a": 1}, "class 'b' has no image in split 'val'; add"),
+        ({"train/a": 1, "val/a": 1, "val/b": 1}, "class 'b' has no image in split 'train'; add"),
+        ({"a": 1, "b": 0}, "class 'b' has no image in split 'train'"),
+    ],
+)
+def test_wrong_folder_is_one_data_error(folders, message, tmp_path):
+    (tmp_path / "s").mkdir()
+    with pytest.raises(DataError, match=message) as caught:
+        pack(str(class_folders(tmp_path / "s", folders)), tmp_path / "out")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_classes_can_be_allowed(tmp_path):
+    folder = class_folders(tmp_path / "s", {"train/a": 2, "val/b": 1})
+    report = pack(str(folder), tmp_path / "out", allow_missing_classes=True)
+    assert report.class_counts == {"train": (2, 0), "val": (0, 1)}
+
+
+def test_link_to_a_folder_above_is_an_error(tmp_path):
+    folder = class_folders(tmp_path / "s", {"a/b": 1})
+    (folder / "a" / "b" / "loop").symlink_to(folder / "a")
+    with pytest.raises(DataError, match="is a link to a folder above itself"):
+        open_source(str(folder))
+
+
+@pytest.mark.parametrize("name", ["nowhere", "digit", "a.txt"])
+def test_no_source(name, tmp_path):
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(UserError, match="give a folder of class folders"):
+        open_source(str(tmp_path / name))
+
+
+# --- val_fraction
+
+
+def test_val_fraction_is_stratified_and_does_not_depend_on_the_listing(tmp_path, monkeypatch):
+    folder = class_folders(tmp_path / "s", {"a": 40, "b": 20, "c": 2})
+    report = pack(str(folder), tmp_path / "one", val_fraction=0.1)
+    assert report.class_counts == {"train": (36, 18, 1), "val": (4, 2, 1)}
+    listed = open_source(str(folder))
+    listed.items.reverse()
+    monkeypatch.setattr("rtl_dist.prepare.packing.pack.open_source", lambda *_: listed)
+    again = pack(str(folder), tmp_path / "two", val_fraction=0.1)
+    assert again.fingerprint == report.fingerprint
+
+
+def test_class_of_one_image_cannot_give_to_val(tmp_path):
+    folder = class_folders(tmp_path / "s", {"a": 10, "b": 1})
+    with pytest.raises(DataError, match="class 'b' has no image in split 'val'"):
+        pack(str(folder), tmp_path / "out", val_fraction=0.5)
+
+
+def test_val_fraction_of_multi_label_takes_the_asked_part(table, tmp_path):
+    for i in range(100):
+        (tmp_path / f"{i}.jpg").write_bytes(image_bytes(i))
+    lines = [f"{i}.jpg,{int(i % 2 == 0)},{int(i % 5 == 0)}" for i in range(100)]
+    report = pack(table("file,x,y", *lines), tmp_path / "out", val_fraction=0.2)
+    assert report.num_samples == {"train": 80, "val": 20}
+    assert report.class_counts["val"] == (10, 4)
+
+
+# --- CSV
+
+
+def test_csv_with_one_label_column(table, tmp_path):
+    path = table("file,label,split", "b.jpg,sea,train", "a.jpg,hill,valid", "./c.jpg,sea,val",
+                 "d.jpg , hill,train")  # fmt: skip
+    source = open_source(path)
+    assert (source.task, source.classes) == ("single_label", ("hill", "sea"))
+    assert by_name(source) == {
+        "a.jpg": ("val", ["hill"]),
+        "b.jpg": ("train", ["sea"]),
+        "c.jpg": ("val", ["sea"]),
+        "d.jpg": ("train", ["hill"]),
+    }
+    assert pack(path, tmp_path / "out").class_counts == {"train": (1, 1), "val": (1, 1)}
+
+
+def test_csv_with_0_1_columns_round_trip(table, tmp_path):
+    path = table("file,sea,sunset", "a.jpg,1,1", "b.jpg,0,1", "c.jpg,0,0", "d.jpg,1,0")
+    report = pack(path, tmp_path / "out")
+    assert report.class_counts == {"train": (2, 2)}
+    dataset = open_dataset(tmp_path / "out")
+    assert (dataset.task, dataset.classes) == ("multi_label", ("sea", "sunset"))
+    split = dataset.split("train")
+    labels = {split.key(i)[-1]: split.labels(np.array([i]))[0].tolist() for i in range(4)}
+    assert labels == {"a": [1, 1], "b": [0, 1], "c": [0, 0], "d": [1, 0]}
+    content = (tmp_path / "out" / "train" / "train-000000.tar").read_bytes()
+    assert b'{"labels": ["sea", "sunset"]}' in content
+    assert b'{"labels": []}' in content
+
+
+def test_csv_labels_choose_the_columns(table):
+    path = table("file,place,day,night", "a.jpg,sea,1,0", "b.jpg,hill,0,1")
+    assert open_source(path, ["place"]).classes == ("hill", "sea")
+    assert open_source(path, ["night", "day"]).classes == ("night", "day")
+    with pytest.raises(UserError, match="did you mean 'place'"):
+        open_source(path, ["plaec"])
+
+
+def test_folder_of_one_csv_a_split(table, tmp_path):
+    table("file,sea,hill", "a.jpg,1,0", "b.jpg,0,1", name="train.csv")
+    table("file,hill,sea", "c.jpg,1,0", name="valid.csv")
+    source = open_source(str(tmp_path))
+    assert source.classes == ("sea", "hill")
+    assert by_name(source)["c.jpg"] == ("val", ["hill"])
+    assert source.splits == ("train", "val")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "has no column `file`"),
+        (["file,label"], "has a header but no rows"),
+        (["path,label", "a.jpg,x"], "has no column `file` .its first line holds: path, label."),
+        (["file;label", "a.jpg;x"], "separate columns by commas"),
+        (["file", "a.jpg"], "has no label column"),
+        (["file,x,x", "a.jpg,0,1"], "has two columns 'x'"),
+        (["file,label", "a.jpg,x", "z.jpg,x"], r"list.csv line 3 names z.jpg, but there is no"),
+        (["file,label", "a.jpg,x", "a.jpg,y"], r"line 3 lists a.jpg again, after .* line 2"),
+        (["file,label", "/etc/passwd,x"], "line 2 names /etc/passwd by an absolute path"),
+        (["file,label", "a.jpg,"], "line 2 has nothing in column `label`"),
+        (["file,label", ",x"], "line 2 has nothing in column `file`"),
+        (["file,label", "a.jpg"], "line 2 has 1 cells where the header has 2"),
+        (["file,x,y", "a.jpg,1,2"], "line 2 has '2' in column 'y', .* write 0 or 1"),
+        (["file,x,y", "a.jpg,1,"], "line 2 has '' in column 'y'"),
+        (["file,label,split", "a.jpg,x,dev"], "line 2 has 'dev' in column `split`"),
+        (["file,label,split", "a.jpg,x,train", "b.jpg,y,val"], "class 'y' has no image in split"),
+        (["file,x,y,split", "a.jpg,1,1,train", "b.jpg,0,1,val"], "class 'x' has no image in spli"),
+    ],
+)
+def test_wrong_csv_is_one_data_error(lines, message, table, tmp_path):
+    with pytest.raises(DataError, match=message) as caught:
+        pack(table(*lines), tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "dataset.json").exists()
+
+
+def test_csv_folder_errors(table, tmp_path):
+    table("file,label", "a.jpg,x", name="train.csv")
+    table("file,label,split", "b.jpg,x,val", name="val.csv")
+    with pytest.raises(DataError, match="its name already says its split"):
+        open_source(str(tmp_path))
+    table("file,name", "b.jpg,x", name="val.csv")
+    with pytest.raises(DataError, match=r"differ from those of train\.csv"):
+        open_source(str(tmp_path))
+
+
+def test_csv_that_is_not_text(tmp_path):
+    (tmp_path / "x.csv").write_bytes(b"file,label\n\xff\xfe,x\n")
+    with pytest.raises(DataError, match="save it as a CSV in UTF-8"):
+        open_source(str(tmp_path / "x.csv"))
+
+
+def test_miml_scene(tmp_path):
+    if not (REAL_DATA / "miml_scene").is_dir():
+        pytest.skip("the miml_scene images are not on this machine")
+    source = open_source(str(REAL_DATA / "miml_scene"))
+    assert source.task == "multi_label"
+    assert source.classes == ("desert", "mountains", "sea", "sunset", "trees")
+    assert len(source.items) == 2000
+    assert source.splits == ("train", "val")
+
+
+# --- digits
+
+
+def test_digits(tmp_path):
+    report = pack("digits", tmp_path / "out", shard_size=2000)
+    assert sum(report.num_samples.values()) == 1797
+    assert report.classes == tuple("0123456789")
+    for split, part in (("train", 0.7), ("val", 0.15), ("test", 0.15)):
+        assert abs(report.num_samples[split] / 1797 - part) < 0.01
+        assert max(report.class_counts[split]) - min(report.class_counts[split]) < 8
+    reader = SampleReader(open_dataset(tmp_path / "out").split("train"))
+    image = decode(reader.read(0), 1)
+    assert image.shape == (1, 8, 8)
+    assert image.max() > 200

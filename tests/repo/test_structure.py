@@ -1,0 +1,138 @@
+"""The shape of the package, kept by tests: imports run one way, and some things have one place."""
+
+import ast
+import re
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "rtl_dist"
+TOUR = PACKAGE.parent / "docs" / "architecture.md"
+
+# Each wing may import from itself and from those below it, which come after it in this list.
+WINGS = [
+    "__main__",
+    "cli",
+    "train",
+    "commands",
+    "training",
+    "report",
+    "evaluation",
+    "features",
+    "optim",
+    "chaos",
+    "records",
+    "prepare",
+    "model",
+    "data",
+    "distributed",
+    "config",
+    "core",
+]
+ROOMS_OF_THE_ROOT = ("__main__", "cli", "train")
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def first_line_of(path: Path) -> str:
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return " ".join(text.split("\n\n")[0].split())
+
+
+def wing_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module a file imports, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively, which the entry cannot"
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_one_way(path):
+    if path == PACKAGE / "__init__.py":
+        return
+    wing = wing_of(path)
+    for name in imports_of(path):
+        parts = name.split(".")
+        if parts[0] == "rtl_dist" and len(parts) > 1 and parts[1] != "__version__":
+            below = WINGS.index(parts[1]) >= WINGS.index(wing)
+            assert below, f"{wing} imports {name} from above it"
+
+
+def test_no_files_import_each_other():
+    """Not even inside functions: what is needed both ways is handed over by whoever opens both."""
+    uses = {name_of(path): imports_of(path) & {name_of(p) for p in FILES} for path in FILES}
+    done: set[str] = set()
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, f"a circle: {' -> '.join((*way[way.index(name) :], name))}"
+        if name not in done:
+            for used in uses[name] - {name}:
+                visit(used, (*way, name))
+            done.add(name)
+
+    for name in uses:
+        visit(name, ())
+
+
+def test_there_are_at_most_fourteen_wings_and_none_without_a_place():
+    wings = {wing_of(path) for path in FILES} - {"__init__"}
+    assert wings == set(WINGS)
+    assert len(wings - set(ROOMS_OF_THE_ROOT)) <= 14
+
+
+def test_wandb_has_one_place():
+    users = {path.relative_to(PACKAGE) for path in FILES if "wandb" in imports_of(path)}
+    assert users == {Path("records/wandb_copy.py")}
+
+
+def test_no_module_hides_another_of_the_same_name():
+    """``accelerate launch rtl_dist/train.py`` puts this folder first on the path."""
+    taken = set(sys.stdlib_module_names) | packages_distributions().keys()
+    names = {path.stem for path in PACKAGE.glob("*.py")} | {
+        path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()
+    }
+    assert not {name for name in names if name in taken and not name.startswith("__")}
+
+
+def test_the_entry_puts_the_project_on_the_path_instead_of_its_own_folder():
+    code = "import sys, runpy; sys.path[0] = {folder!r}; sys.argv = ['train.py', '--help'];" \
+           "\ntry: runpy.run_path({file!r}, run_name='__main__')\nexcept SystemExit: pass\n" \
+           "print(sys.path[0])"  # fmt: skip
+    code = code.format(folder=str(PACKAGE), file=str(PACKAGE / "train.py"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == str(PACKAGE.parent)
+
+
+def test_help_is_quick_because_it_does_not_import_torch():
+    code = "import sys; from rtl_dist.cli import main\n"
+    code += "try: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_the_tour_tells_of_every_wing_in_its_own_words():
+    """``docs/architecture.md`` has each wing, top to bottom, with the line of its docstring."""
+    rows = re.findall(r"^\| `([a-z_]+)/` \| (.+?) \|$", TOUR.read_text(encoding="utf-8"), re.M)
+    wings = [wing for wing in WINGS if wing not in ROOMS_OF_THE_ROOT]
+    assert rows == [(wing, first_line_of(PACKAGE / wing / "__init__.py")) for wing in wings]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_every_file_says_what_it_is(path):
+    assert first_line_of(path)

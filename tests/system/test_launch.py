@@ -1,0 +1,307 @@
+"""Several real processes: the launchers make one group of them, and their number changes nothing.
+
+Starting processes costs some ten seconds of imports, so a few runs are shared by many tests.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from killed_runs import Fault, Signal, replace_everywhere, run_ranks
+from launched_runs import ROOT, SCRIPT, environment, finish, start
+from safetensors.torch import load_file
+
+import rtl_dist.distributed.runtime
+from rtl_dist.core.errors import UserError
+from rtl_dist.distributed.launchers import launched_world_size
+from rtl_dist.prepare.packing.pack import pack
+from rtl_dist.train import main
+
+pytestmark = pytest.mark.launch
+
+LAUNCH_FILES = sorted((ROOT / "launch").glob("*.yaml"))
+NUM_VAL, NUM_TEST = 270, 269  # of digits; odd or not, neither divides into equal batches
+
+
+# --- the runs ---
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> str:
+    """Three stages, 50 steps of 32 images in 4 microbatches, with all that could depend on how the
+    microbatches are shared: BatchNorm, dropout, mixup, an average of the weights."""
+    folder = tmp_path_factory.mktemp("launch")
+    pack("digits", folder / "digits", workers=1, show_progress=False)
+    content = {
+        "seed": 3,
+        "run": {"ledger": True},
+        "data": {"path": str(folder / "digits"), "image_size": 32, "crop_pct": 1.0, "workers": 0},
+        "augment": {"crop_scale": [0.7, 1.0], "mixup": 0.2},
+        "model": {"name": "test_resnet", "weights": "none", "dropout": 0.1},
+        "stages": [
+            {"name": "head", "steps": 10, "trainable": "head", "lr": 1e-2, "views": 2},
+            {
+                "name": "top",
+                "steps": 20,
+                "trainable": ["layer4", "head"],
+                "lr": 3e-3,
+                "batchnorm": "train",
+            },
+            {"name": "all", "steps": 20, "trainable": "all", "lr": 3e-3, "batchnorm": "train"},
+        ],
+        "optim": {"ema": 0.9},
+        "batch": {"global": 32, "micro": 8},
+        "precision": "fp64",
+        "checkpoint": {"every": "12 steps"},
+        "track": {"wandb": "off"},
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return str(path)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    run: Path
+    output: str
+
+    @property
+    def results(self) -> dict:
+        return json.loads((self.run / "results.json").read_text())
+
+    @property
+    def evaluations(self) -> list[dict]:
+        lines = (self.run / "metrics.jsonl").read_text().splitlines()
+        return [row for row in map(json.loads, lines) if "val/top1" in row]
+
+    @property
+    def ledger(self) -> bytes:
+        return (self.run / "ledger" / "samples.jsonl").read_bytes()
+
+    def tensors(self, name: str) -> dict:
+        (checkpoint,) = (self.run / "checkpoints").glob("step-*50")
+        return load_file(checkpoint / f"{name}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def alone(config, tmp_path_factory) -> Outcome:
+    run = tmp_path_factory.mktemp("alone") / "run"
+    assert main(["--config", config, f"run.dir={run}"]) == 0
+    return Outcome(run, "")
+
+
+@pytest.fixture(scope="module")
+def launched(config, tmp_path_factory):
+    """The outcome of two processes started by a launcher; each launcher runs once."""
+    binaries = Path(sys.executable).parent
+    launchers = {
+        "torchrun": [str(binaries / "torchrun"), "--standalone", "--nproc_per_node", "2"],
+        "accelerate": [
+            str(binaries / "accelerate"),
+            "launch",
+            "--config_file",
+            str(ROOT / "launch" / "cpu.yaml"),
+        ],
+    }
+    outcomes: dict[str, Outcome] = {}
+
+    def outcome(launcher: str) -> Outcome:
+        if launcher not in outcomes:
+            run = tmp_path_factory.mktemp(launcher) / "run"
+            arguments = [SCRIPT, "--config", config, f"run.dir={run}"]
+            _, output = finish(start([*launchers[launcher], *arguments], environment()))
+            outcomes[launcher] = Outcome(run, output)
+        assert (outcomes[launcher].run / "results.json").exists(), outcomes[launcher].output
+        return outcomes[launcher]
+
+    return outcome
+
+
+def largest_difference(one: Outcome, other: Outcome, name: str) -> float:
+    mine, theirs = one.tensors(name), other.tensors(name)
+    assert mine.keys() == theirs.keys()
+    return max(float((mine[k].double() - theirs[k].double()).abs().max()) for k in mine)
+
+
+# --- one group, the same result ---
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+class TestTwoProcesses:
+    def test_they_are_one_group(self, launcher, launched):
+        outcome = launched(launcher)
+        assert "2 process(es)" in outcome.output
+        environment = json.loads((outcome.run / "environment.json").read_text())
+        assert environment["world_size"] == 2
+
+    def test_they_see_the_samples_of_one_process(self, launcher, launched, alone):
+        assert launched(launcher).ledger == alone.ledger
+        assert len(alone.ledger.splitlines()) == 50 * 4
+
+    def test_they_end_with_the_weights_of_one_process(self, launcher, launched, alone):
+        outcome = launched(launcher)
+        assert largest_difference(outcome, alone, "model") < 1e-10  # BatchNorm statistics too
+        assert largest_difference(outcome, alone, "ema") < 1e-10
+        assert outcome.results["frozen_ok"] is True
+        assert outcome.results["samples_seen"] == alone.results["samples_seen"] == 50 * 32
+
+    def test_they_count_every_evaluated_sample_once(self, launcher, launched, alone):
+        outcome = launched(launcher)
+        assert outcome.results["test"]["num_samples"] == NUM_TEST
+        assert outcome.results["test"] == pytest.approx(alone.results["test"], rel=1e-9)
+        assert len(outcome.evaluations) == len(alone.evaluations) >= 3
+        for row, expected in zip(outcome.evaluations, alone.evaluations, strict=True):
+            assert row["val/loss"] == pytest.approx(expected["val/loss"], rel=1e-9)
+            assert row["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-9)
+            assert row["val/top1"] == expected["val/top1"]
+            assert row["val/top1"] * NUM_VAL == pytest.approx(round(row["val/top1"] * NUM_VAL))
+
+
+def test_a_stop_request_to_one_rank_stops_all_and_one_process_goes_on(config, alone, tmp_path):
+    run = tmp_path / "run"
+    step = "rtl_dist.training.stage_trainer:StageTrainer.step"
+    fault = Signal(place=step, call=18, number=signal.SIGUSR1, rank=1)
+    exits = run_ranks(config, f"run.dir={run}", world_size=2, fault=fault)
+    assert exits[1].fired
+    assert [one.code for one in exits] == [75, 75], exits
+    assert "saved; start the same command to go on" in exits[0].output  # rank 0 speaks for all
+    assert Outcome(run, "").results["status"] == "stopped"
+    assert main(["--config", config, f"run.dir={run}"]) == 0
+    resumed = Outcome(run, "")
+    assert resumed.ledger == alone.ledger
+    assert largest_difference(resumed, alone, "model") < 1e-10
+    assert largest_difference(resumed, alone, "ema") < 1e-10
+
+
+# --- refusals ---
+
+
+def test_processes_that_cannot_share_the_microbatches_are_refused(config, tmp_path):
+    for one in run_ranks(config, f"run.dir={tmp_path / 'run'}", "batch.micro=32", world_size=2):
+        assert one.code == 2, one.output
+        assert "1 microbatches (global 32 / micro 32) cannot be shared by 2" in one.output
+        assert "use 1 processes, or another batch.micro" in one.output
+
+
+def test_a_process_that_finds_itself_alone_in_a_job_of_two_is_refused(
+    config, tmp_path, monkeypatch, capsys
+):
+    # What accelerate 1.15 does to processes on CPUs that are not told so, and to any without a
+    # LOCAL_RANK: each would train alone
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    accelerator = rtl_dist.distributed.runtime.Accelerator
+    monkeypatch.setattr(
+        rtl_dist.distributed.runtime, "Accelerator", lambda cpu, **others: accelerator(**others)
+    )
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["--config", config, f"run.dir={tmp_path / 'run'}"]) == 2
+    assert "WORLD_SIZE is 2 but this process found 1" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_without_a_meeting_point_are_refused(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert main(["--config", config, f"run.dir={tmp_path / 'run'}"]) == 2
+    assert "MASTER_ADDR" in capsys.readouterr().err
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherHardware(Fault):
+    """A rank whose machine computes in bf16."""
+
+    def install(self, mark: int) -> None:
+        os.write(mark, b"it has")
+        replace_everywhere(
+            "rtl_dist.distributed.runtime:resolve_precision", lambda _: lambda wanted: "bf16"
+        )
+
+
+def test_machines_of_several_precisions_are_refused(config, tmp_path):
+    run = f"run.dir={tmp_path / 'run'}"
+    exits = run_ranks(config, run, "precision=no", world_size=2, fault=OtherHardware(rank=1))
+    assert exits[1].fired
+    assert [one.code for one in exits] == [2, 2], exits
+    for one in exits:
+        assert "not the same on all machines (bf16 on " in one.last_line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_port_that_is_taken_is_named(config, tmp_path):
+    with closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+        (one,) = run_ranks(config, f"run.dir={tmp_path / 'run'}", env=env)
+    assert one.code == 1, one.output
+    assert f"cannot meet the other processes at 127.0.0.1:{port} (" in one.last_line
+    assert "Traceback" not in one.output
+
+
+# --- what srun and the files of launch/ say ---
+
+
+def test_tasks_of_srun_are_told_their_ranks(tmp_path, monkeypatch):
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text("#!/bin/sh\n[ \"$3\" = 'gpu[07-09]' ] && echo gpu07 gpu08 gpu09\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    env = {
+        "SLURM_JOB_ID": "40123",
+        "SLURM_STEP_NUM_TASKS": "5",
+        "SLURM_STEP_NODELIST": "gpu[07-09]",
+        "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+        "SLURM_PROCID": "4",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "2",
+    }
+    assert launched_world_size(env) == 5
+    assert {k: v for k, v in env.items() if not k.startswith("SLURM")} == {
+        "RANK": "4",
+        "WORLD_SIZE": "5",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "gpu07",
+        "MASTER_PORT": "12123",
+    }
+
+
+def test_without_scontrol_the_cure_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    env = {"SLURM_JOB_ID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "gpu[07-08]",
+           "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+           "SLURM_NODEID": "0"}  # fmt: skip
+    with pytest.raises(UserError, match="set MASTER_ADDR"):
+        launched_world_size(env)
+
+
+def test_a_launcher_within_srun_has_the_last_word():
+    env = {"SLURM_STEP_NUM_TASKS": "2", "WORLD_SIZE": "8", "RANK": "3", "MASTER_ADDR": "a"}
+    before = dict(env)
+    assert launched_world_size(env) == 8
+    assert env == before
+
+
+def test_a_batch_script_and_a_shell_are_one_process():
+    assert launched_world_size({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}) == 1
+    assert launched_world_size({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}) == 1
+
+
+@pytest.mark.parametrize("path", LAUNCH_FILES, ids=lambda path: path.name)
+def test_launch_files_are_what_accelerate_reads(path):
+    settings = load_config_from_file(str(path))
+    assert settings.mixed_precision == "no"  # precision is the training config's to choose
+    several = settings.distributed_type.value == "MULTI_GPU"
+    assert several == (settings.num_processes > 1) == (path.stem != "one_gpu")
+    assert f"--config_file launch/{path.name}" in path.read_text()

@@ -1,0 +1,117 @@
+"""The batch scripts: whole, free of anything that belongs to one cluster, and clear in what they
+refuse. What they do in a cluster is in ``test_slurm.py``.
+"""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from rtl_dist.config import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+SLURM = ROOT / "slurm"
+BATCH_SCRIPTS = sorted(SLURM.glob("*.sbatch"))
+SCRIPTS = [*BATCH_SCRIPTS, SLURM / "train_job.sh"]
+CONFIG = "configs/quickstart.yaml"
+
+
+def directives(script: Path) -> dict[str, str]:
+    found = re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?", script.read_text(), re.MULTILINE)
+    return dict(found)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_bash_can_read_it(script):
+    subprocess.run(["bash", "-n", str(script)], check=True, timeout=20)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_it_names_nothing_of_one_machine(script):
+    text = script.read_text()
+    assert not re.search(r"/(home|root|work|tmp|scratch|opt|mnt)\b", text)
+    assert not re.search(r"\b\d{1,3}(\.\d{1,3}){3}\b|\bib0\b|\beth0\b|_IFNAME", text)
+    assert not re.search(r"\bmodule (load|purge)\b|\bconda activate\b", text)
+
+
+def test_there_is_one_for_each_kind_of_job():
+    names = [path.name for path in BATCH_SCRIPTS]
+    assert names == ["multi_node.sbatch", "one_node.sbatch", "preemptible.sbatch", "sweep.sbatch"]
+
+
+@pytest.mark.parametrize("script", BATCH_SCRIPTS, ids=lambda path: path.name)
+def test_it_asks_for_a_warning_and_to_be_requeued(script):
+    asked = directives(script)
+    assert asked["signal"] == "B:USR1@120"
+    assert "requeue" in asked
+    assert asked["open-mode"] == "append"
+    assert not asked["output"].startswith("/")  # beside the project, where every node can write
+    assert not {"partition", "account", "qos", "gres", "gpus-per-node", "nodelist"} & asked.keys()
+    assert f"slurm/{script.name} configs/" in script.read_text()
+
+
+def test_a_range_of_nodes_is_asked_for_without_a_number_of_tasks():
+    # with one, SLURM gives the fewest nodes of the range
+    asked = directives(SLURM / "preemptible.sbatch")
+    assert asked["nodes"] == "1-4"
+    assert not {"ntasks", "ntasks-per-node"} & asked.keys()
+
+
+# --- what they refuse ---
+
+
+def refusal(script: str, *arguments: str, task: int | None = 0) -> str:
+    """What a script says that leaves with 2 before it starts anything."""
+    env = {"PATH": "/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NUM_NODES": "1"}
+    if task is not None:
+        env["SLURM_ARRAY_TASK_ID"] = str(task)
+    result = subprocess.run(
+        ["bash", str(SLURM / script), *arguments],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert result.returncode == 2, result.stderr
+    assert not result.stdout
+    return result.stderr
+
+
+@pytest.mark.parametrize("script", ["one_node", "multi_node", "preemptible"])
+def test_a_job_without_a_config_is_told_how(script):
+    told = refusal(f"{script}.sbatch")
+    assert "usage: sbatch slurm/one_node.sbatch configs/X.yaml" in told
+
+
+@pytest.mark.parametrize(
+    ("task", "arguments", "said"),
+    [
+        (0, [], "usage: sbatch --array=0-5 slurm/sweep.sbatch"),
+        (0, ["{lines}"], "add run.dir=FOLDER"),
+        (0, ["{lines}", "seed=1", "run.dir="], "add run.dir=FOLDER"),
+        (0, ["{lines}.gone", "run.dir=runs/a"], "there is no file {lines}.gone"),
+        (None, ["{lines}", "run.dir=runs/a"], "sbatch --array=0-5 slurm/sweep.sbatch"),
+        (3, ["{lines}", "run.dir=runs/a"], "holds 3 line(s) of overrides, none for task 3"),
+        (2, ["{lines}", "run.dir=runs/a"], 'quotes do not match in: "eval.every=2 steps'),
+    ],
+)
+def test_a_sweep_refuses_in_one_line(task, arguments, said, tmp_path):
+    lines = tmp_path / "lines.txt"
+    lines.write_text('# a comment\n\nseed=1\n  # another\n   \nseed=2\n"eval.every=2 steps\n')
+    arguments = [argument.format(lines=lines) for argument in arguments]
+    told = refusal("sweep.sbatch", *([CONFIG] if arguments else []), *arguments, task=task)
+    assert told.startswith("sweep.sbatch: ")
+    assert told.count("\n") == 1
+    assert said.format(lines=lines) in told
+
+
+def test_the_lines_of_the_example_suit_the_config_it_names():
+    text = (SLURM / "sweep.txt").read_text()
+    assert CONFIG in text
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    assert f"--array=0-{len(lines) - 1}" in text
+    configs = [load_config(str(ROOT / CONFIG), shlex.split(line)) for line in lines]
+    assert len({repr(config) for config in configs}) == len(lines)
