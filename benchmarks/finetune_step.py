@@ -42,10 +42,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import resnet18
 
 from rtl_dist.config import parse_config
-from rtl_dist.data.loading.ring import Batch
+from rtl_dist.data.loading.batch import Batch
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.prepare.packing.pack import pack
-from rtl_dist.training.begin import open_data, open_job, resolve
+from rtl_dist.training.begin import open_data, open_run
+from rtl_dist.training.resolve import resolve
 from rtl_dist.training.stage_trainer import StageTrainer
 
 NUM_CLASSES = 10
@@ -93,16 +94,16 @@ def ours(task: Task) -> Step:
         }
     )
     runtime = Runtime(config.precision)
-    run = folder / "run"
-    run.mkdir()
+    run_folder = folder / "run"
+    run_folder.mkdir()
     dataset = open_data(config, runtime)
     opened = contextlib.ExitStack()
     atexit.register(opened.close)
-    job, remaining, _ = opened.enter_context(
-        open_job(resolve(config, runtime, dataset), runtime, run, dataset)
+    run, remaining, _ = opened.enter_context(
+        open_run(resolve(config, runtime, dataset), runtime, run_folder, dataset)
     )
-    (stage, span), *_ = remaining
-    trainer = StageTrainer(stage, span, job, lr=1e-4, num_steps=1)
+    stage, *_ = remaining
+    trainer = StageTrainer(stage, run, lr=1e-4, num_steps=1)
     batch = Batch(task.images, task.labels, torch.zeros(size, dtype=torch.int64), [])
     trainer._batches.iterator = itertools.repeat(batch)
 

@@ -57,7 +57,7 @@ def ours(data: Path, workers: int, *, first_step: int = 0, region: bool = True) 
     import torch
 
     import rtl_dist.data.images.region as room
-    from rtl_dist.config import Augment
+    from rtl_dist.config import AugmentConfig
     from rtl_dist.data.format.dataset import open_dataset
     from rtl_dist.data.images.augment import TrainTransform
     from rtl_dist.data.loading.loader import make_loader
@@ -71,7 +71,7 @@ def ours(data: Path, workers: int, *, first_step: int = 0, region: bool = True) 
     split = open_dataset(data / "packed").split("train")
     microbatches = TrainingMicrobatches(
         split,
-        TrainTransform(Augment(crop_scale=CROP_SCALE), image_size=SIDE, channels=3),
+        TrainTransform(AugmentConfig(crop_scale=CROP_SCALE), image_size=SIDE, channels=3),
         order=split.order(0, window=None),
         size=BATCH,
         views=None,
@@ -137,11 +137,11 @@ def webdataset(data: Path, workers: int) -> Iterator[Any]:
 
 class OurView:
     def __init__(self) -> None:
-        from rtl_dist.config import Augment
+        from rtl_dist.config import AugmentConfig
         from rtl_dist.data.images.augment import TrainTransform
 
         self._transform = TrainTransform(
-            Augment(crop_scale=CROP_SCALE), image_size=SIDE, channels=3
+            AugmentConfig(crop_scale=CROP_SCALE), image_size=SIDE, channels=3
         )
         self._drawn = itertools.count()
 
@@ -214,7 +214,7 @@ def dali(data: Path, workers: int) -> Iterator[Any]:
 def decoder(data: Path, workers: int) -> Iterator[Any]:
     """Every process crops, from memory, what it read before; nothing travels."""
     from rtl_dist.data.format.dataset import open_dataset
-    from rtl_dist.data.format.split import SampleReader
+    from rtl_dist.data.format.reader import SampleReader
 
     split = open_dataset(data / "packed").split("train")
     reader = SampleReader(split)

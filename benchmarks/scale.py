@@ -29,13 +29,8 @@ from pathlib import Path
 import numpy as np
 
 from rtl_dist.core.files import write_json
-from rtl_dist.data.format.dataset import (
-    DESCRIPTION,
-    FORMAT,
-    INDEX_FOLDER,
-    SINGLE_LABEL,
-    fingerprint_of,
-)
+from rtl_dist.core.tasks import SINGLE_LABEL
+from rtl_dist.data.format.dataset import DESCRIPTION, FORMAT, INDEX_FOLDER, fingerprint_of
 from rtl_dist.data.format.split import INDEX_DTYPE
 from rtl_dist.data.order.epochs import Order
 

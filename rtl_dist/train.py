@@ -34,7 +34,7 @@ def train(config: Config) -> str:
             require_unlocked(Path(config.run.dir))
         with first_imports():
             from rtl_dist.distributed.elastic import taking_part
-            from rtl_dist.records.run_folder import keep_resolved
+            from rtl_dist.records.resume import keep_resolved
             from rtl_dist.training import begin, fit  # noqa: F401 - all there is, at once
 
         config = keep_resolved(config)
@@ -46,22 +46,24 @@ def run_job(config: Config, stops: StopRequests) -> str:
     """The job of a process that takes part in it; returns and raises as ``train``."""
     from rtl_dist.distributed.runtime import Runtime
     from rtl_dist.records.run_folder import WATCHED, owned_run_folder
-    from rtl_dist.training.begin import already_done, finish, open_data, open_job, resolve
+    from rtl_dist.training.begin import open_data, open_run
+    from rtl_dist.training.finish import already_done, finish
     from rtl_dist.training.fit import fit
+    from rtl_dist.training.resolve import resolve
 
     with (
         Runtime(config.precision, stops, patience=WATCHED) as runtime,
-        owned_run_folder(config, runtime) as run,
+        owned_run_folder(config, runtime) as folder,
     ):
         dataset = open_data(config, runtime)
         config = resolve(config, runtime, dataset)
-        if line := already_done(config, runtime, run, dataset):
+        if line := already_done(config, runtime, folder, dataset):
             return line
-        with open_job(config, runtime, run, dataset) as (job, remaining, restored):
-            for stage, span in remaining:
-                fit(stage, span, job, restored)
+        with open_run(config, runtime, folder, dataset) as (run, remaining, restored):
+            for stage in remaining:
+                fit(stage, run, restored)
                 restored = None
-            return finish(job)
+            return finish(run)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,8 +9,9 @@ import torch
 
 from rtl_dist.config import Precision
 from rtl_dist.core.errors import UserError
-from rtl_dist.data.format.dataset import MULTI_LABEL, Dataset, check_split, open_dataset
-from rtl_dist.data.loading.loader import resolve_workers
+from rtl_dist.core.tasks import MULTI_LABEL
+from rtl_dist.data.format.dataset import Dataset, check_split, open_dataset
+from rtl_dist.data.loading.workers import resolve_workers
 from rtl_dist.distributed.runtime import Runtime, configure_logging
 from rtl_dist.distributed.stopping import StopRequests
 from rtl_dist.evaluation.metrics import compute_metrics

@@ -13,10 +13,12 @@ from rtl_dist.core.errors import UserError
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.distributed.stopping import StopRequests
 from rtl_dist.records.checkpoint import has_checkpoint
+from rtl_dist.records.range_test import FOLDER
 from rtl_dist.records.run_folder import WATCHED, owned_run_folder
-from rtl_dist.report.lr_finder import FOLDER, draw_range_test, read_range_test
-from rtl_dist.training.begin import open_data, open_job, resolve
+from rtl_dist.report.lr_finder import draw_range_test, read_range_test
+from rtl_dist.training.begin import open_data, open_run
 from rtl_dist.training.lr_finder import find_learning_rate
+from rtl_dist.training.resolve import resolve
 
 LOG = logging.getLogger("rtl_dist")
 
@@ -40,12 +42,12 @@ def find_lr(config: Config, stage_name: str | None) -> str:
     with (
         StopRequests() as stops,
         Runtime(config.precision, stops, patience=WATCHED) as runtime,
-        _folder(config, runtime) as run,
+        _folder(config, runtime) as folder,
     ):
         dataset = open_data(config, runtime)
         config = resolve(config, runtime, dataset)
-        with open_job(config, runtime, run, dataset) as (job, stages, _):
-            stage, span = stages[number]
+        with open_run(config, runtime, folder, dataset) as (run, stages, _):
+            stage = stages[number]
             if number:
                 LOG.info(
                     "stage %s is tested with the config's weights, not after stage %s; give"
@@ -53,12 +55,12 @@ def find_lr(config: Config, stage_name: str | None) -> str:
                     stage.name,
                     config.stages[number - 1].name,
                 )
-            found = find_learning_rate(stage, span, job)
+            found = find_learning_rate(stage, run)
 
             def draw() -> str:
-                test = read_range_test(run / FOLDER / f"{stage.name}.json")
+                test = read_range_test(folder / FOLDER / f"{stage.name}.json")
                 assert test is not None
-                return str(draw_range_test(test, run))
+                return str(draw_range_test(test, folder))
 
             picture: str = runtime.from_main(draw)
     if not runtime.is_main:

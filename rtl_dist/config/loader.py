@@ -17,9 +17,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 
 from rtl_dist.config.schema import Config
-from rtl_dist.core.durations import Duration
 from rtl_dist.core.errors import UserError
-from rtl_dist.optim.schedule import Every
+from rtl_dist.core.intervals import Duration, Every
 
 _WRITTEN_AS_TEXT = (Every, Duration)
 

@@ -6,32 +6,25 @@ dotted path. Checks across sections are in ``Config``.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rtl_dist.core.durations import Duration
+from rtl_dist.config.stage import (
+    AugmentConfig,
+    EarlyStopConfig,
+    StageConfig,
+    check,
+    check_fraction,
+)
+from rtl_dist.core.intervals import Duration, Every
 from rtl_dist.core.urls import is_url, secret_in
-from rtl_dist.optim.schedule import Every
 
 Precision = Literal["auto", "no", "fp16", "bf16", "fp64"]
-_PLATEAU_PATIENCE = 2  # evaluations
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _check_fraction(section: object, *names: str) -> None:
-    for name in names:
-        value = getattr(section, name)
-        _check(0 <= value <= 1, f"{name}: must lie in 0 to 1, not {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class RunConfig:
     dir: str = "runs/default"
     """The run folder: everything the run writes. A run is continued by naming its folder again."""
     resume: Literal["auto", "never", "must"] = "auto"
@@ -50,7 +43,7 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
+class DataConfig:
     path: str
     """Folder of a data set (``rtl-dist pack`` or ``index``), or its URL: ``https://``, ``s3://``,
     ``gs://`` or any other that fsspec knows. Credentials come from where the storage's own tools
@@ -102,29 +95,29 @@ class Data:
     """How many damaged samples a run may replace by another before it stops (exit code 3)."""
 
     def __post_init__(self) -> None:
-        _check(self.image_size >= 8, f"image_size: must be at least 8, not {self.image_size}")
-        _check(0 < self.crop_pct <= 1, f"crop_pct: must lie in 0 to 1, not {self.crop_pct}")
-        _check(0 <= self.val_fraction < 1, "val_fraction: must lie in 0 to 1")
-        _check(self.workers == "auto" or self.workers >= 0, "workers: must be auto or at least 0")
-        _check(self.bad_samples >= 0, "bad_samples: must be at least 0")
-        _check(self.window >= 1, f"window: must be at least 1, not {self.window}")
-        _check(
+        check(self.image_size >= 8, f"image_size: must be at least 8, not {self.image_size}")
+        check(0 < self.crop_pct <= 1, f"crop_pct: must lie in 0 to 1, not {self.crop_pct}")
+        check(0 <= self.val_fraction < 1, "val_fraction: must lie in 0 to 1")
+        check(self.workers == "auto" or self.workers >= 0, "workers: must be auto or at least 0")
+        check(self.bad_samples >= 0, "bad_samples: must be at least 0")
+        check(self.window >= 1, f"window: must be at least 1, not {self.window}")
+        check(
             self.sampling == "natural" or (self.shuffle == "full" and self.backend == "indexed"),
             "sampling: balanced needs shuffle: full and backend: indexed",
         )
-        _check(self.cache_gb is None or self.cache_gb > 0, "cache_gb: must be positive or null")
+        check(self.cache_gb is None or self.cache_gb > 0, "cache_gb: must be positive or null")
         secret = secret_in(self.path) if is_url(self.path) else None
-        _check(secret is None, f"path: {secret}")
-        _check(
+        check(secret is None, f"path: {secret}")
+        check(
             not (self.path.startswith("http") and "?" in self.path),
             "path: must be the URL of a folder, without a query (?...): its files are read one by"
             " one below it",
         )
-        _check(
+        check(
             self.source is None or not is_url(self.path),
             "path: source is packed into a local folder; pack first, then copy the folder there",
         )
-        _check(
+        check(
             (self.backend == "stream") == (self.stream_urls is not None),
             "stream_urls: names the tars (a brace pattern) for backend: stream; give both, or"
             " neither",
@@ -132,49 +125,7 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Augment:
-    crop_scale: tuple[float, float] = (0.35, 1.0)
-    """RandomResizedCrop: area of the crop as a fraction of the image's."""
-    crop_ratio: tuple[float, float] = (0.75, 4 / 3)
-    """RandomResizedCrop: width over height of the crop."""
-    hflip: float = 0.5
-    """Probability of a left-right flip."""
-    vflip: float = 0.0
-    """Probability of an upside-down flip."""
-    rotation: float = 0.0
-    """Rotation by up to this many degrees either way."""
-    color_jitter: float = 0.0
-    """Strength of brightness, contrast and saturation changes (torchvision ColorJitter)."""
-    randaugment: int | None = None
-    """RandAugment magnitude, 0 to 30, with 2 operations (arXiv 1909.13719)."""
-    erasing: float = 0.0
-    """Probability of erasing a rectangle (arXiv 1708.04896)."""
-    mixup: float = 0.0
-    """Alpha of mixup (arXiv 1710.09412); one draw a microbatch."""
-    cutmix: float = 0.0
-    """Alpha of CutMix (arXiv 1905.04899). With mixup too, each microbatch draws one of them."""
-
-    @property
-    def mixes(self) -> bool:
-        """Whether images of a microbatch are mixed with each other."""
-        return self.mixup > 0 or self.cutmix > 0
-
-    def __post_init__(self) -> None:
-        _check_fraction(self, "hflip", "vflip", "erasing")
-        low, high = self.crop_scale
-        _check(0 < low <= high <= 1, f"crop_scale: must be 0 < low <= high <= 1, not {[low, high]}")
-        low, high = self.crop_ratio
-        _check(0 < low <= high, f"crop_ratio: must be 0 < low <= high, not {[low, high]}")
-        for name in ("rotation", "color_jitter", "mixup", "cutmix"):
-            _check(getattr(self, name) >= 0, f"{name}: must be at least 0")
-        _check(
-            self.randaugment is None or 0 <= self.randaugment <= 30,
-            f"randaugment: must be null or 0 to 30, not {self.randaugment}",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
+class ModelConfig:
     name: str = "resnet50"
     """A timm name (``resnet50``), ``torchvision:resnet50``, or ``basic_cnn``."""
     weights: str = "pretrained"
@@ -187,104 +138,11 @@ class Model:
     """Dropout probability before the head."""
 
     def __post_init__(self) -> None:
-        _check(0 <= self.dropout < 1, f"dropout: must lie in 0 to 1, not {self.dropout}")
+        check(0 <= self.dropout < 1, f"dropout: must lie in 0 to 1, not {self.dropout}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EarlyStop:
-    metric: str = "auto"
-    """What best means: val/loss or one of the val/ metrics. auto: val/top1, or val/map for
-    multi-label data."""
-    patience: int | None = None
-    """End a stage after this many evaluations of it without a better one; null: never. A stage with
-    patience hands the weights of its best evaluation on, whichever way it ended."""
-
-    def __post_init__(self) -> None:
-        known = (
-            "auto",
-            "val/top1",
-            "val/top5",
-            "val/macro_f1",
-            "val/loss",
-            "val/map",
-            "val/micro_f1",
-            "val/exact_match",
-        )
-        _check(self.metric in known, f"metric: must be one of {', '.join(known)}")
-        _check(self.patience is None or self.patience >= 1, "patience: must be positive or null")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    name: str
-    """Names the stage in metrics, plots and checkpoints."""
-    epochs: float | None = None
-    """Length in epochs; may be a fraction. Or ``steps``."""
-    steps: int | None = None
-    """Length in optimizer steps. Or ``epochs``."""
-    until: Literal["end", "plateau"] = "end"
-    """end: the stage takes its whole length. plateau: it ends once ``early_stop.patience``
-    evaluations (2, where that is null) brought nothing better, and its length is the most it may
-    take; as its end is not known before, the rate then stays constant after warm-up."""
-    trainable: str | list[str] = "all"
-    """head, all, or a part of the model or a list of them, such as [layer4, head]; ``layer3+``
-    means a part and all above it. All else is frozen."""
-    lr: float | Literal["auto"]
-    """Learning rate of the head at the end of warm-up; deeper parts by ``layer_decay``. auto: found
-    by a range test on the stage's own first steps, which then are taken back."""
-    layer_decay: float = 1.0
-    """Each part further from the head learns at this factor of the one above it."""
-    batchnorm: Literal["frozen", "stats", "train"] = "frozen"
-    """BatchNorm within the trainable parts. frozen: running statistics used and held, affine held.
-    stats: statistics follow the data, affine held. train: both learn."""
-    schedule: Literal["cosine", "linear", "constant"] | None = None
-    """Of this stage; null: ``optim.schedule``, or constant under ``until: plateau``."""
-    warmup: float | None = None
-    """Of this stage; null: ``optim.warmup``."""
-    image_size: int | None = None
-    """Side of the square this stage trains on; null: ``data.image_size``, on which every stage is
-    evaluated."""
-    augment: Augment | None = None
-    """Keys of ``augment`` that are different in this stage; null: none."""
-    early_stop: EarlyStop | None = None
-    """Keys of ``early_stop`` that are different in this stage; null: none."""
-    views: int | None = None
-    """Augmented views a sample cycles through; null: a new one every epoch."""
-    cache: Literal["auto", "off"] = "auto"
-    """Whether what the frozen parts below the first trained one make of an image is computed once a
-    view and kept on disk (see ``features``), where it fits and pays. Needs ``views``; the trained
-    weights are the same either way."""
-
-    def __post_init__(self) -> None:
-        _check(
-            re.fullmatch(r"\w[\w.+ -]{0,63}", self.name) is not None,
-            f"name: letters, digits, - _ + . and spaces, up to 64 and not {self.name!r}: it also"
-            " names files",
-        )
-        _check(
-            (self.epochs is None) != (self.steps is None),
-            "epochs: a stage has either epochs or steps",
-        )
-        _check(self.epochs is None or self.epochs > 0, "epochs: must be positive")
-        _check(self.steps is None or self.steps > 0, "steps: must be positive")
-        _check(self.lr == "auto" or self.lr > 0, f"lr: must be positive or auto, not {self.lr}")
-        _check(0 < self.layer_decay <= 1, "layer_decay: must lie in 0 to 1")
-        _check(self.views is None or self.views > 0, "views: must be positive or null")
-        _check(self.trainable != [], "trainable: must name at least one part")
-        _check(self.warmup is None or self.warmup >= 0, "warmup: must be at least 0")
-        _check(
-            self.image_size is None or self.image_size >= 8,
-            f"image_size: must be at least 8, not {self.image_size}",
-        )
-        _check(
-            self.until == "end" or self.schedule in (None, "constant"),
-            f"schedule: {self.schedule} falls towards an end that until: plateau does not know;"
-            " leave it out",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Optim:
+class OptimConfig:
     name: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = 0.05
     """Not applied to biases and norms."""
@@ -318,33 +176,33 @@ class Optim:
     """A step whose gradient is not finite is not taken. This many in a row end the run."""
 
     def __post_init__(self) -> None:
-        _check_fraction(self, "label_smoothing", "momentum")
-        _check(
+        check_fraction(self, "label_smoothing", "momentum")
+        check(
             all(0 <= beta < 1 for beta in self.betas),
             f"betas: must lie in 0 to below 1, not {list(self.betas)}",
         )
-        _check(0 <= self.ema < 1, f"ema: must lie in 0 to 1, not {self.ema}")
-        _check(self.weight_decay >= 0, "weight_decay: must be at least 0")
-        _check(self.warmup >= 0, "warmup: must be at least 0")
-        _check(self.focal_gamma >= 0, "focal_gamma: must be at least 0")
-        _check(self.logit_adjustment >= 0, "logit_adjustment: must be at least 0")
-        _check(
+        check(0 <= self.ema < 1, f"ema: must lie in 0 to 1, not {self.ema}")
+        check(self.weight_decay >= 0, "weight_decay: must be at least 0")
+        check(self.warmup >= 0, "warmup: must be at least 0")
+        check(self.focal_gamma >= 0, "focal_gamma: must be at least 0")
+        check(self.logit_adjustment >= 0, "logit_adjustment: must be at least 0")
+        check(
             self.logit_adjustment == 0 or self.loss in ("auto", "cross_entropy", "focal"),
             "logit_adjustment: needs loss: cross_entropy or focal",
         )
-        _check(
+        check(
             self.logit_adjustment == 0 or self.class_weights == "none",
             "logit_adjustment: and class_weights both make up for rare classes; choose one",
         )
-        _check(self.skip_limit >= 1, "skip_limit: must be at least 1")
-        _check(
+        check(self.skip_limit >= 1, "skip_limit: must be at least 1")
+        check(
             self.clip_grad_norm is None or self.clip_grad_norm > 0,
             "clip_grad_norm: must be positive or null",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class BatchConfig:
     global_: int = field(default=256, metadata={"key": "global"})
     """Samples an optimizer step, over all processes; never depends on the hardware."""
     micro: Literal["auto"] | int = "auto"
@@ -356,17 +214,17 @@ class Batch:
     SyncBatchNorm, GPUs only). The result then depends on the number of processes."""
 
     def __post_init__(self) -> None:
-        _check(self.global_ > 0, "global: must be positive")
+        check(self.global_ > 0, "global: must be positive")
         if self.micro != "auto":
-            _check(self.micro > 0, "micro: must be auto or positive")
-            _check(
+            check(self.micro > 0, "micro: must be auto or positive")
+            check(
                 self.global_ % self.micro == 0,
                 f"micro: {self.micro} does not divide batch.global {self.global_}",
             )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Features:
+class FeaturesConfig:
     cache_dir: str | None = None
     """Folder where the features of frozen parts are kept and found again by later runs; on a
     cluster one that all nodes see. null: ``rtl_dist/features`` in the user's cache folder."""
@@ -375,11 +233,11 @@ class Features:
     features are larger trains without."""
 
     def __post_init__(self) -> None:
-        _check(self.cache_gb > 0, "cache_gb: must be positive")
+        check(self.cache_gb > 0, "cache_gb: must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
+class CheckpointConfig:
     every: Every = field(default_factory=lambda: Every.parse("1 epoch"))
     """At most this much is done again after a kill, and what was trained while the newest
     checkpoint was being written. There is one before each evaluation and at each stage's end too.
@@ -388,17 +246,17 @@ class Checkpoint:
     """Newest checkpoints kept; older ones are deleted."""
 
     def __post_init__(self) -> None:
-        _check(self.keep >= 1, "keep: must be at least 1")
+        check(self.keep >= 1, "keep: must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eval:
+class EvalConfig:
     every: Every = field(default_factory=lambda: Every.parse("1 epoch"))
     """How often the val split is evaluated; always at the end of a stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Track:
+class TrackConfig:
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
     """auto: online when logged in, else offline; never a prompt."""
     project: str = "rtl_dist"
@@ -408,33 +266,33 @@ class Track:
 class Config:
     seed: int = 0
     """Of data order, augmentation, head initialisation, dropout and mixup."""
-    run: Run = Run()
-    data: Data
-    augment: Augment = Augment()
-    model: Model = Model()
-    stages: list[Stage]
-    optim: Optim = Optim()
-    batch: Batch = Batch()
+    run: RunConfig = RunConfig()
+    data: DataConfig
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ModelConfig = ModelConfig()
+    stages: list[StageConfig]
+    optim: OptimConfig = OptimConfig()
+    batch: BatchConfig = BatchConfig()
     precision: Precision = "auto"
     """auto: bf16 where the hardware really has it, else fp16 on a GPU, else full precision.
     fp64 is for proofs of equality."""
     compile: Literal["auto"] | bool = "auto"
     """torch.compile of each stage's network. auto: where much work remains, both ways are timed
     when the stage begins, and the faster one is taken."""
-    features: Features = Features()
-    checkpoint: Checkpoint = Checkpoint()
-    early_stop: EarlyStop = EarlyStop()
-    eval: Eval = Eval()
-    track: Track = Track()
+    features: FeaturesConfig = FeaturesConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
+    eval: EvalConfig = EvalConfig()
+    track: TrackConfig = TrackConfig()
 
     def __post_init__(self) -> None:
-        _check(len(self.stages) > 0, "stages: must name at least one stage")
+        check(len(self.stages) > 0, "stages: must name at least one stage")
         names = [stage.name for stage in self.stages]
-        _check(len(set(names)) == len(names), f"stages: names must differ, not {names}")
-        _check(0 <= self.seed < 2**63, "seed: must lie in 0 to 2^63 - 1")
+        check(len(set(names)) == len(names), f"stages: names must differ, not {names}")
+        check(0 <= self.seed < 2**63, "seed: must lie in 0 to 2^63 - 1")
         for key in self.mixing_keys():
-            _check(self.data.backend != "stream", f"{key}: needs data.backend: indexed")
-        _check(
+            check(self.data.backend != "stream", f"{key}: needs data.backend: indexed")
+        check(
             self.data.sampling == "natural"
             or (self.optim.class_weights == "none" and self.optim.logit_adjustment == 0),
             "data.sampling: balanced makes up for rare classes, as do optim.class_weights and"
@@ -446,26 +304,5 @@ class Config:
         for number, stage in enumerate(self.stages):
             section = "augment" if stage.augment is None else f"stages.{number}.augment"
             for name in ("mixup", "cutmix"):
-                if getattr(self.augment_of(stage), name) > 0:
+                if getattr(stage.augment or self.augment, name) > 0:
                     yield f"{section}.{name}"
-
-    def augment_of(self, stage: Stage) -> Augment:
-        return stage.augment or self.augment
-
-    def early_stop_of(self, stage: Stage) -> EarlyStop:
-        return stage.early_stop or self.early_stop
-
-    def image_size_of(self, stage: Stage) -> int:
-        return stage.image_size or self.data.image_size
-
-    def patience_of(self, stage: Stage) -> int | None:
-        patience = self.early_stop_of(stage).patience
-        return _PLATEAU_PATIENCE if patience is None and stage.until == "plateau" else patience
-
-    def schedule_of(self, stage: Stage) -> str:
-        if stage.until == "plateau":
-            return "constant"
-        return stage.schedule or self.optim.schedule
-
-    def warmup_of(self, stage: Stage) -> float:
-        return self.optim.warmup if stage.warmup is None else stage.warmup

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from rtl_dist.core.errors import DataError, UserError
-from rtl_dist.data.format.dataset import MULTI_LABEL, SINGLE_LABEL
+from rtl_dist.core.tasks import MULTI_LABEL, SINGLE_LABEL
 
 TOP_K = 5
 NUM_BINS = 15

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 
 from rtl_dist.core.errors import DataError
-from rtl_dist.data.format.dataset import MULTI_LABEL, Dataset
+from rtl_dist.core.tasks import MULTI_LABEL
+from rtl_dist.data.format.dataset import Dataset
 from rtl_dist.data.format.split import Split
 from rtl_dist.data.images.augment import EvalTransform
-from rtl_dist.data.loading.loader import make_loader, to_device
-from rtl_dist.data.loading.microbatches import SplitMicrobatches
-from rtl_dist.data.loading.ring import Batch
+from rtl_dist.data.loading.batch import Batch, to_device
+from rtl_dist.data.loading.loader import make_loader
+from rtl_dist.data.loading.microbatches import EVAL_BLOCK, SplitMicrobatches, cannot_evaluate
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.evaluation.metrics import Predictions, compute_metrics
-from rtl_dist.features.maker import EVAL_BLOCK, cannot_evaluate
 from rtl_dist.features.store import View
 from rtl_dist.model.classifier import Classifier
 from rtl_dist.model.divided import Divided, divide

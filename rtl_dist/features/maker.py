@@ -16,33 +16,29 @@ import numpy as np
 import torch
 import torchvision
 
-from rtl_dist.config import Config, Stage
+from rtl_dist.config import Config, ResolvedStage
 from rtl_dist.core.errors import DataError, RtlDistError, StopRequested
 from rtl_dist.core.files import user_cache_folder
+from rtl_dist.core.text import readable_size
 from rtl_dist.data.format.dataset import Dataset
 from rtl_dist.data.format.split import Split
 from rtl_dist.data.images.augment import EvalTransform, TrainTransform, training_transform
 from rtl_dist.data.loading.loader import make_loader
-from rtl_dist.data.loading.microbatches import SplitMicrobatches
+from rtl_dist.data.loading.microbatches import EVAL_BLOCK, SplitMicrobatches, cannot_evaluate
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.features.store import (
     FeatureStore,
     View,
     ViewShape,
+    _NoStoreError,
     key_of,
-    readable_size,
     write_block,
 )
 from rtl_dist.model.divided import FrozenPart
-from rtl_dist.model.parts import digest
+from rtl_dist.model.freezing import digest
 
 LOG = logging.getLogger("rtl_dist")
 _FORMAT = 1  # another one where old files would be read wrongly
-EVAL_BLOCK = 64  # images scored at a time, with features as without
-
-
-class _NoStoreError(RtlDistError):
-    """Features cannot be kept; known to all ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +63,7 @@ class FeatureMaker:
         boundary: str,
         *,
         config: Config,
-        stage: Stage,
+        stage: ResolvedStage,
         dataset: Dataset,
         runtime: Runtime,
         micro_batch_size: int,
@@ -105,8 +101,8 @@ class FeatureMaker:
             RtlDistError: on every rank, if the loader of one failed.
         """
         config, stage = self._config, self._stage
-        transform = training_transform(config, stage)
-        augment = asdict(config.augment_of(stage))
+        transform = training_transform(stage, channels=config.data.channels)
+        augment = asdict(stage.augment)
         looks = {
             "augment": {k: v for k, v in augment.items() if k not in ("mixup", "cutmix")},
             "image_size": transform.image_size,
@@ -339,8 +335,3 @@ class FeatureMaker:
         samples = [sample for _, _, samples in everything for sample in samples]
         bad = [name for names in runtime.gather(bad) for name in names]
         return [crc for _, crc, _ in everything], np.array(samples, dtype=np.int64), bad
-
-
-def cannot_evaluate(bad: list[str]) -> str:
-    more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
-    return f"cannot evaluate exactly: {bad[0]}{more}"

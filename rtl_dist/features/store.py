@@ -25,7 +25,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from rtl_dist.core.errors import RtlDistError
 from rtl_dist.core.files import flush_to_disk
+from rtl_dist.core.text import readable_size
 
 _FEATURES, _USED, _DESCRIPTION = "features.bin", "used.npy", "description.json"
 _TEMPORARY, _GONE = ".incomplete-", ".gone-"
@@ -307,8 +309,5 @@ def _shape_of(description: dict[str, Any]) -> ViewShape:
     )
 
 
-def readable_size(num_bytes: float) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.1f} {unit}"
-    return f"{num_bytes:.0f} bytes"
+class _NoStoreError(RtlDistError):
+    """Features cannot be kept; known to all ranks."""

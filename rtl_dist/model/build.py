@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from rtl_dist.config import Data, Model
+from rtl_dist.config import DataConfig, ModelConfig
 from rtl_dist.core.errors import UserError
-from rtl_dist.data.order.epochs import derive_key
+from rtl_dist.core.keys import derive_key
 from rtl_dist.model.basic_cnn import NUM_FEATURES, BasicCNN
 from rtl_dist.model.classifier import Classifier, Preprocessing
 from rtl_dist.model.weights import load_weights
@@ -21,7 +21,7 @@ _HEAD_STREAM = 2  # keeps this key apart from those of the data order
 
 
 def build_model(
-    config: Model, data: Data, *, classes: tuple[str, ...], seed: int
+    config: ModelConfig, data: DataConfig, *, classes: tuple[str, ...], seed: int
 ) -> tuple[Classifier, str]:
     """The classifier on the CPU, the same on every rank, and a line on where its weights are from.
 
@@ -39,8 +39,8 @@ def build_model(
 
 
 def make_classifier(
-    config: Model,
-    data: Data,
+    config: ModelConfig,
+    data: DataConfig,
     *,
     num_classes: int,
     seed: int,

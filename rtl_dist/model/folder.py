@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rtl_dist import __version__
-from rtl_dist.config import Config, Model, Precision, parse_config, read_run_config
+from rtl_dist.config import Config, ModelConfig, Precision, parse_config, read_run_config
 from rtl_dist.core.errors import UserError
 from rtl_dist.core.files import replacing, save_tensors, write_json
 from rtl_dist.data.format.dataset import Dataset
@@ -46,7 +46,7 @@ def write_model_folder(folder: Path, model: Classifier, config: Config, dataset:
 
 
 def describe_model(
-    model: Classifier, config: Model, dataset: Dataset, *, precision: Precision
+    model: Classifier, config: ModelConfig, dataset: Dataset, *, precision: Precision
 ) -> dict[str, Any]:
     """The content of ``config.json``: timm's keys, and ours under ``rtl_dist``."""
     view = model.preprocessing

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from rtl_dist.data.format.dataset import SINGLE_LABEL
+from rtl_dist.core.tasks import SINGLE_LABEL
 from rtl_dist.distributed.runtime import Runtime
 
 _LOSS_UNIT = 2**20  # a loss is counted in millionths, roughly

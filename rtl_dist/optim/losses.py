@@ -7,14 +7,14 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from rtl_dist.config import Optim
-from rtl_dist.data.format.dataset import MULTI_LABEL
+from rtl_dist.config import OptimConfig
+from rtl_dist.core.tasks import MULTI_LABEL
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def make_loss(
-    config: Optim, *, task: str, class_counts: tuple[int, ...], device: torch.device
+    config: OptimConfig, *, task: str, class_counts: tuple[int, ...], device: torch.device
 ) -> Loss:
     """The loss a sample: (scores (n, C), labels) to (n,).
 

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torchvision.transforms import v2
 
-from rtl_dist.config import Augment
+from rtl_dist.config import AugmentConfig
 
 Mixer = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-def make_mixer(augment: Augment, *, num_classes: int) -> Mixer:
+def make_mixer(augment: AugmentConfig, *, num_classes: int) -> Mixer:
     """(images (n, C, S, S), int64 labels (n,)) to mixed images and class probabilities
     (n, num_classes); or both unchanged, where the config mixes nothing."""
     choices: list[torch.nn.Module] = []

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from rtl_dist.config import Optim, Stage
+from rtl_dist.config import OptimConfig, StageConfig
 from rtl_dist.model.classifier import Classifier
 from rtl_dist.model.parts import NORMS, parts_of
 
 
 def build_optimizer(
-    model: Classifier, stage: Stage, config: Optim, *, lr: float
+    model: Classifier, stage: StageConfig, config: OptimConfig, *, lr: float
 ) -> torch.optim.Optimizer:
     """A fresh optimizer over the stage's trainable parameters, each in one group.
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from rtl_dist.core.files import flush_to_disk, naming
-from rtl_dist.data.loading.ring import Batch
+from rtl_dist.data.loading.batch import Batch
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.records.state import TrainState
 

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from rtl_dist.core.errors import DataError
-from rtl_dist.core.files import write_json, write_text
-from rtl_dist.data.format.dataset import MULTI_LABEL
-from rtl_dist.data.format.split import SampleReader, Split
+from rtl_dist.core.files import write_bytes, write_csv, write_json, write_text
+from rtl_dist.core.tasks import MULTI_LABEL
+from rtl_dist.data.format.reader import SampleReader
+from rtl_dist.data.format.split import Split
 from rtl_dist.evaluation.metrics import (
     ClassScores,
     Predictions,
@@ -28,7 +29,6 @@ from rtl_dist.evaluation.metrics import (
 )
 from rtl_dist.report import evaluation_plots as plots
 from rtl_dist.report.figure import png
-from rtl_dist.report.files import write_bytes, write_csv
 from rtl_dist.report.html import Cell, Page, percent
 
 # The pictures of an evaluation in the order in which pages show them, with their captions.

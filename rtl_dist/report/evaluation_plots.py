@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rtl_dist.data.format.dataset import MULTI_LABEL
+from rtl_dist.core.tasks import MULTI_LABEL
 from rtl_dist.evaluation.metrics import Calibration, ClassScores, Predictions, positives
 from rtl_dist.report.figure import (
     BLUE,

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rtl_dist.core.files import write_bytes
+from rtl_dist.records.range_test import FOLDER
 from rtl_dist.report.figure import (
     BLUE,
     GREEN,
@@ -21,13 +23,10 @@ from rtl_dist.report.figure import (
     png,
     say,
 )
-from rtl_dist.report.files import write_bytes
 from rtl_dist.report.history import is_finite
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-FOLDER = "lr_finder"  # as in rtl_dist.training.lr_finder, which brings accelerate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +92,7 @@ def range_test_figure(test: RangeTest) -> Figure:
     if not test.losses:
         say(axes, "the loss was a number at no rate")
         return figure
-    from rtl_dist.training.lr_finder import (
-        smoothed,  # late: it brings accelerate, which reports do not need
-    )
+    from rtl_dist.records.range_test import smoothed
 
     values = smoothed(test.losses)
     axes.set_xscale("log")

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rtl_dist.core.files import write_text
+from rtl_dist.core.files import write_bytes, write_text
+from rtl_dist.core.text import duration
 from rtl_dist.report import plots
 from rtl_dist.report.evaluation import METRIC_NAMES, PICTURES, headline, read_summary
 from rtl_dist.report.figure import png
-from rtl_dist.report.files import write_bytes
 from rtl_dist.report.history import History, read_history
 from rtl_dist.report.html import Cell, Page, percent
 from rtl_dist.report.lr_finder import draw_range_test, find_range_tests, read_range_test
@@ -254,16 +254,6 @@ def _add_details(page: Page, run: Path, results: dict[str, Any]) -> None:
             page.paragraph(f"{name} is not there.", soft=True)
         else:
             page.preformatted(text.strip(), folded=name)
-
-
-def duration(seconds: float) -> str:
-    """A time for reading: ``42 s``, ``3 min 07 s``, ``2 h 05 min``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def _share(value: float | None) -> str | None:

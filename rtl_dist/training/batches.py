@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from rtl_dist.config import Config, Stage
+from rtl_dist.config import Config, ResolvedStage
 from rtl_dist.data.format.split import Split
 from rtl_dist.data.images.augment import training_transform
-from rtl_dist.data.loading.loader import make_loader, to_device
+from rtl_dist.data.loading.batch import Batch, to_device
+from rtl_dist.data.loading.loader import make_loader
 from rtl_dist.data.loading.microbatches import TrainingMicrobatches, microbatch_positions
-from rtl_dist.data.loading.ring import Batch
 from rtl_dist.data.loading.stream import stream_microbatches
-from rtl_dist.data.order.epochs import TrainingStream
+from rtl_dist.data.order.base import TrainingStream
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.features.maker import FeatureMaker
 from rtl_dist.features.store import View
@@ -50,7 +50,7 @@ def training_order(split: Split, config: Config) -> TrainingStream:
 
 
 def open_stage_batches(
-    stage: Stage,
+    stage: ResolvedStage,
     *,
     config: Config,
     split: Split,
@@ -81,7 +81,7 @@ def open_stage_batches(
         rank=runtime.rank,
         world_size=runtime.world_size,
     )
-    transform = training_transform(config, stage)
+    transform = training_transform(stage, channels=config.data.channels)
     if config.data.backend == "stream":
         stream = stream_microbatches(
             config.data,
@@ -96,7 +96,7 @@ def open_stage_batches(
         )
         return StageBatches(iterator=iter(stream))
     order = training_order(split, config)
-    if features is not None and stage.views is not None and config.augment_of(stage).mixes:
+    if features is not None and stage.views is not None and stage.augment.mixes:
         LOG.info("no cached features of %s: mixup and cutmix mix the pixels", split.name)
     elif features is not None and stage.views is not None:
         numbers = tuple(range(stage.views))

@@ -11,24 +11,21 @@ import copy
 import logging
 import math
 
-from rtl_dist.config import Stage
+from rtl_dist.config import ResolvedStage
 from rtl_dist.core.errors import RtlDistError, StopRequested
 from rtl_dist.core.files import write_json
 from rtl_dist.optim.counts import non_finite, train_metrics
-from rtl_dist.optim.schedule import StageSpan
-from rtl_dist.training.run import Job
+from rtl_dist.records.range_test import FOLDER, smoothed, suggest
+from rtl_dist.training.run import Run
 from rtl_dist.training.stage_trainer import StageTrainer
 
 LOG = logging.getLogger("rtl_dist")
-FOLDER = "lr_finder"
 _LOWEST, _HIGHEST = 1e-6, 1.0
 _STEPS = 80
-_SMOOTHING = 0.8  # of the moving average of losses
-_NEAR = 1.05  # times the lowest smoothed loss: as good as that
 _HOPELESS = 3.0  # times the lowest loss: the test ends
 
 
-def find_learning_rate(stage: Stage, span: StageSpan, job: Job) -> float:
+def find_learning_rate(stage: ResolvedStage, run: Run) -> float:
     """The rate that ``suggest`` makes of the test; what was measured is written to
     ``lr_finder/<stage>.json``. Model, average and state are as before.
 
@@ -37,25 +34,25 @@ def find_learning_rate(stage: Stage, span: StageSpan, job: Job) -> float:
             number.
     """
     LOG.info("stage %s: looking for its learning rate in up to %d steps", stage.name, _STEPS)
-    models = [job.model] + ([job.average.model] if job.average else [])
+    models = [run.model] + ([run.average.model] if run.average else [])
     weights = [{k: v.clone() for k, v in model.state_dict().items()} for model in models]
-    state = copy.deepcopy(vars(job.state))
-    scaler = job.runtime.accelerator.scaler
+    state = copy.deepcopy(vars(run.state))
+    scaler = run.runtime.accelerator.scaler
     scale = scaler.state_dict() if scaler else {}
-    trainer = StageTrainer(stage, span, job, lr=1.0, num_steps=_STEPS)
+    trainer = StageTrainer(stage, run, lr=1.0, num_steps=_STEPS)
     try:
-        rates, losses = _measure(trainer, job, stage)
+        rates, losses = _measure(trainer, run, stage)
     finally:
         trainer.close()
         for model, values in zip(models, weights, strict=True):
             model.load_state_dict(values)
         if scaler:
             scaler.load_state_dict(scale)
-        state["is_compiled"] = job.state.is_compiled  # the stage's, whatever its rate
-        vars(job.state).update(state)
+        state["is_compiled"] = run.state.is_compiled  # the stage's, whatever its rate
+        vars(run.state).update(state)
     found = suggest(rates, losses)
     content = {"stage": stage.name, "lr": found, "rates": rates, "losses": losses}
-    job.runtime.from_main(lambda: write_json(job.run / FOLDER / f"{stage.name}.json", content))
+    run.runtime.from_main(lambda: write_json(run.folder / FOLDER / f"{stage.name}.json", content))
     if found is None:
         raise RtlDistError(
             f"stages.{stage.name}.lr: auto found no rate at which the loss is a number; set one"
@@ -64,9 +61,11 @@ def find_learning_rate(stage: Stage, span: StageSpan, job: Job) -> float:
     return found
 
 
-def _measure(trainer: StageTrainer, job: Job, stage: Stage) -> tuple[list[float], list[float]]:
+def _measure(
+    trainer: StageTrainer, run: Run, stage: ResolvedStage
+) -> tuple[list[float], list[float]]:
     """Rates and the loss of each step before it was taken."""
-    runtime = job.runtime
+    runtime = run.runtime
     rates: list[float] = []
     losses: list[float] = []
     growth = math.log(_HIGHEST / _LOWEST) / (_STEPS - 1)
@@ -82,7 +81,7 @@ def _measure(trainer: StageTrainer, job: Job, stage: Stage) -> tuple[list[float]
                 raise StopRequested("stopped while looking for a learning rate; start again")
             trainer.accept()
             counts = trainer.totals.flush(runtime)
-            loss = train_metrics(counts, task=job.dataset.task)["train/loss"]
+            loss = train_metrics(counts, task=run.dataset.task)["train/loss"]
             if non_finite(counts) or trainer.skipped.exact()[1]:
                 break
             rates.append(rate)
@@ -91,23 +90,3 @@ def _measure(trainer: StageTrainer, job: Job, stage: Stage) -> tuple[list[float]
                 break
             bar.update()
     return rates, losses
-
-
-def smoothed(losses: list[float]) -> list[float]:
-    """Exponential moving average, corrected for its start."""
-    average, result = 0.0, []
-    for i, loss in enumerate(losses, start=1):
-        average = _SMOOTHING * average + (1 - _SMOOTHING) * loss
-        result.append(average / (1 - _SMOOTHING**i))
-    return result
-
-
-def suggest(rates: list[float], losses: list[float]) -> float | None:
-    """A tenth of the largest rate at which the smoothed loss is still near its lowest: the rule of
-    Howard & Gugger (2020, fastai's ``minimum``), made so that noise in a flat part does not matter.
-    None if the loss was a number at no rate."""
-    if not losses:
-        return None
-    values = smoothed(losses)
-    near = max(i for i, value in enumerate(values) if value <= _NEAR * min(values))
-    return rates[near] / 10

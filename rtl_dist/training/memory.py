@@ -51,7 +51,7 @@ def _largest_that_fits(config: Config, runtime: Runtime, sizes: list[int], num_c
     shape, all of it trained, at the largest image size of any stage."""
     model = make_classifier(config.model, config.data, num_classes=num_classes, seed=config.seed)
     model.to(device=runtime.device, dtype=runtime.dtype, memory_format=torch.channels_last).train()
-    side = max(config.image_size_of(stage) for stage in config.stages)
+    side = max(stage.image_size or config.data.image_size for stage in config.stages)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
     for size in sizes:
         fits = _fits(model, optimizer, (size, config.data.channels, side, side), runtime)

@@ -8,25 +8,25 @@ from pathlib import Path
 import torch
 
 from rtl_dist.config import Config
+from rtl_dist.core.intervals import Every, is_due
 from rtl_dist.data.format.dataset import Dataset
 from rtl_dist.data.format.split import Split
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.evaluation.scoring import KeptImages
 from rtl_dist.model.average import Average
 from rtl_dist.model.classifier import Classifier
-from rtl_dist.optim.schedule import Every, is_due
 from rtl_dist.records.checkpoint_writer import CheckpointWriter
 from rtl_dist.records.state import TrainState
 from rtl_dist.records.tracking import Tracker
 
 
 @dataclass(kw_only=True)
-class Job:
+class Run:
     """A run under way: its parts, opened, and how far it has come."""
 
     config: Config
     runtime: Runtime
-    run: Path
+    folder: Path
     dataset: Dataset
     train: Split
     val: Split

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from rtl_dist.config import Stage
+from rtl_dist.config import ResolvedStage
 from rtl_dist.data.images.augment import training_transform
 from rtl_dist.data.loading.loader import make_loader
 from rtl_dist.data.loading.microbatches import TrainingMicrobatches
@@ -17,9 +17,9 @@ from rtl_dist.features.store import View
 from rtl_dist.model.batchnorm import learning_layers
 from rtl_dist.model.classifier import Classifier
 from rtl_dist.model.divided import Divided, divide
-from rtl_dist.model.parts import digest, set_modes
+from rtl_dist.model.freezing import digest, set_modes
 from rtl_dist.training.batches import training_order
-from rtl_dist.training.run import Job
+from rtl_dist.training.run import Run
 from rtl_dist.training.stage_trainer import StageTrainer
 
 _STATISTICS_SAMPLES = 1024  # images that BatchNorm statistics are measured on, at least
@@ -28,8 +28,8 @@ _STATISTICS_SAMPLES = 1024  # images that BatchNorm statistics are measured on, 
 class StageEvaluator:
     """Evaluates during one stage; every method is called by all ranks."""
 
-    def __init__(self, stage: Stage, job: Job, trainer: StageTrainer) -> None:
-        self._stage, self._job, self._trainer = stage, job, trainer
+    def __init__(self, stage: ResolvedStage, run: Run, trainer: StageTrainer) -> None:
+        self._stage, self._run, self._trainer = stage, run, trainer
         self._view: View | None = None
         self._looked = False
 
@@ -37,92 +37,92 @@ class StageEvaluator:
     def model(self) -> Iterator[Classifier]:
         """The model that counts, as it is to be evaluated and kept. Afterwards the trained one is
         in the stage's modes again."""
-        job = self._job
+        run = self._run
         try:
             with self._measured_statistics():
-                yield job.evaluated_model
+                yield run.evaluated_model
         finally:
-            set_modes(job.model, self._stage)
+            set_modes(run.model, self._stage)
 
     def metrics(self, model: Classifier) -> dict[str, float]:
         """The val metrics; what is frozen is computed once for the stage. Raises as
         ``predict_split``."""
-        job = self._job
+        run = self._run
         divided = self._divided()
         if not self._looked:
             self._view, self._looked = self._frozen_view(model, divided), True
         return evaluate_split(
             model,
-            job.dataset,
-            job.val,
-            runtime=job.runtime,
-            workers=job.workers,
+            run.dataset,
+            run.val,
+            runtime=run.runtime,
+            workers=run.workers,
             divided=divided,
             view=self._view,
-            kept=job.val_images,
+            kept=run.val_images,
         )
 
     def _divided(self) -> Divided | None:
         """The model that counts, cut as the stage's is, so that its scores do not depend on whether
         the frozen part's features are at hand."""
-        job, trainer = self._job, self._trainer
+        run, trainer = self._run, self._trainer
         if trainer.frozen is None:
             return None
-        if job.average is None:
+        if run.average is None:
             return Divided(trainer.frozen, trainer.trained)
-        average, dtype = job.average.model, job.runtime.autocast_dtype
+        average, dtype = run.average.model, run.runtime.autocast_dtype
         return divide(average, trainer.boundary, dtype=dtype)
 
     def _frozen_view(self, model: Classifier, divided: Divided | None) -> View | None:
-        job, trainer = self._job, self._trainer
+        run, trainer = self._run, self._trainer
         if trainer.features is None or divided is None or divided.frozen is None:
             return None
-        if job.average:  # its frozen part is another one, if a stage before trained it
+        if run.average:  # its frozen part is another one, if a stage before trained it
             assert trainer.frozen is not None
             if digest(divided.frozen.state_dict()) != digest(trainer.frozen.state_dict()):
                 return None
-        return trainer.features.evaluation_view(job.val, eval_transform(model))
+        return trainer.features.evaluation_view(run.val, eval_transform(model))
 
     @contextmanager
     def _measured_statistics(self) -> Iterator[None]:
         """Within the block the average's BatchNorm statistics are those that its weights meet."""
-        job = self._job
-        layers = set(learning_layers(job.model))
-        wanted = job.config.optim.ema_batchnorm == "reestimated" and layers
-        if job.average is None or not wanted or job.config.data.backend == "stream":
+        run = self._run
+        layers = set(learning_layers(run.model))
+        wanted = run.config.optim.ema_batchnorm == "reestimated" and layers
+        if run.average is None or not wanted or run.config.data.backend == "stream":
             yield
             return
         positions = self._statistics_positions()
         images = self._training_images(positions)
-        with job.average.with_statistics_of(images, len(positions), layers, job.runtime):
+        with run.average.with_statistics_of(images, len(positions), layers, run.runtime):
             yield
 
     def _statistics_positions(self) -> range:
         """This rank's share of the first microbatches of the stream, which are the same at any
         number of ranks."""
-        job = self._job
-        batch = job.config.batch.global_
-        num_images = math.ceil(min(_STATISTICS_SAMPLES, job.train.num_samples) / batch) * batch
-        return range(0, num_images, job.micro_batch_size)[
-            job.runtime.rank :: job.runtime.world_size
+        run = self._run
+        batch = run.config.batch.global_
+        num_images = math.ceil(min(_STATISTICS_SAMPLES, run.train.num_samples) / batch) * batch
+        return range(0, num_images, run.micro_batch_size)[
+            run.runtime.rank :: run.runtime.world_size
         ]
 
     def _training_images(self, positions: range) -> Iterator[torch.Tensor]:
-        job, stage, config = self._job, self._stage, self._job.config
+        run, stage, config = self._run, self._stage, self._run.config
         microbatches = TrainingMicrobatches(
-            job.train,
-            training_transform(config, stage),
-            order=training_order(job.train, config),
-            size=job.micro_batch_size,
+            run.train,
+            training_transform(stage, channels=config.data.channels),
+            order=training_order(run.train, config),
+            size=run.micro_batch_size,
             views=stage.views,
         )
         loader = make_loader(
             microbatches,
             positions,
-            workers=job.workers,
-            device=job.runtime.device,
-            give_up=job.runtime.is_asked,
+            workers=run.workers,
+            device=run.runtime.device,
+            give_up=run.runtime.is_asked,
         )
-        heartbeat = job.runtime.heartbeat
-        for one in heartbeat.while_fetching(loader, are_remote=job.train.is_remote):
+        heartbeat = run.runtime.heartbeat
+        for one in heartbeat.while_fetching(loader, are_remote=run.train.is_remote):
             yield one.inputs

@@ -7,53 +7,40 @@ import functools
 import logging
 import time
 import warnings
-from dataclasses import dataclass
-from typing import Any
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 
-from rtl_dist.config import Stage
+from rtl_dist.config import ResolvedStage
 from rtl_dist.core.errors import OutOfMemory, RtlDistError
-from rtl_dist.data.loading.ring import Batch
-from rtl_dist.data.order.epochs import derive_key
+from rtl_dist.core.keys import derive_key
+from rtl_dist.data.loading.batch import Batch
 from rtl_dist.features.maker import FeatureMaker
 from rtl_dist.model.batchnorm import StepStatistics
 from rtl_dist.model.divided import divide
-from rtl_dist.model.parts import (
+from rtl_dist.model.freezing import (
     digest,
-    first_trainable_part,
     freeze_for,
     frozen_tensors,
     parameters_without_gradient,
     trainable_tensors,
 )
+from rtl_dist.model.parts import first_trainable_part
 from rtl_dist.optim.counts import TrainTotals
 from rtl_dist.optim.losses import make_loss
 from rtl_dist.optim.mixing import make_mixer
+from rtl_dist.optim.named_state import optimizer_tensors, restore_optimizer
 from rtl_dist.optim.optimizer import build_optimizer, require_learning_rates, set_learning_rates
-from rtl_dist.optim.schedule import StageSpan, learning_rate_factor
+from rtl_dist.optim.schedule import learning_rate_factor
 from rtl_dist.optim.skipped import SkippedSteps
-from rtl_dist.records.checkpoint import optimizer_tensors, restore_optimizer
 from rtl_dist.records.ledger import Ledger
 from rtl_dist.training.batches import StageBatches, open_stage_batches
 from rtl_dist.training.compilation import compiling_pays
-from rtl_dist.training.run import Job
+from rtl_dist.training.run import Run
+from rtl_dist.training.stage_optimizer import OptimizerState, take_scaled_step
 
 LOG = logging.getLogger("rtl_dist")
 _FORWARD_STREAM = 3  # keys dropout and mixup apart from the data order and the augmentation
 _STAND_IN_SIZE = 2  # images
-
-
-@dataclass(frozen=True)
-class OptimizerState:
-    """tensors: as ``optimizer_tensors`` has them. scaler: the loss scaler's (fp16 only)."""
-
-    tensors: dict[str, torch.Tensor]
-    scaler: dict[str, Any]
-
-    def on_host(self) -> OptimizerState:
-        return OptimizerState({k: v.cpu() for k, v in self.tensors.items()}, self.scaler)
 
 
 class StageTrainer:
@@ -70,9 +57,8 @@ class StageTrainer:
 
     def __init__(
         self,
-        stage: Stage,
-        span: StageSpan,
-        job: Job,
+        stage: ResolvedStage,
+        run: Run,
         kept: OptimizerState | None = None,
         *,
         lr: float,
@@ -84,33 +70,33 @@ class StageTrainer:
             lr: of the head, the stage's own or what was found for it.
             num_steps: to read data for; None: what is left of the stage.
         """
-        self._stage, self._job, self._num_steps = stage, job, span.num_steps
-        config, runtime, model, state = job.config, job.runtime, job.model, job.state
+        self._stage, self._run, self._num_steps = stage, run, stage.num_steps
+        config, runtime, model, state = run.config, run.runtime, run.model, run.state
         freeze_for(model, stage)
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._optimizer = build_optimizer(model, stage, config.optim, lr=lr)
         if kept is not None and kept.tensors:
             restore_optimizer(self._optimizer, self._names, kept.tensors)
-        self._warmup, self._shape = config.warmup_of(stage), config.schedule_of(stage)
+        self._warmup, self._shape = stage.warmup, stage.schedule
         done = state.step - state.stage_first_step
         self.rates = set_learning_rates(self._optimizer, self._planned_factor(max(0, done - 1)))
         self.boundary = first_trainable_part(model, stage)
         divided = divide(model, self.boundary, dtype=runtime.autocast_dtype)
         self.frozen, self.trained = divided.frozen, divided.trained
         self.features = self._feature_maker()
-        left = state.stage_first_step + span.num_steps - state.step
+        left = state.stage_first_step + stage.num_steps - state.step
         self._batches: StageBatches = open_stage_batches(
             stage,
             config=config,
-            split=job.train,
+            split=run.train,
             features=self.features,
-            num_classes=job.dataset.num_classes,
+            num_classes=run.dataset.num_classes,
             runtime=runtime,
             first_step=state.step,
             end_step=state.step + (left if num_steps is None else num_steps),
-            micro_batch_size=job.micro_batch_size,
-            workers=job.workers,
+            micro_batch_size=run.micro_batch_size,
+            workers=run.workers,
         )
         self.on_features = self._batches.are_features
         self._wrap(kept)
@@ -118,16 +104,16 @@ class StageTrainer:
         if runtime.world_size > 1:
             self._settle_gradient_buckets()
         self._compile()
-        task = job.dataset.task
+        task = run.dataset.task
         self._loss = make_loss(
-            config.optim, task=task, class_counts=job.train.class_counts, device=runtime.device
+            config.optim, task=task, class_counts=run.train.class_counts, device=runtime.device
         )
-        self._mix = make_mixer(config.augment_of(stage), num_classes=job.dataset.num_classes)
+        self._mix = make_mixer(stage.augment, num_classes=run.dataset.num_classes)
         self.totals = TrainTotals(task=task, device=runtime.device)
         self.skipped = SkippedSteps(
             runtime.device, total=state.skipped_steps, in_a_row=state.skipped_in_a_row
         )
-        self.ledger = Ledger(job.run, runtime, state) if config.run.ledger else None
+        self.ledger = Ledger(run.folder, runtime, state) if config.run.ledger else None
         self.bad: list[str] = list(self._batches.bad)
         self.failure: RtlDistError | None = None
         self.was_abandoned = False
@@ -145,26 +131,26 @@ class StageTrainer:
         Args:
             rate_factor: of the learning rates; None: the schedule's.
         """
-        job, state, accelerator = self._job, self._job.state, self._job.runtime.accelerator
+        run, state, accelerator = self._run, self._run.state, self._run.runtime.accelerator
         if rate_factor is None:
             rate_factor = self._planned_factor(state.step - state.stage_first_step)
         self.rates = set_learning_rates(self._optimizer, rate_factor)
-        per_rank = job.config.batch.global_ // job.micro_batch_size // job.runtime.world_size
+        per_rank = run.config.batch.global_ // run.micro_batch_size // run.runtime.world_size
         self._statistics.begin()
         for i in range(per_rank):
-            if per_rank > 1 and job.runtime.asked_to_stop():
+            if per_rank > 1 and run.runtime.asked_to_stop():
                 self._abandon()
                 return
             last = i == per_rank - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self._wrapped):
-                self._microbatch(job.runtime.rank * per_rank + i, per_rank, last=last)
+                self._microbatch(run.runtime.rank * per_rank + i, per_rank, last=last)
         if not self._gradients_checked and self.failure is None:
             self._check_gradients()
         taken = self._take_step()
         self._stepper.zero_grad(set_to_none=True)
-        self._statistics.fold(job.runtime.mean_over_ranks, taken=taken)
-        if job.average:
-            job.average.update(job.model, taken=taken)
+        self._statistics.fold(run.runtime.mean_over_ranks, taken=taken)
+        if run.average:
+            run.average.update(run.model, taken=taken)
         self._taken = taken
         require_learning_rates(self._optimizer, rate_factor)
 
@@ -181,8 +167,8 @@ class StageTrainer:
         """Counts the last step."""
         self.totals.accept()
         self.skipped.note(self._taken)
-        self._job.state.step += 1
-        self._job.state.samples_seen += self._job.config.batch.global_
+        self._run.state.step += 1
+        self._run.state.samples_seen += self._run.config.batch.global_
 
     def take_back(self) -> None:
         """The last step was spoiled on purpose: that says nothing of the loss scale."""
@@ -203,30 +189,30 @@ class StageTrainer:
         Raises:
             RuntimeError: on every rank. RtlDistError: the weights are no numbers any more.
         """
-        model, runtime = self._job.model, self._job.runtime
+        model, runtime = self._run.model, self._run.runtime
         moved = digest(frozen_tensors(model)) != self._frozen_digest
         if any(runtime.gather(moved)):
             raise RuntimeError(f"stage {self._stage.name}: a frozen weight or statistic moved")
         self._require_agreement()
 
     def _require_agreement(self) -> None:
-        model, runtime = self._job.model, self._job.runtime
-        trained, average = trainable_tensors(model), self._job.average
+        model, runtime = self._run.model, self._run.runtime
+        trained, average = trainable_tensors(model), self._run.average
         if runtime.world_size > 1:  # hashing all weights takes a while
             runtime.require_equal("the weights", digest(model.state_dict()))
             if average:
                 runtime.require_equal("the averaged weights", digest(average.model.state_dict()))
         if not all(bool(value.isfinite().all()) for value in trained.values()):
             raise RtlDistError(
-                f"weights became infinite or not a number by step {self._job.state.step} (stage"
+                f"weights became infinite or not a number by step {self._run.state.step} (stage"
                 f" {self._stage.name}); lower its lr or set optim.clip_grad_norm, and use another"
-                f" run.dir; the last checkpoint here, of step {self._job.state.last_checkpoint}, is"
+                f" run.dir; the last checkpoint here, of step {self._run.state.last_checkpoint}, is"
                 " older"
             )
 
     def close(self) -> None:
         """Ends the workers and takes the wrapping off the model."""
-        accelerator = self._job.runtime.accelerator
+        accelerator = self._run.runtime.accelerator
         self._statistics.close()
         self._batches.close()
         accelerator.unwrap_model(self._wrapped, keep_fp32_wrapper=False)
@@ -235,7 +221,7 @@ class StageTrainer:
     def describe(self) -> str:
         """What the stage is about to do."""
         trained = sum(p.numel() for p in self._parameters)
-        total = sum(p.numel() for p in self._job.model.parameters())
+        total = sum(p.numel() for p in self._run.model.parameters())
         how = ""
         if self.on_features:
             how = f", on cached features from below {self.boundary}"
@@ -243,7 +229,7 @@ class StageTrainer:
             how = f", all below {self.boundary} without autograd"
         most = "up to " if self._stage.until == "plateau" else ""
         return (
-            f"{most}{self._num_steps} steps of {self._job.config.batch.global_} images, training"
+            f"{most}{self._num_steps} steps of {self._run.config.batch.global_} images, training"
             f" {trained:,} of {total:,} parameters{how}"
         )
 
@@ -252,30 +238,30 @@ class StageTrainer:
     def _feature_maker(self) -> FeatureMaker | None:
         if self.frozen is None or self._stage.cache == "off":
             return None
-        job = self._job
+        run = self._run
         return FeatureMaker(
             self.frozen,
             self.boundary,
-            config=job.config,
+            config=run.config,
             stage=self._stage,
-            dataset=job.dataset,
-            runtime=job.runtime,
-            micro_batch_size=job.micro_batch_size,
-            workers=job.workers,
+            dataset=run.dataset,
+            runtime=run.runtime,
+            micro_batch_size=run.micro_batch_size,
+            workers=run.workers,
         )
 
     def _wrap(self, kept: OptimizerState | None) -> None:
         """DDP around what is trained, and mixed precision; first tries whether compiling pays."""
-        job, accelerator = self._job, self._job.runtime.accelerator
-        state, compiles = job.state, job.config.compile
-        if compiles == "auto" and job.config.batch.sync_batchnorm:
+        run, accelerator = self._run, self._run.runtime.accelerator
+        state, compiles = run.state, run.config.compile
+        if compiles == "auto" and run.config.batch.sync_batchnorm:
             state.is_compiled = False  # a trial of one rank's would wait for the others
         if compiles == "auto" and state.is_compiled is None:
             state.is_compiled = compiling_pays(
                 self.trained,
-                lambda: self._inputs_of(self._black_images(job.micro_batch_size)),
-                num_images=self._num_steps * job.config.batch.global_,
-                runtime=job.runtime,
+                lambda: self._inputs_of(self._black_images(run.micro_batch_size)),
+                num_images=self._num_steps * run.config.batch.global_,
+                runtime=run.runtime,
                 what=self._stage.name,
             )
         with warnings.catch_warnings():
@@ -291,9 +277,9 @@ class StageTrainer:
             self._scaler.load_state_dict(kept.scaler)
 
     def _compile(self) -> None:
-        compiles = self._job.config.compile
+        compiles = self._run.config.compile
         self.is_compiled = compiles is True or bool(
-            compiles == "auto" and self._job.state.is_compiled
+            compiles == "auto" and self._run.state.is_compiled
         )
         if self.is_compiled:
             self._wrapped = torch.compile(self._wrapped)
@@ -309,7 +295,7 @@ class StageTrainer:
         """
         self._statistics.begin()
         scores = self._wrapped(self._inputs_of(self._black_images(_STAND_IN_SIZE)))
-        self._job.runtime.accelerator.backward(scores.sum())
+        self._run.runtime.accelerator.backward(scores.sum())
         self._forget_step()
 
     # --- a step --------------------------------------------------------------------------------
@@ -326,8 +312,8 @@ class StageTrainer:
         if batch is not None:
             with self._compiling():
                 self.failure = self._learn_from(batch, microbatch, per_rank, shares=last)
-            self._job.runtime.heartbeat.beat(
-                step=self._job.state.step, sample=functools.partial(self._name_last, batch)
+            self._run.runtime.heartbeat.beat(
+                step=self._run.state.step, sample=functools.partial(self._name_last, batch)
             )
         if self.failure is not None and last:
             self._spoil()
@@ -336,7 +322,7 @@ class StageTrainer:
         """Around a step that may have to compile the network first, which takes minutes."""
         if not self.is_compiled or self._gradients_checked:
             return contextlib.nullcontext()
-        return self._job.runtime.heartbeat.phase("compiling", open_ended=True)
+        return self._run.runtime.heartbeat.phase("compiling", open_ended=True)
 
     def _learn_from(
         self, batch: Batch, microbatch: int, per_rank: int, *, shares: bool
@@ -345,23 +331,23 @@ class StageTrainer:
 
         shares: gradients are shared among the ranks in the backward pass.
         """
-        job = self._job
+        run = self._run
         self.bad += batch.bad
         if self.ledger:
-            self.ledger.note(job.state.step, microbatch, batch)
+            self.ledger.note(run.state.step, microbatch, batch)
         torch.manual_seed(
-            derive_key(job.config.seed, _FORWARD_STREAM, job.state.step, microbatch) >> 1
+            derive_key(run.config.seed, _FORWARD_STREAM, run.state.step, microbatch) >> 1
         )
         # with SyncBatchNorm also the forward pass waits for the other ranks
-        is_sharing = job.config.batch.sync_batchnorm and job.runtime.world_size > 1
+        is_sharing = run.config.batch.sync_batchnorm and run.runtime.world_size > 1
         try:
             mixed, targets = self._mix(batch.inputs, batch.labels)
             scores = self._wrapped(self._inputs_of(mixed))
             losses = self._loss(scores, targets)
             loss = losses.sum() / (len(losses) * per_rank)
-            is_sharing |= shares and job.runtime.world_size > 1
-            job.runtime.heartbeat.beat()  # so that one that does not come this far is behind
-            job.runtime.accelerator.backward(loss)
+            is_sharing |= shares and run.runtime.world_size > 1
+            run.runtime.heartbeat.beat()  # so that one that does not come this far is behind
+            run.runtime.accelerator.backward(loss)
             is_sharing = False
             self._statistics.add()
             self.totals.add(losses.detach(), scores.detach(), batch.labels)
@@ -371,48 +357,48 @@ class StageTrainer:
             return None
         if is_sharing:  # part of it has gone to the others, the rest never will
             raise RtlDistError(
-                f"out of memory in step {job.state.step}, while the ranks exchanged gradients;"
-                f" start the same command again with batch.micro={job.micro_batch_size // 2}: it"
+                f"out of memory in step {run.state.step}, while the ranks exchanged gradients;"
+                f" start the same command again with batch.micro={run.micro_batch_size // 2}: it"
                 " goes on from its last checkpoint"
             )
-        return OutOfMemory(f"out of memory with microbatches of {job.micro_batch_size}")
+        return OutOfMemory(f"out of memory with microbatches of {run.micro_batch_size}")
 
     def _name_last(self, batch: Batch) -> str:
-        if self._job.config.data.backend == "stream":
+        if self._run.config.data.backend == "stream":
             return "of a stream"
-        return self._job.train.name_of(int(batch.samples[-1]))
+        return self._run.train.name_of(int(batch.samples[-1]))
 
     def _spoil(self) -> None:
         """Makes the gradient of every parameter not a number, so that no rank takes this step."""
         self._stepper.zero_grad(set_to_none=True)
-        if self._job.runtime.device.type == "cuda":
+        if self._run.runtime.device.type == "cuda":
             torch.cuda.empty_cache()
         scores = self._wrapped(self._inputs_of(self._black_images(_STAND_IN_SIZE)))
         everything = scores.sum() + sum(p.sum() for p in self._parameters)
-        self._job.runtime.accelerator.backward(everything * torch.nan)
+        self._run.runtime.accelerator.backward(everything * torch.nan)
 
     def _inputs_of(self, batch: torch.Tensor) -> torch.Tensor:
         """What goes into the trained part: images, or what the frozen part makes of them."""
         is_images = batch.dtype == torch.uint8 or not self.on_features
         if self.frozen is None or not is_images:
             return batch
-        with self._job.runtime.accelerator.autocast():
+        with self._run.runtime.accelerator.autocast():
             out: torch.Tensor = self.frozen(batch)
         return out
 
     def _black_images(self, count: int) -> torch.Tensor:
         """In place of those of a microbatch that cannot be had, or to try what one costs."""
-        config, side = self._job.config, self._job.config.image_size_of(self._stage)
+        config, side = self._run.config, self._stage.image_size
         shape = (count, config.data.channels, side, side)
-        return torch.zeros(shape, dtype=torch.uint8, device=self._job.runtime.device)
+        return torch.zeros(shape, dtype=torch.uint8, device=self._run.runtime.device)
 
     def _next_batch(self) -> Batch | None:
         """The next microbatch; None if the loader failed."""
         asked_at = time.perf_counter()
         batch = None
         try:
-            is_remote = self._job.train.is_remote  # fetching has an end of its own
-            with self._job.runtime.heartbeat.phase("waiting for data", open_ended=is_remote):
+            is_remote = self._run.train.is_remote  # fetching has an end of its own
+            with self._run.runtime.heartbeat.phase("waiting for data", open_ended=is_remote):
                 batch = next(self._batches.iterator)
         except RtlDistError as error:
             self.failure = error
@@ -422,7 +408,7 @@ class StageTrainer:
     def _take_step(self) -> torch.Tensor:
         """Steps the optimizer unless the gradient is not finite; returns whether it did, a bool on
         the device."""
-        accelerator, limit = self._job.runtime.accelerator, self._job.config.optim.clip_grad_norm
+        accelerator, limit = self._run.runtime.accelerator, self._run.config.optim.clip_grad_norm
         if self._scaler is not None:
             # on the device: state_dict would wait for it
             self._scale_before = self._scaler._scale.clone(), self._scaler._growth_tracker.clone()
@@ -440,21 +426,7 @@ class StageTrainer:
 
     def _check_gradients(self) -> None:
         """A parameter that DDP or the compiler forgot would silently never learn."""
-        without = parameters_without_gradient(self._job.model.named_parameters())
+        without = parameters_without_gradient(self._run.model.named_parameters())
         if without:
             raise RuntimeError(f"stage {self._stage.name}: no gradient reached {without}")
         self._gradients_checked = True
-
-
-def take_scaled_step(stepper: AcceleratedOptimizer, scaler: torch.amp.GradScaler) -> torch.Tensor:
-    """Steps the optimizer; a bool on the device: False if the loss scaler skipped the step because
-    of an overflow.
-
-    Accelerate's ``optimizer_step_was_skipped`` is always False with a fused optimizer, which
-    handles the overflow within its own step; a scale that fell says it in either case. The scale is
-    compared on the device: ``get_scale`` would wait for it.
-    """
-    before = scaler._get_scale_async().clone()
-    stepper.step()
-    taken: torch.Tensor = scaler._get_scale_async() >= before
-    return taken.reshape(())

@@ -11,42 +11,46 @@ import time
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
-from rtl_dist.config import Stage
+from rtl_dist.config import ResolvedStage
 from rtl_dist.core.errors import DataError, RtlDistError, StopRequested
 from rtl_dist.model.classifier import Classifier
 from rtl_dist.model.folder import write_model_folder
 from rtl_dist.optim.counts import add_counts, train_metrics
-from rtl_dist.optim.schedule import StageSpan
 from rtl_dist.records.checkpoint import Snapshot
-from rtl_dist.records.run_folder import run_identity
+from rtl_dist.records.identity import run_identity
 from rtl_dist.records.state import Best
-from rtl_dist.training.run import Job
+from rtl_dist.training.run import Run
 from rtl_dist.training.stage_evaluator import StageEvaluator
 from rtl_dist.training.stage_trainer import StageTrainer
 
 LOG = logging.getLogger("rtl_dist")
 
 
-class Boundary:
+class StepBoundary:
     """The step boundaries of one stage; ``cross`` one after each step.
 
     opened_at: ``time.perf_counter()`` when work on the stage began.
     """
 
     def __init__(
-        self, stage: Stage, span: StageSpan, job: Job, trainer: StageTrainer, *, opened_at: float
+        self,
+        stage: ResolvedStage,
+        run: Run,
+        trainer: StageTrainer,
+        *,
+        opened_at: float,
     ) -> None:
-        self._stage, self._job, self._trainer = stage, job, trainer
-        self._num_steps = span.num_steps
-        self._end_step = job.state.stage_first_step + span.num_steps
-        self._elapsed_before_s = job.state.elapsed_s
+        self._stage, self._run, self._trainer = stage, run, trainer
+        self._num_steps = stage.num_steps
+        self._end_step = run.state.stage_first_step + stage.num_steps
+        self._elapsed_before_s = run.state.elapsed_s
         self._opened_at = opened_at
-        self._evaluator = StageEvaluator(stage, job, trainer)
+        self._evaluator = StageEvaluator(stage, run, trainer)
         self._restart_window()
 
     @property
     def at_stage_end(self) -> bool:
-        return self._job.state.step >= self._end_step or self._job.state.stopped_early
+        return self._run.state.step >= self._end_step or self._run.state.stopped_early
 
     def cross(self) -> None:
         """All that is due at this step.
@@ -57,7 +61,7 @@ class Boundary:
             RtlDistError: a rank's loader failed, or the loss is no longer finite; nothing was saved
                 since.
         """
-        self._job.state.elapsed_s = self._elapsed_s()
+        self._run.state.elapsed_s = self._elapsed_s()
         if self._trainer.was_abandoned:
             self._stop()
         try:
@@ -70,7 +74,7 @@ class Boundary:
             self._stop()
         self._save_if_due()
         self.evaluate_if_due()
-        self._job.state.elapsed_s = self._elapsed_s()
+        self._run.state.elapsed_s = self._elapsed_s()
 
     def evaluate_if_due(self) -> None:
         """Evaluates, judges and logs; also called when a run goes on from just before this."""
@@ -87,14 +91,14 @@ class Boundary:
 
     def _evaluating(self) -> AbstractContextManager[None]:
         # what was compiled may be compiled again for other shapes
-        return self._job.runtime.heartbeat.phase("evaluating", open_ended=self._trainer.is_compiled)
+        return self._run.runtime.heartbeat.phase("evaluating", open_ended=self._trainer.is_compiled)
 
     def _record(
         self, metrics: dict[str, float], model: Classifier, speed: dict[str, float]
     ) -> None:
         """Logs and judges what an evaluation found, and keeps the model if it is the best."""
-        job, state = self._job, self._job.state
-        row = self._row() | train_metrics(state.since_eval, task=job.dataset.task)
+        run, state = self._run, self._run.state
+        row = self._row() | train_metrics(state.since_eval, task=run.dataset.task)
         row |= {f"val/{name}": value for name, value in metrics.items()}
         for name in ("top1", "micro_f1"):
             if f"train/{name}" in row and name in metrics:
@@ -110,31 +114,31 @@ class Boundary:
             LOG.info(
                 "stage %s ends early: no better %s in its last %d evaluation(s)",
                 self._stage.name,
-                job.config.early_stop_of(self._stage).metric,
+                self._stage.early_stop.metric,
                 state.evals_without_best,
             )
         if is_best:
-            job.runtime.from_main(lambda: self._write_best(model))
+            run.runtime.from_main(lambda: self._write_best(model))
 
     def _write_best(self, model: Classifier) -> None:
-        job = self._job
-        with job.runtime.heartbeat.phase("saving", open_ended=True):
-            job.writer.wait()
-            write_model_folder(job.run / "best", model, job.config, job.dataset)
+        run = self._run
+        with run.runtime.heartbeat.phase("saving", open_ended=True):
+            run.writer.wait()
+            write_model_folder(run.folder / "best", model, run.config, run.dataset)
 
     @property
     def _evaluation_is_due(self) -> bool:
-        state = self._job.state
-        due = self.at_stage_end or self._job.is_due(self._job.config.eval.every, state.last_eval)
+        state = self._run.state
+        due = self.at_stage_end or self._run.is_due(self._run.config.eval.every, state.last_eval)
         return (due or state.eval_was_due) and state.last_eval != state.step
 
     def _act_on_agreement(self) -> bool:
         """One exchange a step decides for all ranks; returns whether to stop."""
-        job = self._job
+        run = self._run
         try:
-            stop, num_bad = job.runtime.agree(
+            stop, num_bad = run.runtime.agree(
                 bad_samples=len(self._trainer.bad),
-                failure=self._trainer.failure or job.writer.failure,
+                failure=self._trainer.failure or run.writer.failure,
             )
         except RtlDistError:
             self._trainer.take_back()
@@ -143,99 +147,99 @@ class Boundary:
         if num_bad:
             self._count_bad()
         if self._trainer.ledger:
-            job.state.ledger_bytes = self._trainer.ledger.write()
+            run.state.ledger_bytes = self._trainer.ledger.write()
         return stop
 
     def _stop(self) -> NoReturn:
-        job, state = self._job, self._job.state
+        run, state = self._run, self._run.state
         if state.last_checkpoint != state.step:
             self.save()
-        job.wait_for_checkpoint()
+        run.wait_for_checkpoint()
         raise StopRequested(
-            f"stopped at step {state.step} by {job.runtime.stop_reason} and saved; start the same"
+            f"stopped at step {state.step} by {run.runtime.stop_reason} and saved; start the same"
             " command to go on"
         )
 
     def _stop_if_lost(self) -> None:
         """Ends a run of which no step is taken any more."""
         in_a_row = self._trainer.skipped.in_a_row
-        if in_a_row >= min(self._job.config.optim.skip_limit, max(1, self._num_steps // 2)):
+        if in_a_row >= min(self._run.config.optim.skip_limit, max(1, self._num_steps // 2)):
             self.fold_totals()
             raise RtlDistError(
-                f"{in_a_row} steps in a row up to step {self._job.state.step} (stage"
+                f"{in_a_row} steps in a row up to step {self._run.state.step} (stage"
                 f" {self._stage.name}) were not taken, as their gradient was infinite or not a"
                 " number; lower its lr or set optim.clip_grad_norm, and use another run.dir; the"
-                f" last checkpoint here is of step {self._job.state.last_checkpoint}"
+                f" last checkpoint here is of step {self._run.state.last_checkpoint}"
             )
 
     def _log_if_due(self) -> None:
-        job, state = self._job, self._job.state
-        if self._evaluation_is_due or not job.is_due(job.config.run.log_every, state.last_log):
+        run, state = self._run, self._run.state
+        if self._evaluation_is_due or not run.is_due(run.config.run.log_every, state.last_log):
             return  # an evaluation's row says all that this one would
         self.fold_totals()
-        row = self._row() | train_metrics(state.since_log, task=job.dataset.task)
+        row = self._row() | train_metrics(state.since_log, task=run.dataset.task)
         self._log(row | self._trainer.rates | self._speed())
         state.since_log, state.last_log = [], state.step
 
     def _log(self, row: dict[str, Any]) -> None:
-        state = self._job.state
+        state = self._run.state
         if new := state.bad_names[state.bad_logged :]:
             row = row | {"data/bad_names": "; ".join(new)}
             state.bad_logged = len(state.bad_names)
-        self._job.runtime.from_main(lambda: self._job.tracker.log(row))
+        self._run.runtime.from_main(lambda: self._run.tracker.log(row))
 
     def _save_if_due(self) -> None:
-        job = self._job
-        is_due = job.is_due(job.config.checkpoint.every, job.state.last_checkpoint)
+        run = self._run
+        is_due = run.is_due(run.config.checkpoint.every, run.state.last_checkpoint)
         # before an evaluation too: the best weights must not be newer than what a run goes on from
         if self.at_stage_end or is_due or self._evaluation_is_due:
             self.save()
 
     def save(self) -> None:
         """Has a checkpoint of this very moment written, beside the steps that follow."""
-        job, state = self._job, self._job.state
+        run, state = self._run, self._run.state
         self.fold_totals()
         self._trainer.require_sound()
         state.last_checkpoint = state.step
         state.eval_was_due = self._evaluation_is_due
 
         def save() -> None:
-            state.metrics_bytes = job.tracker.num_bytes
+            state.metrics_bytes = run.tracker.num_bytes
             optimizer = self._trainer.optimizer_state()
             snapshot = Snapshot(
                 state=state,
-                model=job.model.state_dict(),
+                model=run.model.state_dict(),
                 optimizer=optimizer.tensors,
-                ema=job.average.model.state_dict() if job.average else {},
-                stage_best=job.stage_best,
+                ema=run.average.model.state_dict() if run.average else {},
+                stage_best=run.stage_best,
                 scaler=optimizer.scaler,
-                identity=run_identity(job.config, job.dataset),
+                identity=run_identity(run.config, run.dataset),
             )
-            keep = job.config.checkpoint.keep
-            job.writer.write(job.run, snapshot, keep=keep, before=self._flush)
+            keep = run.config.checkpoint.keep
+            run.writer.write(run.folder, snapshot, keep=keep, before=self._flush)
 
         # the checkpoint before may still be on its way to a slow disk
-        with job.runtime.heartbeat.phase("saving", open_ended=job.runtime.is_main):
-            job.runtime.from_main(save)
+        with run.runtime.heartbeat.phase("saving", open_ended=run.runtime.is_main):
+            run.runtime.from_main(save)
 
     def _flush(self) -> None:
         """Makes durable what a checkpoint refers to."""
-        self._job.tracker.flush()
+        self._run.tracker.flush()
         if self._trainer.ledger:
             self._trainer.ledger.flush()
 
     def fold_totals(self) -> None:
         """Reads the device's counts; a deliberate wait for it, at logging and saving only."""
-        state = self._job.state
-        counts = self._trainer.totals.flush(self._job.runtime)
+        state = self._run.state
+        counts = self._trainer.totals.flush(self._run.runtime)
         state.skipped_steps, state.skipped_in_a_row = self._trainer.skipped.exact()
         state.since_log = add_counts(state.since_log, counts)
         state.since_eval = add_counts(state.since_eval, counts)
 
     def _count_bad(self) -> None:
-        state, budget = self._job.state, self._job.config.data.bad_samples
+        state, budget = self._run.state, self._run.config.data.bad_samples
         met, self._trainer.bad = self._trainer.bad, []
-        gathered = self._job.runtime.gather(met)
+        gathered = self._run.runtime.gather(met)
         for name in sorted({name for names in gathered for name in names}):
             if name not in state.bad_names:
                 state.bad_samples += 1
@@ -245,28 +249,28 @@ class Boundary:
         if state.bad_samples > budget:
             raise DataError(
                 f"{state.bad_samples} damaged sample(s), data.bad_samples allows {budget}:"
-                f" {state.bad_names[-1]}; `rtl-dist verify {self._job.dataset.where}` tells of"
+                f" {state.bad_names[-1]}; `rtl-dist verify {self._run.dataset.where}` tells of"
                 " all"
             )
 
     def _judge(self, row: dict[str, Any]) -> bool:
         """Whether an evaluation is the best so far. All ranks judge alike, by equal metrics."""
-        found = self._rated(row, self._job.config.early_stop.metric)
-        is_best = _is_better(found, self._job.state.best)
+        found = self._rated(row, self._run.config.early_stop.metric)
+        is_best = _is_better(found, self._run.state.best)
         if is_best:
-            self._job.state.best = found
+            self._run.state.best = found
         return is_best
 
     def _judge_stage(self, row: dict[str, Any]) -> None:
         """Counts the stage's patience, and keeps its best weights where it has some."""
-        job, state = self._job, self._job.state
-        patience = job.config.patience_of(self._stage)
-        metric = job.config.early_stop_of(self._stage).metric
+        run, state = self._run, self._run.state
+        patience = self._stage.patience
+        metric = self._stage.early_stop.metric
         found, best = self._rated(row, metric), state.stage_best
         if _is_better(found, best):
             state.stage_best = found
             if patience is not None:
-                job.keep_as_stage_best()
+                run.keep_as_stage_best()
         if best is None or (best.value != found.value and state.stage_best is found):
             state.evals_without_best = 0
             return
@@ -279,8 +283,8 @@ class Boundary:
             value=row[metric],
             metric=metric,
             loss=row["val/loss"],
-            step=self._job.state.step,
-            epoch=self._job.epoch,
+            step=self._run.state.step,
+            epoch=self._run.epoch,
             stage=self._stage.name,
         )
 
@@ -288,10 +292,10 @@ class Boundary:
         return self._elapsed_before_s + time.perf_counter() - self._opened_at
 
     def _row(self) -> dict[str, Any]:
-        state = self._job.state
+        state = self._run.state
         row = {
             "step": state.step,
-            "epoch": round(self._job.epoch, 6),
+            "epoch": round(self._run.epoch, 6),
             "stage": self._stage.name,
             "elapsed_s": round(self._elapsed_s(), 3),
         }
@@ -304,7 +308,7 @@ class Boundary:
     def _speed(self) -> dict[str, float]:
         """Since the last row; ``data_wait`` is the share of time spent waiting for the loader."""
         elapsed = time.perf_counter() - self._window_opened_at
-        images = (self._job.state.step - self._window_first_step) * self._job.config.batch.global_
+        images = (self._run.state.step - self._window_first_step) * self._run.config.batch.global_
         waited = self._trainer.data_wait_s
         self._restart_window()
         if not images:
@@ -316,7 +320,7 @@ class Boundary:
 
     def _restart_window(self) -> None:
         self._window_opened_at = time.perf_counter()
-        self._window_first_step = self._job.state.step
+        self._window_first_step = self._run.state.step
         self._trainer.data_wait_s = 0.0
 
 

@@ -10,7 +10,7 @@ import yaml
 from rtl_dist import train
 from rtl_dist.config import load_config, parse_config, read_run_config, to_dict, to_yaml
 from rtl_dist.core.errors import UserError
-from rtl_dist.optim.schedule import Every
+from rtl_dist.core.intervals import Every
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 MINIMAL = "data: {path: d}\nstages: [{name: head, epochs: 2, lr: 1e-3}]\n"

@@ -9,7 +9,8 @@ from small_sets import packed
 
 from rtl_dist.data.images.augment import augmentation_keys
 from rtl_dist.data.order.balanced import BalancedOrder, group_by_class
-from rtl_dist.data.order.epochs import derive_key, derive_keys, permute_each
+from rtl_dist.data.order.permutation import permute_each
+from rtl_dist.core.keys import derive_key, derive_keys
 
 COUNTS = {
     "equal": [7, 7, 7, 7],

@@ -22,17 +22,18 @@ from pack_images import image_bytes
 from PIL import Image, ImageOps
 from small_sets import Canary, flip_byte, packed
 
-from rtl_dist.config import Augment
+from rtl_dist.config import AugmentConfig
 from rtl_dist.data.images.augment import EvalTransform, TrainTransform
 from rtl_dist.data.format.dataset import check_split, open_dataset
 from rtl_dist.data.images.decode import claimed_pixels, decode
 from rtl_dist.prepare.indexing.index import index
-from rtl_dist.data.loading.loader import make_loader, resolve_workers
+from rtl_dist.data.loading.loader import make_loader
+from rtl_dist.data.loading.workers import resolve_workers
 from rtl_dist.data.loading.microbatches import SplitMicrobatches, TrainingMicrobatches, microbatch_positions
 from rtl_dist.data.order.epochs import Order
 from rtl_dist.prepare.packing.pack import pack
 from rtl_dist.core.processes import available_cpus
-from rtl_dist.data.format.split import SampleReader
+from rtl_dist.data.format.reader import SampleReader
 from rtl_dist.core.errors import DataError, WorkerError
 from rtl_dist.evaluation.scoring import predict_split
 from rtl_dist.model.classifier import Preprocessing
@@ -61,7 +62,7 @@ def damaged(dataset, tmp_path):
 
 
 def microbatches(split, *, seed=0, views=None, size=MICRO, channels=3, augment=None, window=None):
-    transform = TrainTransform(augment or Augment(), image_size=SIDE, channels=channels)
+    transform = TrainTransform(augment or AugmentConfig(), image_size=SIDE, channels=channels)
     order = split.order(seed, window=window)
     return TrainingMicrobatches(split, transform, order=order, size=size, views=views)
 
@@ -108,7 +109,7 @@ def test_a_microbatch_holds_what_its_positions_say(train):
         assert (batch.inputs.dtype, batch.inputs.shape) == (torch.uint8, (MICRO, 3, SIDE, SIDE))
         assert batch.bad == []
     # without augmentation the pixels are the decoded image's
-    whole = Augment(crop_scale=(1.0, 1.0), crop_ratio=(1.2, 1.2), hflip=0)
+    whole = AugmentConfig(crop_scale=(1.0, 1.0), crop_ratio=(1.2, 1.2), hflip=0)
     transform = TrainTransform(whole, image_size=10, channels=3)
     first = TrainingMicrobatches(
         train, transform, order=train.order(0, window=None), size=1, views=None
@@ -171,7 +172,7 @@ def test_augmentation_is_keyed_by_seed_view_and_sample(train):
 
 
 def test_two_samples_of_the_same_image_get_different_views(train):
-    transform = TrainTransform(Augment(), image_size=SIDE, channels=3)
+    transform = TrainTransform(AugmentConfig(), image_size=SIDE, channels=3)
     pixels = np.arange(20 * 20 * 3, dtype=np.uint8).reshape(20, 20, 3)
     image = encoded(Image.fromarray(pixels), "PNG")
     assert torch.equal(transform(image, 1), transform(image, 1))
@@ -181,10 +182,10 @@ def test_two_samples_of_the_same_image_get_different_views(train):
 @pytest.mark.parametrize(
     "augment",
     [
-        Augment(vflip=0.5, rotation=20),
-        Augment(randaugment=9),
-        Augment(color_jitter=0.3),
-        Augment(erasing=1.0),
+        AugmentConfig(vflip=0.5, rotation=20),
+        AugmentConfig(randaugment=9),
+        AugmentConfig(color_jitter=0.3),
+        AugmentConfig(erasing=1.0),
     ],
     ids=["flips", "randaugment", "jitter", "erasing"],
 )
@@ -201,7 +202,7 @@ def test_every_augmentation_draws_from_its_key_alone(train, augment):
 
 def test_cached_views_are_the_views_of_training(train):
     """A block of a split in view v has the pixels that training has in the epochs of that view."""
-    transform = TrainTransform(Augment(), image_size=SIDE, channels=3)
+    transform = TrainTransform(AugmentConfig(), image_size=SIDE, channels=3)
     pixels = {}
     for view in (0, 1):
         blocks = SplitMicrobatches(train, transform, size=5, seed=3, view=view)
@@ -513,7 +514,7 @@ def test_a_slot_is_lent_until_the_next_batch_is_asked_for(train):
 @pytest.mark.gpu
 @pytest.mark.parametrize("side", [SIDE, 64], ids=["as they are", "enlarged on the GPU"])
 def test_a_gpu_gets_the_same_batches(train, side):
-    transform = TrainTransform(Augment(), image_size=side, channels=3)
+    transform = TrainTransform(AugmentConfig(), image_size=side, channels=3)
     order = train.order(0, window=None)
     source = TrainingMicrobatches(train, transform, order=order, size=MICRO, views=None)
     loader = make_loader(source, positions(20), workers=2, device=torch.device("cuda"))

@@ -16,8 +16,8 @@ from pack_images import REAL_DATA
 from PIL import Image
 from torchvision.transforms import v2
 
-from rtl_dist.config import Augment
-from rtl_dist.data import augment as augment_module
+from rtl_dist.config import AugmentConfig
+from rtl_dist.data.images import augment as augment_module
 from rtl_dist.data import decode as decode_module
 from rtl_dist.data.images import region
 from rtl_dist.data.images.augment import TrainTransform
@@ -219,8 +219,8 @@ def same(a, b):
 def test_other_files_are_decoded_whole(name):
     content = UNSUITABLE[name]
     assert region.region_size(content) is None
-    transform = TrainTransform(Augment(), image_size=24, channels=3)
-    assert same(outcome(transform, content, 3), outcome(reference(Augment()), content, 3))
+    transform = TrainTransform(AugmentConfig(), image_size=24, channels=3)
+    assert same(outcome(transform, content, 3), outcome(reference(AugmentConfig()), content, 3))
 
 
 @built
@@ -244,7 +244,7 @@ def test_damage_is_left_to_the_whole_decode(monkeypatch):
     damaged = content[: -len(content) // 3] + b"\xff\xd9"
     assert region.region_size(damaged) == (48, 64)
     assert region.decode_region(damaged, 40, 0, 8, 64, 3) is None
-    transform = TrainTransform(Augment(), image_size=24, channels=3)
+    transform = TrainTransform(AugmentConfig(), image_size=24, channels=3)
     ours = transform(damaged, 5)
     without_regions(monkeypatch)
     assert torch.equal(ours, transform(damaged, 5))
@@ -277,17 +277,17 @@ def reference(augment, side=24, channels=3):
 
 
 AUGMENTS = {
-    "default": Augment(),
-    "small crops": Augment(crop_scale=(0.02, 0.3)),
-    "whole": Augment(crop_scale=(1.0, 1.0)),
-    "no such ratio": Augment(crop_scale=(1.0, 1.0), crop_ratio=(3.0, 4.0)),
-    "nor this": Augment(crop_scale=(1.0, 1.0), crop_ratio=(0.1, 0.2)),
-    "flips": Augment(hflip=0.3, vflip=0.7),
-    "rotation": Augment(vflip=0.5, rotation=20),
-    "jitter": Augment(color_jitter=0.4),
-    "randaugment": Augment(randaugment=9),
-    "erasing": Augment(erasing=0.5),
-    "all": Augment(vflip=0.5, rotation=9, randaugment=5, color_jitter=0.2, erasing=0.5),
+    "default": AugmentConfig(),
+    "small crops": AugmentConfig(crop_scale=(0.02, 0.3)),
+    "whole": AugmentConfig(crop_scale=(1.0, 1.0)),
+    "no such ratio": AugmentConfig(crop_scale=(1.0, 1.0), crop_ratio=(3.0, 4.0)),
+    "nor this": AugmentConfig(crop_scale=(1.0, 1.0), crop_ratio=(0.1, 0.2)),
+    "flips": AugmentConfig(hflip=0.3, vflip=0.7),
+    "rotation": AugmentConfig(vflip=0.5, rotation=20),
+    "jitter": AugmentConfig(color_jitter=0.4),
+    "randaugment": AugmentConfig(randaugment=9),
+    "erasing": AugmentConfig(erasing=0.5),
+    "all": AugmentConfig(vflip=0.5, rotation=9, randaugment=5, color_jitter=0.2, erasing=0.5),
 }
 
 
@@ -316,7 +316,7 @@ def test_training_decodes_the_region_alone(monkeypatch):
     def refuse(*args):
         raise AssertionError("the whole image was decoded")
 
-    transform = TrainTransform(Augment(), image_size=24, channels=3)
+    transform = TrainTransform(AugmentConfig(), image_size=24, channels=3)
     expected = transform(jpeg(), 3)
     region.available()  # which compares with the whole decode, once
     monkeypatch.setattr(augment_module, "decode", refuse)
@@ -358,8 +358,8 @@ def damaged_variants(seed, count):
 
 def fuzz(seed, count):
     """Run by itself, since what it looks for ends the process."""
-    transform = TrainTransform(Augment(crop_scale=(0.05, 1.0)), image_size=24, channels=3)
-    whole = reference(Augment(crop_scale=(0.05, 1.0)))
+    transform = TrainTransform(AugmentConfig(crop_scale=(0.05, 1.0)), image_size=24, channels=3)
+    whole = reference(AugmentConfig(crop_scale=(0.05, 1.0)))
     regions = 0
     for key, content in enumerate(damaged_variants(seed, count)):
         size = region.region_size(content)

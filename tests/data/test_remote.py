@@ -13,7 +13,7 @@ import fsspec
 import pytest
 from remote_helpers import serving
 
-from rtl_dist.config import Data
+from rtl_dist.config import DataConfig
 from rtl_dist.data.storage import remote
 from rtl_dist.data.storage.remote import read_chunks, read_url, size_of, sizes_of
 from rtl_dist.core.errors import RemoteError, ShardError, UserError
@@ -207,7 +207,7 @@ def test_a_missing_package_is_named(monkeypatch):
 @pytest.mark.parametrize("url", ["https://me:secret@host/data", "s3://key:secret@bucket/data"])
 def test_a_password_in_a_url_is_refused(url):
     with pytest.raises(ValueError, match="holds a password or token") as caught:
-        Data(path=url)
+        DataConfig(path=url)
     assert "secret" not in str(caught.value)
 
 

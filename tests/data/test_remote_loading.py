@@ -10,14 +10,14 @@ import torch
 from remote_helpers import no_double_downloads, serving
 from small_sets import flip_byte, packed
 
-from rtl_dist.config import Augment
-from rtl_dist.data import dataset as dataset_module
+from rtl_dist.config import AugmentConfig
+from rtl_dist.data.format import dataset as dataset_module
 from rtl_dist.data.storage import remote
 from rtl_dist.data.images.augment import TrainTransform
 from rtl_dist.data.format.dataset import DESCRIPTION, check_split, fingerprint_of, open_dataset
 from rtl_dist.data.loading.loader import make_loader
 from rtl_dist.data.loading.microbatches import TrainingMicrobatches
-from rtl_dist.data.format.split import SampleReader
+from rtl_dist.data.format.reader import SampleReader
 from rtl_dist.core.errors import DataError, UserError
 
 MICRO, SEED, PER_SHARD = 4, 3, 30
@@ -59,7 +59,7 @@ def room_for(dataset, shards):
 
 def batches_of(split, count, *, workers, window=None, size=MICRO):
     order = split.order(SEED, window=window)
-    transform = TrainTransform(Augment(), image_size=8, channels=3)
+    transform = TrainTransform(AugmentConfig(), image_size=8, channels=3)
     source = TrainingMicrobatches(split, transform, order=order, size=size, views=None)
     positions = range(0, count * size, size)
     return make_loader(source, positions, workers=workers, device=torch.device("cpu"))

@@ -14,14 +14,14 @@ from pack_images import image_bytes
 from small_sets import Canary, packed
 
 from rtl_dist.commands.common import run_command
-from rtl_dist.config import Augment, Data
+from rtl_dist.config import AugmentConfig, DataConfig
 from rtl_dist.data.images.augment import TrainTransform
 from rtl_dist.data.loading.microbatches import TrainingMicrobatches
 from rtl_dist.data.loading.stream import stream_microbatches
 from rtl_dist.core.errors import DataError
 
 SIDE, SIZE = 8, 4
-PLAIN = Augment(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), hflip=0)
+PLAIN = AugmentConfig(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), hflip=0)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def train(tmp_path_factory):
 
 def open_stream(urls, *, augment=PLAIN, rank=0, seed=0, first_step=0, workers=0, num_classes=2):
     return stream_microbatches(
-        Data(path="", backend="stream", stream_urls=str(urls)),
+        DataConfig(path="", backend="stream", stream_urls=str(urls)),
         TrainTransform(augment, image_size=SIDE, channels=3),
         size=SIZE,
         seed=seed,
@@ -98,7 +98,7 @@ def test_ranks_workers_and_seeds_draw_other_streams(train):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_same_start_draws_the_same_stream(train, workers):
-    options = {"workers": workers, "augment": Augment(), "seed": 3, "first_step": 5, "rank": 1}
+    options = {"workers": workers, "augment": AugmentConfig(), "seed": 3, "first_step": 5, "rank": 1}
     one = draw(shards_of(train), 12, **options)
     torch.rand(5)
     other = draw(shards_of(train), 12, **options)
@@ -119,10 +119,10 @@ def test_a_rank_of_a_launcher_draws_its_own_stream(train, monkeypatch):
 def test_draws_of_one_sample_are_augmented_differently(tmp_path):
     write_tar(tmp_path / "a.tar", {"0.jpg": image_bytes(0, (30, 30)), "0.cls": b"1"})
     for workers in (0, 2):
-        images = images_in(draw(tmp_path / "a.tar", 10, augment=Augment(), workers=workers))
+        images = images_in(draw(tmp_path / "a.tar", 10, augment=AugmentConfig(), workers=workers))
         assert len(set(images)) == len(images)
-    one = images_in(draw(tmp_path / "a.tar", augment=Augment(), rank=0))
-    other = images_in(draw(tmp_path / "a.tar", augment=Augment(), rank=1))
+    one = images_in(draw(tmp_path / "a.tar", augment=AugmentConfig(), rank=0))
+    other = images_in(draw(tmp_path / "a.tar", augment=AugmentConfig(), rank=1))
     assert not set(one) & set(other)
 
 

@@ -6,7 +6,7 @@ import torch
 from small_sets import packed
 from torch.nn.functional import interpolate
 
-from rtl_dist.config import Augment
+from rtl_dist.config import AugmentConfig
 from rtl_dist.data.images.augment import TrainTransform
 from rtl_dist.data.loading.microbatches import TrainingMicrobatches
 from rtl_dist.data.loading.ring import Request, Ring
@@ -50,7 +50,7 @@ def test_enlarging_gives_the_bits_of_torchs_resize(channels, side, device):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_microbatch_that_travels_small_is_the_same_microbatch(train, channels):
-    transform = TrainTransform(Augment(vflip=0.5), image_size=SIDE, channels=channels)
+    transform = TrainTransform(AugmentConfig(vflip=0.5), image_size=SIDE, channels=channels)
     order = train.order(0, window=None)
     microbatches = TrainingMicrobatches(train, transform, order=order, size=MICRO, views=None)
     ring = Ring(microbatches, 1, enlarge_here=True)
@@ -66,7 +66,7 @@ def test_a_microbatch_that_travels_small_is_the_same_microbatch(train, channels)
 
 @pytest.mark.parametrize(
     ("augment", "side"),
-    [(Augment(color_jitter=0.2), SIDE), (Augment(crop_scale=(1.0, 1.0)), 16)],
+    [(AugmentConfig(color_jitter=0.2), SIDE), (AugmentConfig(crop_scale=(1.0, 1.0)), 16)],
     ids=["more than a crop and flips", "hardly smaller"],
 )
 def test_what_cannot_be_enlarged_or_is_not_tiny_travels_as_it_is(train, augment, side):

@@ -17,7 +17,8 @@ from tiny_runs import make_dataset, require_equal_runs, tiny_config, write_confi
 
 from rtl_dist.core.errors import DataError
 from rtl_dist.distributed import heartbeat
-from rtl_dist.distributed.heartbeat import Heartbeat, Watch, clear_heartbeats
+from rtl_dist.distributed.heartbeat import Heartbeat
+from rtl_dist.distributed.watch import Watch, clear_heartbeats
 
 STEP = "rtl_dist.training.stage_trainer:StageTrainer.step"
 NEXT = "rtl_dist.training.stage_trainer:StageTrainer._next_batch"

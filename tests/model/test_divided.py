@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rtl_dist.config import Data, Model, Stage
+from rtl_dist.config import DataConfig, ModelConfig, StageConfig
 from rtl_dist.model.build import make_classifier
 from rtl_dist.model.classifier import Classifier, HeadOnly, Preprocessing
 from rtl_dist.model.divided import divide
-from rtl_dist.model.parts import freeze_for, parts_of
+from rtl_dist.model.freezing import freeze_for
+from rtl_dist.model.parts import parts_of
 
 RESNET = ["layer1", "layer2", "layer3", "layer4", "head"]
 CUTS = [
@@ -25,8 +26,8 @@ CUTS = [
 
 @cache
 def built(name: str) -> Classifier:
-    data = Data(path="x", image_size=32)
-    model = make_classifier(Model(name=name, weights="none"), data, num_classes=3, seed=0)
+    data = DataConfig(path="x", image_size=32)
+    model = make_classifier(ModelConfig(name=name, weights="none"), data, num_classes=3, seed=0)
     return randomised(model).eval()
 
 
@@ -122,7 +123,7 @@ def test_the_trained_half_is_the_model_s_own(boundary):
 @pytest.mark.parametrize("boundary", RESNET)
 def test_gradients_arrive_in_the_boundary_and_above_and_nowhere_else(boundary):
     model = network().double()
-    stage = Stage(name="s", epochs=1, lr=0.1, trainable=f"{boundary}+", batchnorm="train")
+    stage = StageConfig(name="s", epochs=1, lr=0.1, trainable=f"{boundary}+", batchnorm="train")
     freeze_for(model, stage)
     whole = copy.deepcopy(model)
     divided = divide(model, boundary, dtype=None)
@@ -141,8 +142,8 @@ def test_gradients_arrive_in_the_boundary_and_above_and_nowhere_else(boundary):
 def test_modes_reach_the_trained_half():
     """The stage sets them on the model, whichever half is run."""
     model = make_classifier(
-        Model(name="test_resnet", weights="none", dropout=0.5),
-        Data(path="x", image_size=32), num_classes=3, seed=0,
+        ModelConfig(name="test_resnet", weights="none", dropout=0.5),
+        DataConfig(path="x", image_size=32), num_classes=3, seed=0,
     )  # fmt: skip
     for boundary in RESNET:
         divided = divide(model.eval(), boundary, dtype=None)
@@ -298,7 +299,9 @@ def test_below_the_head_every_network_is_cut(trunk, left, dtype):
 
 def test_the_cut_may_be_made_in_any_mode():
     model = classifier(Trunk())
-    freeze_for(model, Stage(name="s", epochs=1, lr=0.1, trainable="layer2+", batchnorm="train"))
+    freeze_for(
+        model, StageConfig(name="s", epochs=1, lr=0.1, trainable="layer2+", batchnorm="train")
+    )
     modes = {name: m.training for name, m in model.named_modules()}
     divided = divide(model, "layer2", dtype=None)
     assert {name: m.training for name, m in model.named_modules()} == modes

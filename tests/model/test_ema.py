@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from rtl_dist.config import Data, Model, Stage
+from rtl_dist.config import DataConfig, ModelConfig, StageConfig
 from rtl_dist.core.errors import DataError
 from rtl_dist.distributed.heartbeat import Heartbeat
 from rtl_dist.distributed.ranks import Ranks
 from rtl_dist.model.average import Average
 from rtl_dist.model.batchnorm import learning_layers
 from rtl_dist.model.build import make_classifier
-from rtl_dist.model.parts import digest, freeze_for
+from rtl_dist.model.freezing import digest, freeze_for
 
 TAKEN, SKIPPED = torch.tensor(True), torch.tensor(False)
 
@@ -41,8 +41,10 @@ class Alone:
 
 
 def network():
-    data = Data(path="x", image_size=32)
-    return make_classifier(Model(name="basic_cnn", weights="none"), data, num_classes=3, seed=0)
+    data = DataConfig(path="x", image_size=32)
+    return make_classifier(
+        ModelConfig(name="basic_cnn", weights="none"), data, num_classes=3, seed=0
+    )
 
 
 def drift(model, seed):
@@ -228,8 +230,8 @@ def test_which_statistics_follow_the_data():
     names = list(norms_of(model))
     top = {"name": "top", "epochs": 1, "lr": 0.1, "trainable": ["layer3", "head"]}
     for policy, expected in (("frozen", set()), ("stats", {names[2]}), ("train", {names[2]})):
-        freeze_for(model, Stage(**top, batchnorm=policy))
+        freeze_for(model, StageConfig(**top, batchnorm=policy))
         assert set(learning_layers(model)) == expected
-    freeze_for(model, Stage(name="all", epochs=1, lr=0.1, batchnorm="train"))
+    freeze_for(model, StageConfig(name="all", epochs=1, lr=0.1, batchnorm="train"))
     assert set(learning_layers(model)) == set(names)
     assert set(learning_layers(nn.BatchNorm2d(3, track_running_stats=False))) == set()

@@ -15,23 +15,22 @@ from small_sets import Canary
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rtl_dist.config import Data, Model, Stage, parse_config, to_yaml
+from rtl_dist.config import DataConfig, ModelConfig, StageConfig, parse_config, to_yaml
 from rtl_dist.core.errors import UserError
 from rtl_dist.data.format.dataset import Dataset
 from rtl_dist.data.format.split import DatasetPlace
 from rtl_dist.model.batchnorm import StepStatistics
 from rtl_dist.model.build import build_model, make_classifier
 from rtl_dist.model.folder import load_model, write_model_folder
-from rtl_dist.model.parts import (
+from rtl_dist.model.freezing import (
     digest,
     freeze_for,
     frozen_tensors,
     parameters_without_gradient,
-    parts_of,
     set_modes,
-    trainable_parts,
     trainable_tensors,
 )
+from rtl_dist.model.parts import parts_of, trainable_parts
 from rtl_dist.model.weights import load_weights, read_state_dict
 from rtl_dist.records.checkpoint import Snapshot, save_checkpoint
 from rtl_dist.records.state import TrainState
@@ -47,9 +46,9 @@ needs_real_weights = pytest.mark.skipif(
 
 
 def classifier(name="test_resnet", *, channels=3, classes=3, seed=0, **model):
-    data = Data(path="", image_size=32, channels=channels)
+    data = DataConfig(path="", image_size=32, channels=channels)
     return make_classifier(
-        Model(name=name, weights="none", **model), data, num_classes=classes, seed=seed
+        ModelConfig(name=name, weights="none", **model), data, num_classes=classes, seed=seed
     )
 
 
@@ -59,7 +58,7 @@ def pixels(count=4, channels=3, seed=0, side=32):
 
 
 def stage(**options):
-    return Stage(**{"name": "s", "epochs": 1, "lr": 0.1, **options})
+    return StageConfig(**{"name": "s", "epochs": 1, "lr": 0.1, **options})
 
 
 def moved_statistics(model):
@@ -140,17 +139,17 @@ def test_weights_that_cannot_be_fetched_are_refused_in_one_line(name, monkeypatc
 
     monkeypatch.setattr(timm, "create_model", offline)
     monkeypatch.setattr(torchvision.models, "get_model", offline)
-    config = Model(name=name, weights="pretrained")
+    config = ModelConfig(name=name, weights="pretrained")
     with pytest.raises(
         UserError, match=rf"cannot fetch pretrained weights of {name} \(no netw"
     ) as e:
-        build_model(config, Data(path=""), classes=CLASSES, seed=0)
+        build_model(config, DataConfig(path=""), classes=CLASSES, seed=0)
     assert "\n" not in str(e.value)
 
 
 def test_basic_cnn_has_no_pretrained_weights():
     with pytest.raises(UserError, match="basic_cnn has no pretrained weights; set it to none"):
-        build_model(Model(name="basic_cnn"), Data(path=""), classes=CLASSES, seed=0)
+        build_model(ModelConfig(name="basic_cnn"), DataConfig(path=""), classes=CLASSES, seed=0)
 
 
 # --- parts, freezing -----------------------------------------------------------------------------
@@ -188,7 +187,10 @@ def test_a_part_the_model_lacks_is_refused_with_the_nearest():
 def test_a_network_that_does_not_fall_into_parts_is_refused(name):
     """Else what lies outside of them would be trained though frozen, or the other way round."""
     model = make_classifier(
-        Model(name=name, weights="none"), Data(path="", image_size=160), num_classes=3, seed=0
+        ModelConfig(name=name, weights="none"),
+        DataConfig(path="", image_size=160),
+        num_classes=3,
+        seed=0,
     )
     with pytest.raises(UserError, match=r"model.name: .* outside of its parts \(trunk\.(cls|head)"):
         trainable_parts(model, stage(trainable="head"))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import sigmoid_focal_loss
 
-from rtl_dist.config import Optim
+from rtl_dist.config import OptimConfig
 from rtl_dist.optim.losses import make_loss
 
 CPU = torch.device("cpu")
@@ -13,7 +13,7 @@ COUNTS = (10, 20, 30, 40)
 
 
 def loss_of(task="single_label", *, counts=COUNTS, label_smoothing=0.0, **optim):
-    config = Optim(label_smoothing=label_smoothing, **optim)
+    config = OptimConfig(label_smoothing=label_smoothing, **optim)
     return make_loss(config, task=task, class_counts=counts, device=CPU)
 
 

@@ -6,23 +6,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rtl_dist.config import Augment, Data, Model, Optim, Stage
+from rtl_dist.config import AugmentConfig, DataConfig, ModelConfig, OptimConfig, StageConfig
 from rtl_dist.model.build import make_classifier
-from rtl_dist.model.parts import freeze_for
+from rtl_dist.model.freezing import freeze_for
 from rtl_dist.optim.mixing import make_mixer
 from rtl_dist.optim.optimizer import build_optimizer, require_learning_rates, set_learning_rates
 
 
 def resnet():
-    data = Data(path="x", image_size=32)
-    return make_classifier(Model(name="test_resnet", weights="none"), data, num_classes=3, seed=0)
+    data = DataConfig(path="x", image_size=32)
+    return make_classifier(
+        ModelConfig(name="test_resnet", weights="none"), data, num_classes=3, seed=0
+    )
 
 
 def test_each_parameter_is_in_one_group_and_norms_and_biases_do_not_decay():
     model = resnet()
-    stage = Stage(name="all", epochs=1, lr=0.1, layer_decay=0.5, batchnorm="train")
+    stage = StageConfig(name="all", epochs=1, lr=0.1, layer_decay=0.5, batchnorm="train")
     freeze_for(model, stage)
-    optimizer = build_optimizer(model, stage, Optim(weight_decay=0.3), lr=0.1)
+    optimizer = build_optimizer(model, stage, OptimConfig(weight_decay=0.3), lr=0.1)
     decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     names = dict(model.named_parameters())
     assert len(decay) == len(names)
@@ -34,9 +36,9 @@ def test_each_parameter_is_in_one_group_and_norms_and_biases_do_not_decay():
 
 def test_rates_fall_by_layer_decay_from_the_head_down():
     model = resnet()
-    stage = Stage(name="all", epochs=1, lr=0.1, layer_decay=0.5, batchnorm="train")
+    stage = StageConfig(name="all", epochs=1, lr=0.1, layer_decay=0.5, batchnorm="train")
     freeze_for(model, stage)
-    optimizer = build_optimizer(model, stage, Optim(), lr=0.1)
+    optimizer = build_optimizer(model, stage, OptimConfig(), lr=0.1)
     rates = set_learning_rates(optimizer, 0.5)
     expected = {"head": 0.05, "layer4": 0.025, "layer3": 0.0125, "layer2": 0.00625,
                 "layer1": 0.003125, "stem": 0.0015625}  # fmt: skip
@@ -45,16 +47,16 @@ def test_rates_fall_by_layer_decay_from_the_head_down():
 
 
 def test_the_rate_is_the_one_found_for_the_stage():
-    model, stage = resnet(), Stage(name="head", epochs=1, lr="auto", trainable="head")
+    model, stage = resnet(), StageConfig(name="head", epochs=1, lr="auto", trainable="head")
     freeze_for(model, stage)
-    optimizer = build_optimizer(model, stage, Optim(), lr=0.02)
+    optimizer = build_optimizer(model, stage, OptimConfig(), lr=0.02)
     assert set_learning_rates(optimizer, 0.5) == {"lr/head": 0.01}
 
 
 def test_a_rate_that_something_else_has_set_is_noticed():
-    model, stage = resnet(), Stage(name="all", epochs=1, lr=0.1, layer_decay=0.5)
+    model, stage = resnet(), StageConfig(name="all", epochs=1, lr=0.1, layer_decay=0.5)
     freeze_for(model, stage)
-    optimizer = build_optimizer(model, stage, Optim(), lr=0.1)
+    optimizer = build_optimizer(model, stage, OptimConfig(), lr=0.1)
     set_learning_rates(optimizer, 0.3)
     require_learning_rates(optimizer, 0.3)
     optimizer.param_groups[2]["lr"] *= 1.0001
@@ -65,16 +67,16 @@ def test_a_rate_that_something_else_has_set_is_noticed():
 
 def test_a_frozen_part_is_in_no_group():
     model = resnet()
-    stage = Stage(name="top", epochs=1, lr=0.1, trainable=["layer4", "head"])
+    stage = StageConfig(name="top", epochs=1, lr=0.1, trainable=["layer4", "head"])
     freeze_for(model, stage)
-    optimizer = build_optimizer(model, stage, Optim(name="sgd"), lr=0.1)
+    optimizer = build_optimizer(model, stage, OptimConfig(name="sgd"), lr=0.1)
     assert {group["part"] for group in optimizer.param_groups} == {"layer4", "head"}
 
 
 def test_mixing_follows_the_generator_alone():
     images = torch.arange(4 * 3 * 8 * 8, dtype=torch.uint8).view(4, 3, 8, 8)
     labels = torch.tensor([0, 1, 2, 0])
-    mix = make_mixer(Augment(mixup=0.4, cutmix=1.0), num_classes=3)
+    mix = make_mixer(AugmentConfig(mixup=0.4, cutmix=1.0), num_classes=3)
     results = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -82,7 +84,7 @@ def test_mixing_follows_the_generator_alone():
     assert all(torch.equal(a, b) for a, b in zip(results[0], results[1], strict=True))
     assert not torch.equal(results[0][0], results[2][0])
     torch.testing.assert_close(results[0][1].sum(1), torch.ones(4))
-    same = make_mixer(Augment(), num_classes=3)(images, labels)
+    same = make_mixer(AugmentConfig(), num_classes=3)(images, labels)
     assert same[0] is images
     assert same[1] is labels
 
@@ -92,7 +94,7 @@ def test_a_step_that_the_scaler_skips_is_noticed():
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
 
-    from rtl_dist.training.stage_trainer import take_scaled_step
+    from rtl_dist.training.stage_optimizer import take_scaled_step
 
     Accelerator(cpu=True)  # the wrapper asks for its state
     weight = torch.nn.Parameter(torch.ones(3))
@@ -107,7 +109,7 @@ def test_a_step_that_the_scaler_skips_is_noticed():
         stepper.zero_grad(set_to_none=True)
 
 
-OPTIMS = [Optim(), Optim(name="sgd"), Optim(name="sgd", momentum=0)]
+OPTIMS = [OptimConfig(), OptimConfig(name="sgd"), OptimConfig(name="sgd", momentum=0)]
 
 
 @pytest.fixture
@@ -129,7 +131,7 @@ def state_of(model, optimizer) -> dict[str, torch.Tensor]:
 def run_steps(config, gradients, *, skip):
     """The model and the optimizer's state after each step; those numbered in ``skip`` meet a
     gradient that is not finite and are told so."""
-    model, stage = resnet(), Stage(name="all", epochs=1, lr=0.1, batchnorm="train")
+    model, stage = resnet(), StageConfig(name="all", epochs=1, lr=0.1, batchnorm="train")
     freeze_for(model, stage)
     optimizer = build_optimizer(model, stage, config, lr=0.1)
     states = []
@@ -189,11 +191,11 @@ def test_steps_are_those_of_torch_s_plain_optimizer(config):
 @pytest.mark.parametrize("name", ["torchvision:resnet18", "basic_cnn", "test_resnet"])
 @pytest.mark.parametrize("policy", ["frozen", "stats", "train"])
 def test_what_decays_is_told_by_the_kind_of_layer(name, policy):
-    data = Data(path="x", image_size=32)
-    model = make_classifier(Model(name=name, weights="none"), data, num_classes=3, seed=0)
-    stage = Stage(name="all", epochs=1, lr=0.1, batchnorm=policy)
+    data = DataConfig(path="x", image_size=32)
+    model = make_classifier(ModelConfig(name=name, weights="none"), data, num_classes=3, seed=0)
+    stage = StageConfig(name="all", epochs=1, lr=0.1, batchnorm=policy)
     freeze_for(model, stage)
-    optimizer = build_optimizer(model, stage, Optim(weight_decay=0.3), lr=0.1)
+    optimizer = build_optimizer(model, stage, OptimConfig(weight_decay=0.3), lr=0.1)
     decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert len(decay) == sum(len(group["params"]) for group in optimizer.param_groups)
     for module in model.modules():
@@ -207,19 +209,19 @@ def test_what_decays_is_told_by_the_kind_of_layer(name, policy):
 
 
 def test_the_optimizer_is_the_one_asked_for():
-    model, stage = resnet(), Stage(name="head", epochs=1, lr=0.1, trainable="head")
+    model, stage = resnet(), StageConfig(name="head", epochs=1, lr=0.1, trainable="head")
     freeze_for(model, stage)
-    sgd = build_optimizer(model, stage, Optim(name="sgd", momentum=0.8), lr=0.1)
+    sgd = build_optimizer(model, stage, OptimConfig(name="sgd", momentum=0.8), lr=0.1)
     assert isinstance(sgd, torch.optim.SGD)
     assert {(g["momentum"], g["nesterov"]) for g in sgd.param_groups} == {(0.8, True)}
-    plain = build_optimizer(model, stage, Optim(name="sgd", momentum=0), lr=0.1)
+    plain = build_optimizer(model, stage, OptimConfig(name="sgd", momentum=0), lr=0.1)
     assert {(g["momentum"], g["nesterov"]) for g in plain.param_groups} == {(0, False)}
-    adamw = build_optimizer(model, stage, Optim(betas=(0.8, 0.9)), lr=0.1)
+    adamw = build_optimizer(model, stage, OptimConfig(betas=(0.8, 0.9)), lr=0.1)
     assert isinstance(adamw, torch.optim.AdamW)
     assert {g["betas"] for g in adamw.param_groups} == {(0.8, 0.9)}
 
 
-@pytest.mark.parametrize("augment", [Augment(mixup=0.4), Augment(cutmix=1.0)])
+@pytest.mark.parametrize("augment", [AugmentConfig(mixup=0.4), AugmentConfig(cutmix=1.0)])
 def test_each_mix_alone_keeps_the_mass_of_its_labels(augment):
     images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
     labels = torch.tensor([0, 1, 2, 0])

@@ -9,7 +9,9 @@ from fractions import Fraction
 import pytest
 import torch
 
-from rtl_dist.optim.schedule import Every, StageSpan, is_due, learning_rate_factor, stage_spans
+from rtl_dist.config.resolved_stage import StageSpan, stage_spans
+from rtl_dist.core.intervals import Every, is_due
+from rtl_dist.optim.schedule import learning_rate_factor
 
 # --- Every ---------------------------------------------------------------------------------------
 

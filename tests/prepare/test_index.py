@@ -13,7 +13,7 @@ from small_sets import Canary
 from rtl_dist.cli import main
 from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.data.format.dataset import check_index
-from rtl_dist.data.format.split import SampleReader
+from rtl_dist.data.format.reader import SampleReader
 from rtl_dist.data.format.tar_reader import member_names
 from rtl_dist.prepare.indexing.index import index
 from rtl_dist.prepare.packing.pack import pack

@@ -15,7 +15,7 @@ from pack_images import image_bytes
 
 from rtl_dist.core.errors import DataError, RtlDistError
 from rtl_dist.data.format.dataset import check_index, open_dataset
-from rtl_dist.data.format.split import SampleReader
+from rtl_dist.data.format.reader import SampleReader
 from rtl_dist.data.format.tar_reader import walk
 
 few = settings(

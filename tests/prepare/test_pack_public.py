@@ -10,7 +10,7 @@ from PIL import Image
 
 from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.data.format.dataset import open_dataset
-from rtl_dist.data.format.split import SampleReader
+from rtl_dist.data.format.reader import SampleReader
 from rtl_dist.data.images.decode import decode
 from rtl_dist.prepare.packing.pack import pack
 from rtl_dist.prepare.sources import open_source

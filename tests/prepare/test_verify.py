@@ -21,10 +21,10 @@ from small_sets import flip_byte, packed
 
 from rtl_dist.cli import main
 from rtl_dist.core.errors import RtlDistError, UserError
-from rtl_dist.data import verify as verify_module
 from rtl_dist.data.format.dataset import fingerprint_of, open_dataset
 from rtl_dist.prepare.indexing.index import index
 from rtl_dist.prepare.packing.pack import pack
+from rtl_dist.prepare.verifying import verify as verify_module
 from rtl_dist.prepare.verifying.duplicates import Digests, find_duplicates
 from rtl_dist.prepare.verifying.skew import measure_skew
 from rtl_dist.prepare.verifying.summary import summary_of

@@ -15,12 +15,11 @@ from torch import nn
 
 import rtl_dist.records.checkpoint as room
 from rtl_dist.core.errors import RtlDistError, UserError
+from rtl_dist.optim.named_state import optimizer_tensors, restore_optimizer
 from rtl_dist.records.checkpoint import (
     Snapshot,
     load_checkpoint_of,
     load_newest_checkpoint,
-    optimizer_tensors,
-    restore_optimizer,
     save_checkpoint,
 )
 from rtl_dist.records.state import Best, TrainState

@@ -13,10 +13,11 @@ from report_helpers import (
 )
 
 from rtl_dist.core.errors import UserError
+from rtl_dist.core.files import write_bytes
+from rtl_dist.core.text import duration
 from rtl_dist.evaluation.metrics import compute_metrics
 from rtl_dist.report.evaluation import PICTURES, write_evaluation
 from rtl_dist.report.figure import plain
-from rtl_dist.report.files import write_bytes
 from rtl_dist.report.history import read_history
 from rtl_dist.report.html import Page
 from rtl_dist.report.lr_finder import draw_range_test, read_range_test
@@ -27,7 +28,7 @@ from rtl_dist.report.plots import (
     accuracy_figure,
     loss_figure,
 )
-from rtl_dist.report.run import draw_run, duration
+from rtl_dist.report.run import draw_run
 
 PLOTS = ("loss.png", "accuracy.png", "learning_rate.png", "throughput.png")
 

@@ -103,8 +103,8 @@ class Fill(At):
         (SAVE, 9, 4096, "checkpoints/step-00000020"),  # the last one
         (LOG, 1, 0, "metrics.jsonl"),
         ("rtl_dist.model.folder:write_model_folder", 1, 100_000, "best"),
-        ("rtl_dist.records.run_folder:describe_run", 1, 0, "config.yaml"),
-        ("rtl_dist.training.begin:finish", 1, 0, "results.json"),
+        ("rtl_dist.records.environment:describe_run", 1, 0, "config.yaml"),
+        ("rtl_dist.training.finish:finish", 1, 0, "results.json"),
     ],
     ids=lambda value: value.partition(":")[2] if ":" in str(value) else str(value),
 )

@@ -43,9 +43,9 @@ CHANGES = {
     "stages__1__lr": 3e-2,
 }
 STEP = "rtl_dist.training.stage_trainer:StageTrainer.step"
-CROSS = "rtl_dist.training.step_boundary:Boundary.cross"
+CROSS = "rtl_dist.training.step_boundary:StepBoundary.cross"
 TRAINER = "rtl_dist.training.stage_trainer:StageTrainer.__init__"
-EVALUATE = "rtl_dist.training.step_boundary:Boundary.evaluate_if_due"
+EVALUATE = "rtl_dist.training.step_boundary:StepBoundary.evaluate_if_due"
 SAVE = "rtl_dist.records.checkpoint:save_checkpoint"
 LOAD = "rtl_dist.records.checkpoint:load_checkpoint"
 
@@ -195,12 +195,12 @@ AT_A_STAGE_END = [
         ("rtl_dist.records.state:TrainState.begin_next_stage", 1, False),
         ("rtl_dist.records.state:TrainState.begin_next_stage", 1, True),
         (TRAINER, 2, False),
-        ("rtl_dist.model.parts:freeze_for", 2, True),
+        ("rtl_dist.model.freezing:freeze_for", 2, True),
         (TRAINER, 2, True),
         (CROSS, STAGE_ENDS[1], False),
         (CROSS, STAGE_ENDS[1], True),
         (TRAINER, 3, True),
-        ("rtl_dist.training.begin:finish", 1, False),
+        ("rtl_dist.training.finish:finish", 1, False),
     )
 ]
 
@@ -274,11 +274,11 @@ def eventful(dataset, tmp_path_factory) -> tuple[str, Path]:
         [Kill(place=STEP, call=30)],  # while it looks for the rate
         [Kill(place="rtl_dist.training.lr_finder:find_learning_rate", after=True)],
         [Kill(place=CROSS, call=1, after=True), Kill(place=CROSS, call=5, after=True)],
-        [Kill(place="rtl_dist.training.run:Job.keep_as_stage_best", call=2, after=True)],
-        [Kill(place="rtl_dist.training.run:Job.go_back_to_stage_best")],
-        [Kill(place="rtl_dist.training.run:Job.go_back_to_stage_best", after=True)],
-        [Kill(place="rtl_dist.training.run:Job.go_back_to_stage_best", call=2)],
-        [Kill(place="rtl_dist.training.begin:finish")],
+        [Kill(place="rtl_dist.training.run:Run.keep_as_stage_best", call=2, after=True)],
+        [Kill(place="rtl_dist.training.run:Run.go_back_to_stage_best")],
+        [Kill(place="rtl_dist.training.run:Run.go_back_to_stage_best", after=True)],
+        [Kill(place="rtl_dist.training.run:Run.go_back_to_stage_best", call=2)],
+        [Kill(place="rtl_dist.training.finish:finish")],
     ],
     ids=lambda faults: ", ".join(shown(fault) for fault in faults),
 )
@@ -468,9 +468,9 @@ def killed_once(config, tmp_path_factory) -> Path:
     [
         Kill(place=LOAD),
         Kill(place=LOAD, after=True),
-        Kill(place="rtl_dist.records.run_folder:describe_run", after=True),
+        Kill(place="rtl_dist.records.environment:describe_run", after=True),
         Kill(place="rtl_dist.records.tracking:Tracker.__init__", after=True),
-        Kill(place="rtl_dist.records.checkpoint:restore_optimizer", after=True),
+        Kill(place="rtl_dist.optim.named_state:restore_optimizer", after=True),
         Kill(place="rtl_dist.records.ledger:Ledger.__init__", after=True),
         Kill(place=STEP),
     ],

@@ -81,10 +81,10 @@ def test_ended_at_any_step_it_goes_on_to_the_same_bytes(
     cross = room.Boundary.cross
 
     def cross_and_die(self):
-        if self._job.state.step == step - 1 and where == "before the boundary":
+        if self._run.state.step == step - 1 and where == "before the boundary":
             raise Killed
         cross(self)
-        if self._job.state.step == step:
+        if self._run.state.step == step:
             raise Killed
 
     with monkeypatch.context() as patch:
@@ -102,7 +102,7 @@ def test_ended_between_saving_and_evaluating(tmp_path, dataset, undisturbed, mon
     config = write_config(tmp_path / "c.yaml", tiny_config(dataset, tmp_path / "run", **CHANGES))
 
     def die(self):
-        if self._evaluation_is_due and self._job.state.step == 12:
+        if self._evaluation_is_due and self._run.state.step == 12:
             raise Killed
 
     with monkeypatch.context() as patch:
@@ -130,7 +130,7 @@ def test_asked_to_stop_at_any_step_it_goes_on_to_the_same_bytes(
     cross = room.Boundary.cross
 
     def ask_and_cross(self):
-        if self._job.state.step == step - 1:  # the step counts once the ranks have agreed
+        if self._run.state.step == step - 1:  # the step counts once the ranks have agreed
             os.kill(os.getpid(), signal.SIGUSR1)
         cross(self)
 
@@ -396,7 +396,7 @@ def test_a_stop_while_waiting_for_data_leaves_the_loss_scale_alone(tmp_path, dat
         self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024, growth_interval=3)
 
     def asked(self):
-        if self._job.state.step == 6:
+        if self._run.state.step == 6:
             self.failure = StopRequested("stopped while waiting for data")
             return None
         return next_batch(self)

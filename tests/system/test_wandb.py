@@ -33,7 +33,7 @@ from tiny_runs import (
 from wandb_server import HangingServer, WandbServer
 
 from rtl_dist.records import tracking, wandb_copy
-from rtl_dist.records.tracking import wandb_mode
+from rtl_dist.records.wandb_process import wandb_mode
 
 MARK = "RTL_DIST_TEST"  # an environment variable by which a test knows its W&B's processes
 CANARY = "0123deadbeefcafe0123deadbeefcafe01234567"
@@ -60,7 +60,7 @@ class Times(Fault):
         if self.last_s is not None:
             tracking._WANDB_LAST_S = self.last_s
         for place in (
-            "rtl_dist.records.tracking:_start_wandb",
+            "rtl_dist.records.wandb_process:_start_wandb",
             "rtl_dist.records.tracking:Tracker.close",
         ):
             replace_everywhere(place, self._timed)

@@ -47,13 +47,13 @@ def inject(kind: str, step: int, microbatch: int, *, tell: Callable[[], object] 
         raise torch.OutOfMemoryError("injected")
 
     def learn(self, batch, number, per_rank, *, shares):
-        state = self._job.state
+        state = self._run.state
         was_halved = state.micro_batch_size is not None  # another rank may have the number then
         if fired or was_halved or (state.step, number) != (step, microbatch):
             return learn_from(self, batch, number, per_rank, shares=shares)
         fired.append(True)
         tell()
-        loss, accelerator = self._loss, self._job.runtime.accelerator
+        loss, accelerator = self._loss, self._run.runtime.accelerator
         backward = accelerator.backward
         if kind == "nan":
             self._loss = lambda scores, labels: loss(scores, labels) * torch.nan

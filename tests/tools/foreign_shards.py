@@ -12,7 +12,7 @@ import numpy as np
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from rtl_dist.data.format.dataset import Dataset, open_dataset
-from rtl_dist.data.format.split import SampleReader
+from rtl_dist.data.format.reader import SampleReader
 from rtl_dist.data.format.tar_reader import member_names
 from rtl_dist.prepare.indexing.index import IndexReport, index
 

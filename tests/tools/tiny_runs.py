@@ -23,7 +23,7 @@ from rtl_dist.data.format.dataset import open_dataset
 from rtl_dist.prepare.packing.pack import pack
 from rtl_dist.train import main
 from rtl_dist.training.stage_trainer import StageTrainer
-from rtl_dist.training.step_boundary import Boundary
+from rtl_dist.training.step_boundary import StepBoundary
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = ("blue", "green", "red")
@@ -183,15 +183,15 @@ class Killed(BaseException):
 @contextmanager
 def killed_after(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A run within the block must end at that step, when all that is due then is done."""
-    cross = Boundary.cross
+    cross = StepBoundary.cross
 
     def cross_and_die(self):
         cross(self)
-        if self._job.state.step == step:
+        if self._run.state.step == step:
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(Boundary, "cross", cross_and_die)
+        patch.setattr(StepBoundary, "cross", cross_and_die)
         with pytest.raises(Killed):
             yield
 
@@ -201,7 +201,7 @@ def scale_loss(monkeypatch: pytest.MonkeyPatch, factor: Callable[[int, int], flo
     learn_from = StageTrainer._learn_from
 
     def learn(self, batch, microbatch, per_rank, *, shares):
-        loss, scale = self._loss, factor(self._job.state.step, microbatch)
+        loss, scale = self._loss, factor(self._run.state.step, microbatch)
         self._loss = lambda scores, labels: loss(scores, labels) * scale
         try:
             return learn_from(self, batch, microbatch, per_rank, shares=shares)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rtl_dist.distributed.heartbeat import Heartbeat
-from rtl_dist.model.parts import digest
+from rtl_dist.model.freezing import digest
 from rtl_dist.training import compilation
 from rtl_dist.training.compilation import compiling_pays
 

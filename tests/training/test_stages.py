@@ -27,6 +27,7 @@ from tiny_runs import (
 
 from rtl_dist.config import Config, parse_config
 from rtl_dist.config.loader import to_dict
+from rtl_dist.config.resolved_stage import resolve_stages
 from rtl_dist.core.errors import UserError
 from rtl_dist.features.maker import FeatureMaker
 from rtl_dist.training.stage_trainer import StageTrainer
@@ -70,18 +71,14 @@ def test_a_stage_s_own_keys_change_only_what_they_say():
             {"epochs": 1, **ALL, "image_size": 64, "schedule": "linear", "warmup": 0.5},
         ],
     )
-    head, full = config.stages
-    assert config.augment_of(head).erasing == 0.5
-    assert config.augment_of(head).mixup == 0.2
-    assert config.augment_of(full) == config.augment
-    assert (config.early_stop_of(head).patience, config.early_stop_of(head).metric) == (
-        1,
-        "val/loss",
-    )
-    assert config.patience_of(full) == 4
-    assert (config.image_size_of(head), config.image_size_of(full)) == (224, 64)
-    assert (config.schedule_of(head), config.schedule_of(full)) == ("cosine", "linear")
-    assert (config.warmup_of(head), config.warmup_of(full)) == (0.05, 0.5)
+    head, full = resolve_stages(config, num_samples=1000)
+    assert (head.augment.erasing, head.augment.mixup) == (0.5, 0.2)
+    assert full.augment == config.augment
+    assert (head.early_stop.patience, head.early_stop.metric) == (1, "val/loss")
+    assert full.patience == 4
+    assert (head.image_size, full.image_size) == (224, 64)
+    assert (head.schedule, full.schedule) == ("cosine", "linear")
+    assert (head.warmup, full.warmup) == (0.05, 0.5)
     assert parse_config(to_dict(config)) == config
 
 
@@ -377,9 +374,9 @@ def test_a_stage_that_ends_early_is_proved_and_saved(tmp_path, dataset, monkeypa
 
     def step_and_damage(self, rate_factor=None):
         step(self, rate_factor)
-        if self._job.state.step == 5:
+        if self._run.state.step == 5:
             with torch.no_grad():
-                self._job.model.trunk.layer1[1].running_mean.add_(1e-6)
+                self._run.model.trunk.layer1[1].running_mean.add_(1e-6)
 
     monkeypatch.setattr(StageTrainer, "step", step_and_damage)
     train(tmp_path, dataset, "damaged", code=1, **changes)
@@ -456,12 +453,12 @@ def make_dataset_of_another_seed(tmp_path: Path) -> Path:
 
 def test_networks_with_the_same_weights_have_features_of_their_own(tmp_path, dataset, computed):
     """resnetaa50 is a resnet50 with blurred strides: the same names and shapes, other features."""
-    from rtl_dist.config import Data, Model
+    from rtl_dist.config import DataConfig, ModelConfig
     from rtl_dist.core.files import save_tensors
     from rtl_dist.model.build import make_classifier
 
     model = make_classifier(
-        Model(name="resnet50", weights="none"), Data(path=""), num_classes=3, seed=0
+        ModelConfig(name="resnet50", weights="none"), DataConfig(path=""), num_classes=3, seed=0
     )
     save_tensors(model.native_state_dict(), tmp_path / "w.safetensors")
     for name in ("resnet50", "resnetaa50"):

@@ -40,7 +40,7 @@ def test_memory_that_runs_out_halves_the_microbatch(tmp_path, dataset, monkeypat
     learn_from, held = StageTrainer._learn_from, []
 
     def learn(self, batch, microbatch, per_rank, *, shares):
-        if self._job.state.step == 3 and microbatch == 1 and not held:
+        if self._run.state.step == 3 and microbatch == 1 and not held:
             held.append(torch.cuda.get_device_properties(0).total_memory)
             torch.cuda.set_per_process_memory_fraction(1e-6)  # of which all is in use already
         try:
@@ -61,7 +61,7 @@ def test_a_step_never_waits_for_the_device(tmp_path, dataset, monkeypatch, preci
     step, checked = StageTrainer.step, []
 
     def watched(self, rate_factor=None):
-        if self._job.state.step < 2:  # buckets, optimizer state and kernels are set up
+        if self._run.state.step < 2:  # buckets, optimizer state and kernels are set up
             return step(self, rate_factor)
         checked.append(True)
         torch.cuda.set_sync_debug_mode("error")

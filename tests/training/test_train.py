@@ -117,7 +117,7 @@ def test_a_frozen_weight_that_moves_ends_the_run(tmp_path, dataset, monkeypatch,
     def step_and_damage(self):
         take_step(self)
         with torch.no_grad():
-            self._job.model.trunk.layer1[1].running_mean.add_(1e-6)
+            self._run.model.trunk.layer1[1].running_mean.add_(1e-6)
         fired.append(True)
 
     monkeypatch.setattr(room.StageTrainer, "step", step_and_damage)

@@ -21,6 +21,7 @@ import numpy as np
 
 from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.core.files import sha256_of
+from rtl_dist.core.tasks import MULTI_LABEL, SINGLE_LABEL
 from rtl_dist.core.urls import is_url, secret_in
 from rtl_dist.data.format.split import INDEX_DTYPE, DatasetPlace, Split
 from rtl_dist.data.storage.cache import RemoteFile
@@ -31,8 +32,6 @@ FORMAT = "rtl_dist/1"
 DESCRIPTION = "dataset.json"
 PACKER_KEY, INDEXER_KEY = "packer", "indexer"  # in it: which command made it, and its settings
 INDEX_FOLDER = "index"
-SINGLE_LABEL = "single_label"
-MULTI_LABEL = "multi_label"
 
 _CHECKED_INDEX_BYTES = 2**30  # larger ones are neither read at every start nor read ahead
 # What numpy lets the damaged header of an array file out as.

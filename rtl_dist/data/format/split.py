@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -12,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from rtl_dist.core.errors import DataError, RtlDistError, ShardError
+from rtl_dist.core.errors import RtlDistError, ShardError
 from rtl_dist.core.urls import is_url, join_url
-from rtl_dist.data.images.foreign import require_known
 from rtl_dist.data.order.balanced import BalancedOrder, ClassMembers, group_by_class
 from rtl_dist.data.order.epochs import Order
 from rtl_dist.data.storage.cache import Cache
@@ -169,50 +167,6 @@ class Split:
             return _names_in(str(path), path.stat().st_mtime_ns).get(offset, "?")
         except OSError as error:
             raise ShardError(f"cannot read {path}: {error.strerror}; is it there?") from error
-
-
-class SampleReader:
-    """Reads samples' image bytes with ``pread`` and checks each against its crc32.
-
-    Decoders do not notice one flipped byte (they return wrong pixels), so the checksum must.
-    """
-
-    def __init__(self, split: Split) -> None:
-        self._split = split
-        self._fetched_anew: set[int] = set()
-
-    def read(self, sample: int) -> bytes:
-        """The sample's image file as bytes.
-
-        Raises:
-            ShardError: the whole shard is missing, unreadable or cut short.
-            DataError: the sample's bytes changed since packing, or are no image that a decoder may
-                be given.
-        """
-        split = self._split
-        shard, offset, size, crc32 = split.row(sample)
-        content = split.files.read(shard, offset, size)
-        is_whole = zlib.crc32(content) == crc32
-        if not is_whole and shard not in self._fetched_anew and split.files.forget(shard):
-            self._fetched_anew.add(shard)  # once: it may be the index that is wrong
-            content = split.files.read(shard, offset, size)  # fetched anew
-            is_whole = zlib.crc32(content) == crc32
-        if len(content) != size:
-            raise ShardError(
-                f"{split.describe(sample)} is cut short: the shard was truncated; restore it or"
-                " pack again"
-            )
-        if not is_whole:
-            raise DataError(
-                f"{split.describe(sample)} fails its checksum: the shard was altered or"
-                " damaged since packing; restore the file or pack again"
-            )
-        if not split.are_ours or split.files.is_remote(shard):
-            require_known(content)
-        return content
-
-    def close(self) -> None:
-        self._split.files.close()
 
 
 def _reopen_split(place: DatasetPlace, name: str) -> Split:

@@ -10,12 +10,12 @@ import torch
 from torch.nn.functional import interpolate
 from torchvision.transforms import v2
 
-from rtl_dist.config import Augment, Config, Stage
+from rtl_dist.config import AugmentConfig, ResolvedStage
 from rtl_dist.core.errors import DataError
+from rtl_dist.core.keys import derive_key, derive_keys, mix64
 from rtl_dist.data.images.decode import MAX_PIXELS, decode
 from rtl_dist.data.images.region import decode_region, region_size
 from rtl_dist.data.images.tiny import TinyView, is_tiny
-from rtl_dist.data.order.epochs import derive_key, derive_keys, mix64
 
 _AUGMENT_STREAM = 1  # keeps these keys apart from those of the data order
 
@@ -38,7 +38,7 @@ class TrainTransform:
     or what was decoded before.
     """
 
-    def __init__(self, augment: Augment, *, image_size: int, channels: int) -> None:
+    def __init__(self, augment: AugmentConfig, *, image_size: int, channels: int) -> None:
         self.image_size, self.channels = image_size, channels
         self._crop = _RandomCrop(augment.crop_scale, augment.crop_ratio)
         self._hflip, self._vflip = augment.hflip, augment.vflip
@@ -107,13 +107,9 @@ class TrainTransform:
         return image[:, top : top + height, left : left + width]
 
 
-def training_transform(config: Config, stage: Stage) -> TrainTransform:
+def training_transform(stage: ResolvedStage, *, channels: int) -> TrainTransform:
     """How a stage looks at an image that it trains on."""
-    return TrainTransform(
-        config.augment_of(stage),
-        image_size=config.image_size_of(stage),
-        channels=config.data.channels,
-    )
+    return TrainTransform(stage.augment, image_size=stage.image_size, channels=channels)
 
 
 class EvalTransform:

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import atexit
 import math
-import multiprocessing
-import re
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Literal, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
 
-from rtl_dist.core.errors import RtlDistError, StopRequested, WorkerError
-from rtl_dist.core.processes import available_cpus
-from rtl_dist.data.loading.ring import Batch, Microbatches, Reply, Requests, Ring, as_it_is
-
-T = TypeVar("T")
+from rtl_dist.data.loading.batch import Batch, Microbatches, to_device
+from rtl_dist.data.loading.ring import Reply, Requests, Ring, as_it_is
+from rtl_dist.data.loading.workers import WorkerBatches, start_worker
 
 _ASK_EVERY_S = 1.0
 _PREFETCH, _LEAST_PREFETCH = 4, 2  # microbatches each worker keeps ready
@@ -99,108 +90,3 @@ class _Lent(Iterable[Batch]):
         finally:
             side.synchronize()
             self._ring.unpin()
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    return batch._replace(
-        inputs=batch.inputs.to(device, non_blocking=True),
-        labels=batch.labels.to(device, non_blocking=True),
-    )
-
-
-class WorkerBatches(Iterable[T]):
-    """A DataLoader whose workers end at their first error, raised here as it was there."""
-
-    def __init__(self, loader: DataLoader[T], give_up: Callable[[], bool] = lambda: False) -> None:
-        self._loader, self._give_up = loader, give_up
-
-    def __iter__(self) -> Iterator[T]:
-        if not self._loader.num_workers:
-            return iter(self._loader)
-        atexit.unregister(_kill_workers)
-        atexit.register(_kill_workers)
-        with _untouched_sigchld():
-            batches = iter(self._loader)
-        return _from_workers(batches, self._give_up)
-
-
-def resolve_workers(workers: Literal["auto"] | int, *, local_world_size: int) -> int:
-    """auto: the CPUs this process may use, shared by the ranks of this machine."""
-    if workers != "auto":
-        return workers
-    return max(1, min(16, available_cpus() // local_world_size))
-
-
-def _from_workers(batches: Iterator[T], give_up: Callable[[], bool]) -> Iterator[T]:
-    # DataLoader raises a worker's error from frames that refer to each other and to the iterator.
-    # Left to the garbage collector, that would fail to tell the workers to end (torch 2.15), so
-    # the frames are let go here and the iterator with them.
-    processes = list(batches._workers) if hasattr(batches, "_workers") else []
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except RtlDistError as error:
-            del batches
-            kind = type(error)
-            text = str(error.with_traceback(None)).strip()  # a traceback that ends in the message
-            text = text.splitlines()[-1].removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")
-            raise kind(text) from None
-        except Exception as error:  # noqa: BLE001 - raised again, of whatever kind
-            if "DataLoader timed out" in str(error):
-                if not give_up():
-                    continue
-                for process in processes:
-                    process.kill()
-                del batches
-                raise StopRequested("stopped while waiting for data") from None
-            del batches
-            if "exited unexpectedly" in str(error):
-                raise WorkerError(_how_it_died(str(error))) from None
-            raise error.with_traceback(None) from None
-        try:
-            yield batch
-        except GeneratorExit:
-            for process in processes:  # one that waits for a server would be waited for
-                process.kill()
-            raise
-
-
-def _how_it_died(text: str) -> str:
-    pids = re.findall(r"\d+", text.partition("pid")[2])
-    return (
-        f"loader process {', '.join(pids)} was killed, perhaps for want of memory; lower"
-        " data.workers or batch.micro, and start the same command again"
-    )
-
-
-@contextmanager
-def _untouched_sigchld() -> Iterator[None]:
-    """torch's own handler raises wherever the training process happens to be when a worker dies, in
-    the middle of a collective too. A dead worker is noticed within seconds at the next batch."""
-    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGCHLD)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, before)
-
-
-def _kill_workers() -> None:
-    # A worker that was not told to end ignores SIGTERM too, and multiprocessing, which sends it at
-    # exit, would wait for it for ever. Runs before that, since it is registered later.
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
-
-
-def start_worker(worker: int) -> None:
-    """A ``worker_init_fn``. A stop request is for the training process: it saves, then ends its
-    workers itself."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    torch.set_num_threads(1)

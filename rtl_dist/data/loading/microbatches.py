@@ -14,12 +14,20 @@ import torch
 from torch.utils.data import Dataset as TorchDataset
 
 from rtl_dist.core.errors import DataError, ShardError
-from rtl_dist.data.format.split import SampleReader, Split
-from rtl_dist.data.images.augment import TrainTransform, Transform, augmentation_keys
+from rtl_dist.core.keys import mix64
+from rtl_dist.data.format.reader import SampleReader
+from rtl_dist.data.format.split import Split
+from rtl_dist.data.images.augment import (
+    TrainTransform,
+    Transform,
+    augmentation_keys,
+)
 from rtl_dist.data.images.tiny import TinyBatch, TinyView, gather_tiny
+from rtl_dist.data.loading.batch import Batch
 from rtl_dist.data.loading.prefetch import Prefetcher
-from rtl_dist.data.loading.ring import Batch
-from rtl_dist.data.order.epochs import TrainingStream, mix64
+from rtl_dist.data.order.base import TrainingStream
+
+EVAL_BLOCK = 64  # images scored at a time, with features as without
 
 Put = Callable[[int, bytes, int], None]  # (place in the batch, image file, augmentation key)
 
@@ -212,3 +220,8 @@ def microbatch_positions(
     for step in range(first_step, end_step):
         for microbatch in range(rank * per_rank, (rank + 1) * per_rank):
             yield step * global_batch_size + microbatch * micro_batch_size
+
+
+def cannot_evaluate(bad: list[str]) -> str:
+    more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
+    return f"cannot evaluate exactly: {bad[0]}{more}"

@@ -13,44 +13,14 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import count
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
 from rtl_dist.data.images.tiny import TinyBatch, enlarge
-
-
-class Batch(NamedTuple):
-    """One microbatch.
-
-    inputs: uint8 (n, C, S, S) images, or float32 (n, F) cached features. Images that workers made
-        are only lent: the next batch may overwrite them.
-    labels: int64 (n,) class numbers, or float32 (n, num_classes) of 0 and 1.
-    samples: int64 (n,) sample numbers within the split, of what is really in ``inputs``; on the
-        host.
-    bad: what each damaged sample that was replaced (or, in evaluation, left black) suffers from.
-    """
-
-    inputs: torch.Tensor
-    labels: torch.Tensor
-    samples: torch.Tensor
-    bad: list[str]
-
-
-class Microbatches(Protocol):
-    """What a worker is asked for. ``shape``: (n, C, S, S), the most that one holds."""
-
-    shape: tuple[int, int, int, int]
-
-    def fill(self, position: int, out: torch.Tensor) -> Batch:
-        """The microbatch at ``position``, its inputs being the first part of ``out``, uint8 of
-        ``shape``."""
-
-    def fill_tiny(self, position: int, out: torch.Tensor) -> tuple[Batch, TinyBatch] | None:
-        """The same, but its inputs are crops that ``enlarge`` makes the microbatch of; None if they
-        are not all tiny."""
+from rtl_dist.data.loading.batch import Batch, Microbatches
 
 
 class Request(NamedTuple):

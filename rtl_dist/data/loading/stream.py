@@ -14,20 +14,20 @@ from typing import Any, NoReturn
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
-from rtl_dist.config import Data
+from rtl_dist.config import DataConfig
 from rtl_dist.core.errors import DataError
+from rtl_dist.core.keys import derive_key
 from rtl_dist.data.images.augment import Transform
 from rtl_dist.data.images.foreign import require_decodable
-from rtl_dist.data.loading.loader import WorkerBatches, start_worker, to_device
-from rtl_dist.data.loading.ring import Batch
-from rtl_dist.data.order.epochs import derive_key
+from rtl_dist.data.loading.batch import Batch, to_device
+from rtl_dist.data.loading.workers import WorkerBatches, start_worker
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 _SHUFFLE_BUFFER = 1000  # samples
 
 
 def stream_microbatches(
-    data: Data,
+    data: DataConfig,
     transform: Transform,
     *,
     size: int,

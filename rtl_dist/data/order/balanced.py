@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rtl_dist.data.order.epochs import TrainingStream, derive_key, derive_keys, permute_each
+from rtl_dist.core.keys import derive_key, derive_keys
+from rtl_dist.data.order.base import TrainingStream
+from rtl_dist.data.order.permutation import permute_each
 
 # apart from those that order.py derives keys from
 _BLOCK_STREAM, _MEMBER_STREAM = 4 << 40, 5 << 40

@@ -10,166 +10,19 @@ position of any epoch of any number of samples costs the same and the loader's s
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-_ROUNDS = 6
-_MASK_64 = (1 << 64) - 1
+from rtl_dist.core.keys import _GOLDEN, derive_key, mix64
+from rtl_dist.data.order.base import _MOST_LOOKS, TrainingStream
+from rtl_dist.data.order.permutation import permute, permute_each
+
 # Far from the small numbers that key other streams and epochs, so that no two keys are derived
 # from the same numbers.
 _SHARD_STREAM, _BLOCK_STREAM, _GROUP_STREAM = 1 << 40, 2 << 40, 3 << 40
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MOST_LOOKS = 256
-_LOOKAHEAD = 4096  # positions looked through at a time for the shards they need
 _EPOCHS_KEPT = 2  # a batch may lie in two
-
-
-def mix64(value: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser (Steele, Lea & Flood 2014): uint64 to mixed uint64, elementwise."""
-    value = value.astype(np.uint64, copy=True)
-    value ^= value >> np.uint64(30)
-    value *= np.uint64(0xBF58476D1CE4E5B9)
-    value ^= value >> np.uint64(27)
-    value *= np.uint64(0x94D049BB133111EB)
-    value ^= value >> np.uint64(31)
-    return value
-
-
-def derive_key(*parts: int) -> int:
-    """A 64-bit key from whole numbers; different numbers, or another order, give another key."""
-    state = 0x9E3779B97F4A7C15
-    for part in parts:
-        state = (state ^ (part & _MASK_64)) & _MASK_64
-        state = int(mix64(np.array([(state + 0x9E3779B97F4A7C15) & _MASK_64], np.uint64))[0])
-    return state
-
-
-def derive_keys(key: int, *parts: np.ndarray) -> np.ndarray:
-    """``derive_key`` of the numbers that gave ``key`` and then, elementwise, of ``parts``.
-
-    Args:
-        parts: int64 (n,) each.
-
-    Returns:
-        uint64 (n,).
-    """
-    keys = np.array([key], dtype=np.uint64)
-    for part in parts:
-        keys = mix64((keys ^ part.astype(np.uint64)) + _GOLDEN)
-    return keys
-
-
-def permute(positions: np.ndarray, *, num_samples: int, key: int) -> np.ndarray:
-    """The images of ``positions`` under the permutation of ``[0, num_samples)`` that ``key`` names.
-
-    Args:
-        positions: int64 (n,), each in ``[0, num_samples)``.
-
-    Returns:
-        int64 (n,).
-    """
-    half_bits = max(1, (max(1, num_samples - 1).bit_length() + 1) // 2)
-    round_keys = mix64(
-        np.uint64(key) + np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    )
-    result = _feistel(positions.astype(np.uint64), half_bits, round_keys)
-    outside = np.flatnonzero(result >= num_samples)
-    while outside.size:  # walk each cycle until it is back inside; at most 4 rounds on average
-        result[outside] = _feistel(result[outside], half_bits, round_keys)
-        outside = outside[result[outside] >= num_samples]
-    return result.astype(np.int64)
-
-
-def permute_each(values: np.ndarray, *, sizes: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """The image of each value under a permutation of its own: of ``[0, size)``, named by its key.
-
-    This Feistel network adds within a rectangle that just holds the range (Black & Rogaway's
-    generalised one) instead of a square with a power of two on its side, so hardly any value has to
-    walk: two of these cost no more than one of ``permute``.
-
-    Args:
-        values, sizes: int64 (n,), each value in ``[0, size)``.
-        keys: uint64 (n,).
-
-    Returns:
-        int64 (n,).
-    """
-    limits = sizes.astype(np.uint64)
-    width = np.ceil(np.sqrt(limits)).astype(np.uint64)
-    height = (limits + width - np.uint64(1)) // width
-    rounds = np.arange(1, _ROUNDS + 1, dtype=np.uint64)[:, None]
-    round_keys = mix64(keys + rounds * _GOLDEN)
-    result = values.astype(np.uint64)
-    todo = np.arange(len(result))
-    while todo.size:
-        result[todo] = _add_rounds(result[todo], width[todo], height[todo], round_keys[:, todo])
-        todo = todo[result[todo] >= limits[todo]]
-    return result.astype(np.int64)
-
-
-@dataclass(frozen=True, eq=False)
-class TrainingStream(ABC):
-    """Which sample is at which position, over a split's shards. Its epochs are as many positions
-    as there are samples.
-
-    Args:
-        shard_sizes: int64 (num_shards,), samples of each shard, which the index holds in order.
-    """
-
-    shard_sizes: np.ndarray
-    seed: int
-
-    @property
-    def num_samples(self) -> int:
-        return int(self._first_of_shard[-1])
-
-    @abstractmethod
-    def samples_at(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The stream's ``count`` positions from ``first`` on.
-
-        Returns:
-            samples, and how often each came before this position, each int64 (count,).
-        """
-
-    @abstractmethod
-    def most_shards_at_once(self) -> int:
-        """How many shards a cache must hold so that none is fetched twice an epoch."""
-
-    def shards_of(self, samples: np.ndarray) -> np.ndarray:
-        """The shard, int64 (n,), that holds each of ``samples``."""
-        return np.searchsorted(self._first_of_shard, samples, side="right") - 1
-
-    def shards_ahead(self, position: int) -> Iterator[int]:
-        """Every shard once, in the order in which the stream from ``position`` on needs them; the
-        rarest, which a long look did not meet, last and by number."""
-        seen = self.shard_sizes == 0
-        count = min(_LOOKAHEAD, self.num_samples)
-        looks = 0
-        while not seen.all() and looks < self._most_looks:
-            looks += 1
-            shards = self.shards_of(self.samples_at(position, count)[0])
-            shards, first_seen = np.unique(shards, return_index=True)
-            shards = shards[np.argsort(first_seen)]
-            yield from shards[~seen[shards]].tolist()
-            seen[shards] = True
-            position = self._next_unseen(position + count, seen)
-        yield from np.flatnonzero(~seen).tolist()
-
-    @cached_property
-    def _first_of_shard(self) -> np.ndarray:
-        return np.concatenate([[0], np.cumsum(self.shard_sizes, dtype=np.int64)])
-
-    @property
-    def _most_looks(self) -> float:
-        return _MOST_LOOKS
-
-    def _next_unseen(self, position: int, seen: np.ndarray) -> int:
-        """``position``, or a later one up to which the stream needs only shards that were seen."""
-        return position
 
 
 @dataclass(frozen=True, eq=False)
@@ -304,22 +157,3 @@ def _permute_pieces(positions: np.ndarray, bounds: np.ndarray, key: int) -> np.n
     first = bounds[pieces]
     keys = mix64(np.uint64(key) + pieces.astype(np.uint64) * _GOLDEN)
     return first + permute_each(positions - first, sizes=bounds[pieces + 1] - first, keys=keys)
-
-
-def _add_rounds(
-    value: np.ndarray, width: np.ndarray, height: np.ndarray, round_keys: np.ndarray
-) -> np.ndarray:
-    column, row = np.divmod(value, height)
-    for i in range(0, _ROUNDS, 2):
-        # 63 bits, so that no sum overflows: modulo 2^64 it would not be one to one
-        column = (column + (mix64(row + round_keys[i]) >> np.uint64(1))) % width
-        row = (row + (mix64(column + round_keys[i + 1]) >> np.uint64(1))) % height
-    return column * height + row
-
-
-def _feistel(value: np.ndarray, half_bits: int, round_keys: np.ndarray) -> np.ndarray:
-    mask, shift = np.uint64((1 << half_bits) - 1), np.uint64(half_bits)
-    left, right = value >> shift, value & mask
-    for round_key in round_keys:
-        left, right = right, left ^ (mix64(right + round_key) & mask)
-    return (left << shift) | right

@@ -7,8 +7,8 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from rtl_dist.core.errors import DataError, UserError
+from rtl_dist.core.text import shorten
 from rtl_dist.prepare.indexing.labels import Value
-from rtl_dist.prepare.sources.items import shorten
 
 _MAX_CLASSES = 1_000_000
 

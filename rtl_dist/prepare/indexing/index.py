@@ -40,7 +40,7 @@ from rtl_dist.prepare.indexing.publish import check_place, describe_split, descr
 from rtl_dist.prepare.indexing.samples import IMAGE_KINDS
 from rtl_dist.prepare.indexing.scan import Chosen, ShardJob, ShardScan, scan_shard
 from rtl_dist.prepare.packing.plan import PackOptions
-from rtl_dist.prepare.sources.items import SPLIT_ORDER, TRAIN, VAL, check_classes_in_splits
+from rtl_dist.prepare.splits import SPLIT_ORDER, TRAIN, VAL, check_classes_in_splits
 
 _LEFT_OUT_SHOWN = 10
 # Starting processes costs about as much as reading this many bytes of shards on one core.

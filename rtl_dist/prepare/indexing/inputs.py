@@ -12,8 +12,9 @@ from math import prod
 from pathlib import Path, PurePosixPath
 
 from rtl_dist.core.errors import DataError, UserError
+from rtl_dist.core.text import shorten
 from rtl_dist.core.urls import is_url, secret_in
-from rtl_dist.prepare.sources.items import SPLIT_OF, SPLIT_ORDER, TRAIN, shorten
+from rtl_dist.prepare.splits import SPLIT_OF, SPLIT_ORDER, TRAIN
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 _MAX_SHARDS = 1_000_000

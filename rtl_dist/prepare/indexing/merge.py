@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rtl_dist.core.errors import DataError, UserError
-from rtl_dist.data.format.dataset import MULTI_LABEL, SINGLE_LABEL
+from rtl_dist.core.tasks import MULTI_LABEL, SINGLE_LABEL
+from rtl_dist.core.text import shorten
+from rtl_dist.prepare.holdout import with_val
 from rtl_dist.prepare.indexing.classes import all_values, number_classes
 from rtl_dist.prepare.indexing.inputs import InputShard
 from rtl_dist.prepare.indexing.labels import Value
 from rtl_dist.prepare.indexing.samples import LABEL_EXTENSIONS
 from rtl_dist.prepare.indexing.scan import Chosen, ShardScan
-from rtl_dist.prepare.packing.plan import with_val
-from rtl_dist.prepare.sources.items import TRAIN, VAL, Item, Source, shorten
+from rtl_dist.prepare.sources.items import Item, Source
+from rtl_dist.prepare.splits import TRAIN, VAL
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -14,20 +14,19 @@ from typing import Any
 import numpy as np
 
 from rtl_dist.core.errors import DataError, UserError
+from rtl_dist.core.tasks import MULTI_LABEL
 from rtl_dist.core.urls import is_url
 from rtl_dist.data.format.dataset import (
     DESCRIPTION,
     FORMAT,
     INDEX_FOLDER,
     INDEXER_KEY,
-    MULTI_LABEL,
     PACKER_KEY,
     fingerprint_of,
 )
 from rtl_dist.prepare.indexing.merge import Labelling, LeftOutSample
 from rtl_dist.prepare.indexing.scan import ShardScan
-from rtl_dist.prepare.packing.publish import npy_bytes
-from rtl_dist.prepare.packing.work import LEFT_OUT_FILE, WORK_FOLDER, locked, publishing
+from rtl_dist.prepare.publish import LEFT_OUT_FILE, WORK_FOLDER, locked, npy_bytes, publishing
 
 
 def check_place(out: Path, overwrite: bool) -> list[Path]:

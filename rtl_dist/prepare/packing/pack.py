@@ -16,12 +16,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rtl_dist.core.errors import UserError
+from rtl_dist.core.text import shorten
 from rtl_dist.prepare.packing.plan import PackOptions, Plan, make_plan
 from rtl_dist.prepare.packing.publish import PackedSplit, gather_split, publish
 from rtl_dist.prepare.packing.shard import write_shards
-from rtl_dist.prepare.packing.work import check_unfinished, claim, locked, release
+from rtl_dist.prepare.packing.work import check_unfinished, claim, release
+from rtl_dist.prepare.publish import locked
 from rtl_dist.prepare.sources import LeftOut, is_path, open_source
-from rtl_dist.prepare.sources.items import check_classes_in_splits, shorten
+from rtl_dist.prepare.splits import check_classes_in_splits
 
 _LEFT_OUT_SHOWN = 10
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import PIL
 
 from rtl_dist.core.errors import UserError
-from rtl_dist.data.format.dataset import DESCRIPTION, FORMAT, INDEX_FOLDER, SINGLE_LABEL
-from rtl_dist.prepare.packing.work import LEFT_OUT_FILE
-from rtl_dist.prepare.sources.items import TRAIN, VAL, Item, Source, scatter_key
+from rtl_dist.data.format.dataset import DESCRIPTION, FORMAT, INDEX_FOLDER
+from rtl_dist.prepare.holdout import with_val
+from rtl_dist.prepare.publish import LEFT_OUT_FILE
+from rtl_dist.prepare.sources.items import Item, Source
+from rtl_dist.prepare.splits import scatter_key
 
 # Raised when the same options would give other bytes than before, so that old work is not reused.
 _PLAN_VERSION = 1
@@ -116,47 +117,3 @@ def make_plan(source: Source, options: PackOptions) -> Plan:
 def _shuffled(split: str, items: Sequence[Item]) -> list[Item]:
     """A fixed pseudo-random order: class-sorted sources must come out mixed."""
     return sorted(items, key=lambda item: scatter_key(f"order {split}", item.name))
-
-
-def with_val(source: Source, fraction: float) -> list[Item]:
-    """The items with a part of train made val: of each class, or of each set of labels."""
-    if VAL in source.splits:
-        raise UserError(
-            "--val-fraction was given, but the source already has a val split: leave the option"
-            " out, or move the source's val images into train"
-        )
-    train = [item for item in source.items if item.split == TRAIN]
-    if not train:
-        raise UserError("--val-fraction was given, but the source has no train split to take from")
-    train.sort(key=lambda item: scatter_key("val", item.name))
-    chosen = (_val_single_label if source.task == SINGLE_LABEL else _val_multi_label)(
-        train, fraction
-    )
-    return [
-        replace(item, split=VAL) if item.split == TRAIN and item.name in chosen else item
-        for item in source.items
-    ]
-
-
-def _val_single_label(train: list[Item], fraction: float) -> set[str]:
-    """Of each class the nearest whole number, at least one but never all."""
-    by_class = defaultdict(list)
-    for item in train:
-        by_class[item.labels].append(item.name)
-    return {
-        name
-        for names in by_class.values()
-        for name in names[: min(max(1, round(len(names) * fraction)), len(names) - 1)]
-    }
-
-
-def _val_multi_label(train: list[Item], fraction: float) -> set[str]:
-    """Every so-many-th of the items sorted by label set, the rarest sets together.
-
-    Label sets are many and mostly small: rounding within each would take none of the small ones.
-    """
-    frequency = Counter(item.labels for item in train)
-    ordered = sorted(train, key=lambda item: (-frequency[item.labels], item.labels))
-    return {
-        item.name for i, item in enumerate(ordered) if int((i + 1) * fraction) > int(i * fraction)
-    }

@@ -13,23 +13,20 @@ from typing import Any
 import numpy as np
 
 from rtl_dist.core.errors import DataError
+from rtl_dist.core.tasks import MULTI_LABEL
+from rtl_dist.core.text import shorten
 from rtl_dist.data.format.dataset import (
     DESCRIPTION,
     FORMAT,
     INDEX_FOLDER,
-    MULTI_LABEL,
     PACKER_KEY,
     fingerprint_of,
 )
 from rtl_dist.data.format.split import INDEX_DTYPE
 from rtl_dist.prepare.packing.plan import Plan, ShardPlan
-from rtl_dist.prepare.packing.work import (
-    LEFT_OUT_FILE,
-    ShardRecord,
-    publishing,
-    read_record,
-)
-from rtl_dist.prepare.sources.items import LeftOut, shorten
+from rtl_dist.prepare.packing.work import ShardRecord, read_record
+from rtl_dist.prepare.publish import LEFT_OUT_FILE, npy_bytes, publishing
+from rtl_dist.prepare.sources.items import LeftOut
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,9 +136,3 @@ def _fill(
             if matrix is not None:
                 matrix[row, list(labels)] = 1
             row += 1
-
-
-def npy_bytes(array: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.lib.format.write_array(file, array, version=(1, 0), allow_pickle=False)
-    return file.getvalue()

@@ -18,12 +18,13 @@ import numpy as np
 
 from rtl_dist.core.errors import DataError, RtlDistError
 from rtl_dist.core.processes import map_in_order, num_workers
-from rtl_dist.data.format.dataset import MULTI_LABEL
+from rtl_dist.core.tasks import MULTI_LABEL
 from rtl_dist.data.format.tar import TarWriter
 from rtl_dist.data.images.foreign import suffix_of
 from rtl_dist.prepare.images import MAX_FILE_BYTES, checked_image
 from rtl_dist.prepare.packing.plan import Plan, ShardPlan
-from rtl_dist.prepare.packing.work import ShardRecord, is_finished, publishing, record_shard
+from rtl_dist.prepare.packing.work import ShardRecord, is_finished, record_shard
+from rtl_dist.prepare.publish import publishing
 from rtl_dist.prepare.sources.items import Item
 
 _MAX_KEY = 80

@@ -8,23 +8,16 @@ fsynced and renamed. The folder disappears when the data set is complete, after 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from rtl_dist.core.errors import UserError
-from rtl_dist.core.files import flush_to_disk, sha256_of
+from rtl_dist.core.files import sha256_of
 from rtl_dist.data.format.dataset import DESCRIPTION, INDEX_FOLDER, PACKER_KEY
-
-WORK_FOLDER = ".pack"
-LEFT_OUT_FILE = "left_out.csv"
-
-_PLAN, _LOCK = "plan.json", "lock"
+from rtl_dist.prepare.publish import _LOCK, _PLAN, LEFT_OUT_FILE, WORK_FOLDER, publishing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,33 +33,6 @@ class ShardRecord:
     sha256: str
     rows: list[tuple[int, int, int, int]]
     left_out: list[tuple[str, str]]
-
-
-@contextlib.contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Holds OUT for this process. Raises UserError: another pack is writing there."""
-    work = out / WORK_FOLDER
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = open(work / _LOCK, "ab")  # noqa: SIM115 (held, not read)
-    except OSError as error:
-        raise UserError(f"cannot write into {out}: {error.strerror}; choose another OUT") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another pack is writing {out}: wait for it, or choose another OUT"
-            ) from None
-        except OSError:  # a file system without locks: nothing to be done
-            pass
-        try:
-            yield
-        finally:
-            if not (work / _PLAN).exists():  # OUT was refused: leave no trace in it
-                with contextlib.suppress(OSError):
-                    (work / _LOCK).unlink()
-                    work.rmdir()
 
 
 def check_unfinished(out: Path) -> None:
@@ -130,26 +96,6 @@ def record_shard(out: Path, record: ShardRecord) -> None:
     """Writes the sidecar. To be called before the shard gets its final name."""
     with publishing(out, _sidecar(out, record.path)) as file:
         file.write(json.dumps(asdict(record)).encode())
-
-
-@contextlib.contextmanager
-def publishing(out: Path, final: Path) -> Iterator[BinaryIO]:
-    """A file that appears at ``final`` whole and on disk, or not at all.
-
-    It is written in the work folder, under a name of this process.
-    """
-    temporary = out / WORK_FOLDER / f"{final.name}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    final.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(temporary, final)
-    flush_to_disk(final.parent)
 
 
 def _already_finished(out: Path) -> UserError:

@@ -13,17 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rtl_dist.core.errors import DataError
-from rtl_dist.data.format.dataset import MULTI_LABEL
-from rtl_dist.prepare.sources.items import (
-    SPLIT_OF,
-    SPLIT_ORDER,
-    TRAIN,
-    Item,
-    Source,
-    check_labels,
-    shorten,
-    single_label_source,
-)
+from rtl_dist.core.tasks import MULTI_LABEL
+from rtl_dist.core.text import shorten
+from rtl_dist.prepare.sources.items import Item, Source, check_labels, single_label_source
+from rtl_dist.prepare.splits import SPLIT_OF, SPLIT_ORDER, TRAIN
 
 FILE, SPLIT = "file", "split"
 

@@ -7,15 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rtl_dist.prepare.sources.items import (
-    TEST,
-    TRAIN,
-    VAL,
-    Item,
-    Source,
-    scatter_key,
-    single_label_source,
-)
+from rtl_dist.prepare.sources.items import Item, Source, single_label_source
+from rtl_dist.prepare.splits import TEST, TRAIN, VAL, scatter_key
 
 _TRAIN_PART, _VAL_PART = 0.70, 0.15  # the rest is test
 

@@ -9,14 +9,12 @@ from pathlib import Path
 from rtl_dist.core.errors import DataError
 from rtl_dist.prepare.sources.items import (
     IMAGE_SUFFIXES,
-    SPLIT_OF,
-    SPLIT_ORDER,
-    TRAIN,
     Item,
     LeftOut,
     Source,
     single_label_source,
 )
+from rtl_dist.prepare.splits import SPLIT_OF, SPLIT_ORDER, TRAIN
 
 # Files that systems leave behind, besides those whose names begin with a dot.
 _SYSTEM_FILES = {"thumbs.db", "desktop.ini", "__macosx", "$recycle.bin", "lost+found"}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import zlib
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -14,16 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from rtl_dist.core.errors import DataError, UserError
-from rtl_dist.data.format.dataset import SINGLE_LABEL
-
-TRAIN, VAL, TEST = "train", "val", "test"
-SPLIT_ORDER = (TRAIN, VAL, TEST)
-# The names under which people keep their splits, in lower case.
-SPLIT_OF = {"train": TRAIN, "val": VAL, "valid": VAL, "validation": VAL, "test": TEST}
+from rtl_dist.core.tasks import SINGLE_LABEL
+from rtl_dist.core.text import shorten
+from rtl_dist.prepare.splits import SPLIT_ORDER
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic")
-
-_MOST_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,15 +105,6 @@ def single_label_source(
     )
 
 
-def scatter_key(salt: str, name: str) -> bytes:
-    """Sorting by this puts names in a fixed pseudo-random order, another for each salt.
-
-    A hash, not a seeded generator: the order depends neither on NumPy's version nor on how many
-    other names there are, nor on the order in which the file system lists them.
-    """
-    return hashlib.sha256(f"{salt}\0{name}".encode("utf-8", "surrogateescape")).digest()
-
-
 def check_labels(labels: Sequence[str], known: Sequence[str], what: str) -> tuple[str, ...]:
     """``labels`` as a tuple. Raises UserError: one of them is unknown or is given twice."""
     for label in labels:
@@ -131,35 +115,3 @@ def check_labels(labels: Sequence[str], known: Sequence[str], what: str) -> tupl
         if list(labels).count(label) > 1:
             raise UserError(f"--labels names {label!r} twice; name each {what} once")
     return tuple(labels)
-
-
-def check_classes_in_splits(
-    classes: Sequence[str], counts: dict[str, Counter[int]], after: str = ""
-) -> None:
-    """Every class must have a sample in every split.
-
-    ``counts`` maps each split to its samples a class number; ``after`` is put behind the message.
-
-    Raises:
-        DataError: names the first such class, its split, how many more there are, and the cure.
-    """
-    missing = [
-        (name, split)
-        for split, count in counts.items()
-        for i, name in enumerate(classes)
-        if not count[i]
-    ]
-    if missing:
-        name, split = missing[0]
-        others = [f"{name!r} in {split}" for name, split in missing[1:]]
-        also = f" (and so have {shorten(others)})" if others else ""
-        raise DataError(
-            f"class {name!r} has no image in split {split!r}{also}{after}; add images of it there,"
-            " or give --allow-missing-classes"
-        )
-
-
-def shorten(names: list[str]) -> str:
-    """The first few names and how many more there are, for an error message."""
-    shown = ", ".join(names[:_MOST_SHOWN])
-    return shown if len(names) <= _MOST_SHOWN else f"{shown} and {len(names) - _MOST_SHOWN} more"

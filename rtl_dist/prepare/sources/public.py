@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from rtl_dist.core.errors import DataError, UserError
-from rtl_dist.prepare.sources.items import TEST, TRAIN, VAL, Item, Source, single_label_source
+from rtl_dist.prepare.sources.items import Item, Source, single_label_source
+from rtl_dist.prepare.splits import TEST, TRAIN, VAL
 
 _Splits = dict[str, dict[str, Any]]
 _BY_FLAG: _Splits = {TRAIN: {"train": True}, TEST: {"train": False}}

@@ -10,7 +10,8 @@ import numpy as np
 
 from rtl_dist.core.errors import DataError, RtlDistError
 from rtl_dist.core.files import sha256_of
-from rtl_dist.data.format.dataset import INDEX_FOLDER, LOAD_ERRORS, MULTI_LABEL, Dataset
+from rtl_dist.core.tasks import MULTI_LABEL
+from rtl_dist.data.format.dataset import INDEX_FOLDER, LOAD_ERRORS, Dataset
 from rtl_dist.data.format.split import INDEX_DTYPE, Split
 from rtl_dist.data.storage.shard_files import Shards
 from rtl_dist.prepare.verifying.findings import Damage, DamageList

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rtl_dist.data.format.dataset import MULTI_LABEL
+from rtl_dist.core.tasks import MULTI_LABEL
 from rtl_dist.prepare.verifying.duplicates import Kind
 from rtl_dist.prepare.verifying.findings import KINDS
 from rtl_dist.prepare.verifying.sizes import EXTREME_ASPECT, SMALL_SIDE

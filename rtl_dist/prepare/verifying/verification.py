@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from rtl_dist.core.errors import DataError
-from rtl_dist.data.format.dataset import MULTI_LABEL, Dataset
+from rtl_dist.core.tasks import MULTI_LABEL
+from rtl_dist.data.format.dataset import Dataset
 from rtl_dist.prepare.verifying.duplicates import Duplicates, Group, Kind
 from rtl_dist.prepare.verifying.findings import Damage, DamageList
 from rtl_dist.prepare.verifying.sizes import SizeTable

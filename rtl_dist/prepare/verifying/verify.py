@@ -22,8 +22,9 @@ from tqdm import tqdm
 from rtl_dist.core.errors import RtlDistError, UserError
 from rtl_dist.core.files import write_json
 from rtl_dist.core.processes import map_in_order, num_workers
+from rtl_dist.core.tasks import MULTI_LABEL
 from rtl_dist.core.urls import is_url
-from rtl_dist.data.format.dataset import MULTI_LABEL, Dataset, open_dataset
+from rtl_dist.data.format.dataset import Dataset, open_dataset
 from rtl_dist.data.storage.shard_files import Shards
 from rtl_dist.prepare.verifying.duplicates import Digests, Duplicates, find_duplicates
 from rtl_dist.prepare.verifying.findings import DamageList

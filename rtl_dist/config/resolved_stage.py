@@ -1,0 +1,110 @@
+"""A stage with the run's defaults filled in, and its place in the run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from fractions import Fraction
+from typing import Literal
+
+from rtl_dist.config.schema import Config
+from rtl_dist.config.stage import AugmentConfig, EarlyStopConfig, StageConfig
+
+_PLATEAU_PATIENCE = 2  # evaluations
+
+
+@dataclass(frozen=True)
+class StageSpan:
+    """The steps ``[first_step, end_step)`` of one stage."""
+
+    first_step: int
+    end_step: int
+
+    @property
+    def num_steps(self) -> int:
+        return self.end_step - self.first_step
+
+
+def stage_spans(
+    epochs: list[float | None], steps: list[int | None], *, num_samples: int, global_batch_size: int
+) -> list[StageSpan]:
+    """Lays the stages end to end over one stream of samples.
+
+    A stage measured in epochs ends at the first step by which its samples have all been seen: the
+    tail of an epoch shares a batch with the head of the next, so nothing is dropped or padded.
+
+    Args:
+        epochs: per stage, its length in epochs, or None where ``steps`` says.
+        steps: per stage, its length in steps, or None where ``epochs`` says.
+    """
+    spans, first, samples = [], 0, Fraction(0)
+    for stage_epochs, stage_steps in zip(epochs, steps, strict=True):
+        if stage_epochs is not None:
+            samples += Fraction(str(stage_epochs)) * num_samples
+            end = max(first + 1, math.ceil(samples / global_batch_size))
+        else:
+            assert stage_steps is not None
+            end = first + stage_steps
+            samples = Fraction(end * global_batch_size)
+        spans.append(StageSpan(first, end))
+        first = end
+    return spans
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedStage(StageConfig):
+    """One stage as it is trained: what its config leaves to the run's own sections is filled in."""
+
+    span: StageSpan
+    """Its steps, counted over the whole run."""
+    image_size: int
+    """Side of the square that it trains on, in pixels."""
+    augment: AugmentConfig
+    early_stop: EarlyStopConfig
+    """With the patience that counts: a plateau has one in any case; null: none."""
+    schedule: Literal["cosine", "linear", "constant"]
+    warmup: float
+    """Below 1 a fraction of the stage, from 1 a number of steps."""
+
+    @property
+    def patience(self) -> int | None:
+        """Evaluations without a better one after which the stage ends; None: it does not."""
+        return self.early_stop.patience
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps; the most, if it may end early."""
+        return self.span.num_steps
+
+
+def resolve_stage(stage: StageConfig, config: Config, span: StageSpan) -> ResolvedStage:
+    """A stage of ``config`` with all that it leaves open filled in."""
+    early_stop = stage.early_stop or config.early_stop
+    is_plateau = stage.until == "plateau"
+    if is_plateau and early_stop.patience is None:
+        early_stop = replace(early_stop, patience=_PLATEAU_PATIENCE)
+    return ResolvedStage(
+        **{f.name: getattr(stage, f.name) for f in fields(StageConfig)}
+        | {
+            "span": span,
+            "image_size": stage.image_size or config.data.image_size,
+            "augment": stage.augment or config.augment,
+            "early_stop": early_stop,
+            # the end that a falling rate falls towards is not known before
+            "schedule": "constant" if is_plateau else stage.schedule or config.optim.schedule,
+            "warmup": config.optim.warmup if stage.warmup is None else stage.warmup,
+        }
+    )
+
+
+def resolve_stages(config: Config, *, num_samples: int) -> list[ResolvedStage]:
+    """The stages of a run over ``num_samples`` training samples, laid end to end."""
+    spans = stage_spans(
+        [stage.epochs for stage in config.stages],
+        [stage.steps for stage in config.stages],
+        num_samples=num_samples,
+        global_batch_size=config.batch.global_,
+    )
+    return [
+        resolve_stage(stage, config, span) for stage, span in zip(config.stages, spans, strict=True)
+    ]

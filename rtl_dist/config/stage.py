@@ -1,0 +1,155 @@
+"""A stage as a config writes it, and the sections that a stage may have of its own."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+
+def check(condition: bool, message: str) -> None:
+    """Raises ValueError: ``message``, which starts with the key's name."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_fraction(section: object, *names: str) -> None:
+    """Raises ValueError: one of these keys of a section lies outside of 0 to 1."""
+    for name in names:
+        value = getattr(section, name)
+        check(0 <= value <= 1, f"{name}: must lie in 0 to 1, not {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    crop_scale: tuple[float, float] = (0.35, 1.0)
+    """RandomResizedCrop: area of the crop as a fraction of the image's."""
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3)
+    """RandomResizedCrop: width over height of the crop."""
+    hflip: float = 0.5
+    """Probability of a left-right flip."""
+    vflip: float = 0.0
+    """Probability of an upside-down flip."""
+    rotation: float = 0.0
+    """Rotation by up to this many degrees either way."""
+    color_jitter: float = 0.0
+    """Strength of brightness, contrast and saturation changes (torchvision ColorJitter)."""
+    randaugment: int | None = None
+    """RandAugment magnitude, 0 to 30, with 2 operations (arXiv 1909.13719)."""
+    erasing: float = 0.0
+    """Probability of erasing a rectangle (arXiv 1708.04896)."""
+    mixup: float = 0.0
+    """Alpha of mixup (arXiv 1710.09412); one draw a microbatch."""
+    cutmix: float = 0.0
+    """Alpha of CutMix (arXiv 1905.04899). With mixup too, each microbatch draws one of them."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a microbatch are mixed with each other."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def __post_init__(self) -> None:
+        check_fraction(self, "hflip", "vflip", "erasing")
+        low, high = self.crop_scale
+        check(0 < low <= high <= 1, f"crop_scale: must be 0 < low <= high <= 1, not {[low, high]}")
+        low, high = self.crop_ratio
+        check(0 < low <= high, f"crop_ratio: must be 0 < low <= high, not {[low, high]}")
+        for name in ("rotation", "color_jitter", "mixup", "cutmix"):
+            check(getattr(self, name) >= 0, f"{name}: must be at least 0")
+        check(
+            self.randaugment is None or 0 <= self.randaugment <= 30,
+            f"randaugment: must be null or 0 to 30, not {self.randaugment}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyStopConfig:
+    metric: str = "auto"
+    """What best means: val/loss or one of the val/ metrics. auto: val/top1, or val/map for
+    multi-label data."""
+    patience: int | None = None
+    """End a stage after this many evaluations of it without a better one; null: never. A stage with
+    patience hands the weights of its best evaluation on, whichever way it ended."""
+
+    def __post_init__(self) -> None:
+        known = (
+            "auto",
+            "val/top1",
+            "val/top5",
+            "val/macro_f1",
+            "val/loss",
+            "val/map",
+            "val/micro_f1",
+            "val/exact_match",
+        )
+        check(self.metric in known, f"metric: must be one of {', '.join(known)}")
+        check(self.patience is None or self.patience >= 1, "patience: must be positive or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    name: str
+    """Names the stage in metrics, plots and checkpoints."""
+    epochs: float | None = None
+    """Length in epochs; may be a fraction. Or ``steps``."""
+    steps: int | None = None
+    """Length in optimizer steps. Or ``epochs``."""
+    until: Literal["end", "plateau"] = "end"
+    """end: the stage takes its whole length. plateau: it ends once ``early_stop.patience``
+    evaluations (2, where that is null) brought nothing better, and its length is the most it may
+    take; as its end is not known before, the rate then stays constant after warm-up."""
+    trainable: str | list[str] = "all"
+    """head, all, or a part of the model or a list of them, such as [layer4, head]; ``layer3+``
+    means a part and all above it. All else is frozen."""
+    lr: float | Literal["auto"]
+    """Learning rate of the head at the end of warm-up; deeper parts by ``layer_decay``. auto: found
+    by a range test on the stage's own first steps, which then are taken back."""
+    layer_decay: float = 1.0
+    """Each part further from the head learns at this factor of the one above it."""
+    batchnorm: Literal["frozen", "stats", "train"] = "frozen"
+    """BatchNorm within the trainable parts. frozen: running statistics used and held, affine held.
+    stats: statistics follow the data, affine held. train: both learn."""
+    schedule: Literal["cosine", "linear", "constant"] | None = None
+    """Of this stage; null: ``optim.schedule``, or constant under ``until: plateau``."""
+    warmup: float | None = None
+    """Of this stage; null: ``optim.warmup``."""
+    image_size: int | None = None
+    """Side of the square this stage trains on; null: ``data.image_size``, on which every stage is
+    evaluated."""
+    augment: AugmentConfig | None = None
+    """Keys of ``augment`` that are different in this stage; null: none."""
+    early_stop: EarlyStopConfig | None = None
+    """Keys of ``early_stop`` that are different in this stage; null: none."""
+    views: int | None = None
+    """Augmented views a sample cycles through; null: a new one every epoch."""
+    cache: Literal["auto", "off"] = "auto"
+    """Whether what the frozen parts below the first trained one make of an image is computed once a
+    view and kept on disk (see ``features``), where it fits and pays. Needs ``views``; the trained
+    weights are the same either way."""
+
+    def __post_init__(self) -> None:
+        check(
+            re.fullmatch(r"\w[\w.+ -]{0,63}", self.name) is not None,
+            f"name: letters, digits, - _ + . and spaces, up to 64 and not {self.name!r}: it also"
+            " names files",
+        )
+        check(
+            (self.epochs is None) != (self.steps is None),
+            "epochs: a stage has either epochs or steps",
+        )
+        check(self.epochs is None or self.epochs > 0, "epochs: must be positive")
+        check(self.steps is None or self.steps > 0, "steps: must be positive")
+        check(self.lr == "auto" or self.lr > 0, f"lr: must be positive or auto, not {self.lr}")
+        check(0 < self.layer_decay <= 1, "layer_decay: must lie in 0 to 1")
+        check(self.views is None or self.views > 0, "views: must be positive or null")
+        check(self.trainable != [], "trainable: must name at least one part")
+        check(self.warmup is None or self.warmup >= 0, "warmup: must be at least 0")
+        check(
+            self.image_size is None or self.image_size >= 8,
+            f"image_size: must be at least 8, not {self.image_size}",
+        )
+        check(
+            self.until == "end" or self.schedule in (None, "constant"),
+            f"schedule: {self.schedule} falls towards an end that until: plateau does not know;"
+            " leave it out",
+        )

@@ -1,0 +1,27 @@
+"""A learning-rate range test: its curve, its file, and what it suggests."""
+
+from __future__ import annotations
+
+FOLDER = "lr_finder"  # in the run folder: one file a stage
+_SMOOTHING = 0.8  # of the moving average of losses
+_NEAR = 1.05  # times the lowest smoothed loss: as good as that
+
+
+def smoothed(losses: list[float]) -> list[float]:
+    """Exponential moving average, corrected for its start."""
+    average, result = 0.0, []
+    for i, loss in enumerate(losses, start=1):
+        average = _SMOOTHING * average + (1 - _SMOOTHING) * loss
+        result.append(average / (1 - _SMOOTHING**i))
+    return result
+
+
+def suggest(rates: list[float], losses: list[float]) -> float | None:
+    """A tenth of the largest rate at which the smoothed loss is still near its lowest: the rule of
+    Howard & Gugger (2020, fastai's ``minimum``), made so that noise in a flat part does not matter.
+    None if the loss was a number at no rate."""
+    if not losses:
+        return None
+    values = smoothed(losses)
+    near = max(i for i, value in enumerate(values) if value <= _NEAR * min(values))
+    return rates[near] / 10

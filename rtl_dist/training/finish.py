@@ -1,0 +1,129 @@
+"""The end of a run: the test split, results.json, the report, the last word."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rtl_dist.config import Config
+from rtl_dist.core.files import sha256_of, write_json
+from rtl_dist.core.tasks import MULTI_LABEL
+from rtl_dist.data.format.dataset import Dataset, check_split
+from rtl_dist.distributed.runtime import Runtime
+from rtl_dist.evaluation.metrics import compute_metrics
+from rtl_dist.evaluation.scoring import predict_split
+from rtl_dist.model.folder import WEIGHTS, load_model
+from rtl_dist.model.freezing import digest
+from rtl_dist.records.checkpoint import load_newest_checkpoint
+from rtl_dist.records.identity import run_identity
+from rtl_dist.records.results import read_results, results_of
+from rtl_dist.training.run import Run
+
+LOG = logging.getLogger("rtl_dist")
+
+
+def already_done(config: Config, runtime: Runtime, folder: Path, dataset: Dataset) -> str | None:
+    """What to say of a run that this very config, resolved, has finished; None of any other."""
+
+    def look() -> str | None:
+        results = read_results(folder)
+        if results.get("status") != "done":
+            return None
+        snapshot = load_newest_checkpoint(folder)
+        if snapshot is None or snapshot.identity != run_identity(config, dataset):
+            return None
+        if not (folder / "report.html").exists():
+            _draw(folder, runtime)  # it was killed meanwhile
+        best = results.get("best")
+        reached = f" (best {best['metric']} {best['value']:.4f})" if best else ""
+        return f"{folder} is already done{reached}: nothing to do. See {folder}/report.html"
+
+    line: str | None = runtime.from_main(look)
+    return line
+
+
+def finish(run: Run) -> str:
+    """Evaluates the best weights on the test split, writes ``results.json``, draws the report.
+
+    Returns:
+        one line: what was reached and what to type next.
+    """
+    best = run.folder / "best"
+    run.wait_for_checkpoint()
+    # rank 0's final write of best/ must be there before the others read it
+    weights_sha256 = run.runtime.from_main(lambda: sha256_of(best / WEIGHTS))
+    test = _evaluate_test(run, best)
+    results = results_of(run.state, status="done", dataset_fingerprint=run.dataset.fingerprint) | {
+        "test": test,
+        "frozen_ok": True,  # a frozen weight that moved would have ended the run
+        "weights_sha256": digest(run.model.state_dict()),
+        "best_weights_sha256": weights_sha256,
+    }
+
+    def conclude() -> None:
+        run.tracker.flush()
+        write_json(run.folder / "results.json", results)
+        _draw(run.folder, run.runtime)
+
+    run.runtime.from_main(conclude)
+    return _last_word(run, test) if run.runtime.is_main else ""
+
+
+def _draw(folder: Path, runtime: Runtime) -> None:
+    from rtl_dist.report.run import draw_run
+
+    LOG.info("drawing plots and report.html")
+    with runtime.heartbeat.phase("drawing", open_ended=True):
+        draw_run(folder)
+
+
+def _evaluate_test(run: Run, best: Path) -> dict[str, float] | None:
+    name = run.config.data.test
+    if name is None or name not in run.dataset.split_names:
+        return None
+    model = load_model(best).model.to(
+        device=run.runtime.device, dtype=run.runtime.dtype, memory_format=torch.channels_last
+    )
+    split = run.runtime.on_every_rank(lambda: run.dataset.split(name))
+    run.runtime.from_main(lambda: check_split(run.dataset, split))
+    LOG.info("evaluating the best weights on %s", name)
+    heartbeat = run.runtime.heartbeat
+    with heartbeat.phase(f"evaluating {name}"):
+        predictions = predict_split(
+            model, run.dataset, split, runtime=run.runtime, workers=run.workers
+        )
+
+    def write() -> dict[str, float]:
+        from rtl_dist.report.evaluation import write_evaluation
+
+        assert predictions is not None
+        metrics = compute_metrics(predictions)
+        write_evaluation(
+            predictions,
+            run.folder / "evaluation" / name,
+            split=split,
+            metrics=metrics,
+            title=f"{run.folder.name}: {name}",
+        )
+        return metrics
+
+    with heartbeat.phase("drawing", open_ended=run.runtime.is_main):
+        metrics: dict[str, Any] = run.runtime.from_main(write)
+    return metrics | {"num_samples": split.num_samples}
+
+
+def _last_word(run: Run, test: dict[str, float] | None) -> str:
+    best, data = run.state.best, run.config.data
+    reached = (
+        "" if best is None else f"best {best.metric} {best.value:.4f} at epoch {best.epoch:.1f}"
+    )
+    if test is not None:
+        name = "map" if run.dataset.task == MULTI_LABEL else "top1"
+        reached += f", {data.test}/{name} {test[name]:.4f} on {test['num_samples']:,} images"
+    return (
+        f"done: {reached} in {run.state.elapsed_s:.0f} s. See {run.folder}/report.html; next:"
+        f" rtl-dist evaluate {run.folder} --data {data.path} --split {data.val}"
+    )

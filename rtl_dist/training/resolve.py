@@ -1,0 +1,74 @@
+"""A config with every auto made definite, checked against the data."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rtl_dist.config import Config, EarlyStopConfig
+from rtl_dist.core.errors import UserError
+from rtl_dist.core.tasks import MULTI_LABEL, SINGLE_LABEL
+from rtl_dist.data.format.dataset import Dataset
+from rtl_dist.distributed.runtime import Runtime
+from rtl_dist.training.memory import resolve_micro_batch_size
+
+_METRICS = {
+    SINGLE_LABEL: ("val/top1", "val/top5", "val/macro_f1", "val/loss"),
+    MULTI_LABEL: ("val/map", "val/micro_f1", "val/macro_f1", "val/exact_match", "val/loss"),
+}
+
+
+def resolve(config: Config, runtime: Runtime, dataset: Dataset) -> Config:
+    """The config with every auto that is part of the run's identity made definite.
+
+    Raises:
+        UserError: the processes, the metric or the mixing do not fit the data or the batch.
+    """
+    stages = [
+        stage
+        if stage.early_stop is None
+        else replace(
+            stage,
+            early_stop=_measured(stage.early_stop, dataset, f"stages.{stage.name}.early_stop"),
+        )
+        for stage in config.stages
+    ]
+    config = replace(
+        config,
+        precision=runtime.precision,
+        early_stop=_measured(config.early_stop, dataset, "early_stop"),
+        stages=stages,
+    )
+    if dataset.task == MULTI_LABEL:
+        _require_single_label_options_unused(config)
+    if config.batch.sync_batchnorm and runtime.device.type != "cuda":
+        raise UserError("batch.sync_batchnorm: torch has it for GPUs only; set it to false")
+    micro = resolve_micro_batch_size(config, runtime, num_classes=dataset.num_classes)
+    if config.batch.sync_batchnorm and micro * runtime.world_size != config.batch.global_:
+        raise UserError(
+            "batch.sync_batchnorm: takes one microbatch a process, whose layers wait for each"
+            f" other; set batch.micro={max(1, config.batch.global_ // runtime.world_size)}"
+        )
+    return replace(config, batch=replace(config.batch, micro=micro))
+
+
+def _measured(early_stop: EarlyStopConfig, dataset: Dataset, path: str) -> EarlyStopConfig:
+    metric = early_stop.metric
+    if metric == "auto":
+        metric = "val/map" if dataset.task == MULTI_LABEL else "val/top1"
+    if metric not in _METRICS[dataset.task]:
+        raise UserError(
+            f"{path}.metric: {metric} is not measured on {dataset.task} data; choose"
+            f" {', '.join(_METRICS[dataset.task])}"
+        )
+    return replace(early_stop, metric=metric)
+
+
+def _require_single_label_options_unused(config: Config) -> None:
+    for key in config.mixing_keys():
+        raise UserError(f"{key}: needs single-label data; set it to 0")
+    if config.data.sampling == "balanced":
+        raise UserError("data.sampling: balanced needs single-label data; leave it out")
+    if config.optim.logit_adjustment:
+        raise UserError("optim.logit_adjustment: needs single-label data; set it to 0")
+    if config.optim.loss == "cross_entropy":
+        raise UserError("optim.loss: cross_entropy needs single-label data; use bce or focal")
