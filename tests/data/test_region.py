@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 
 from rtl_dist.config import AugmentConfig
 from rtl_dist.data.images import augment as augment_module
-from rtl_dist.data import decode as decode_module
+from rtl_dist.data.images import decode as decode_module
 from rtl_dist.data.images import region
 from rtl_dist.data.images.augment import TrainTransform
 from rtl_dist.data.images.decode import decode
