@@ -108,9 +108,9 @@ def ours(task: Task) -> Step:
     trainer._batches.iterator = itertools.repeat(batch)
 
     def step() -> None:
-        trainer.step()
-        runtime.agree(bad_samples=0, failure=trainer.failure)
-        trainer.accept()
+        outcome = trainer.step()
+        runtime.agree(bad_samples=0, failure=outcome.failure)
+        trainer.accept(outcome)
 
     return step
 

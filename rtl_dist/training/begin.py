@@ -1,4 +1,4 @@
-"""The beginning and the end of a run: what ``fit`` needs is opened, results are written."""
+"""The beginning of a run: the data set, the weights, and all else that its stages need."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rtl_dist.config.resolved_stage import resolve_stages
 from rtl_dist.core.errors import DataError, RtlDistError, StopRequested
 from rtl_dist.core.files import write_json
 from rtl_dist.data.format.dataset import DESCRIPTION, Dataset, check_split, open_dataset
+from rtl_dist.data.format.split import Split
 from rtl_dist.data.loading.workers import resolve_workers
 from rtl_dist.distributed.runtime import Runtime, configure_logging
 from rtl_dist.evaluation.scoring import KeptImages
@@ -77,6 +78,72 @@ def open_run(
     Raises:
         UserError, DataError: on every rank, before anything is trained.
     """
+    train, val = _open_splits(config, runtime, dataset)
+    with runtime.heartbeat.phase("loading weights", open_ended=True):
+        restored = restore(folder, config, dataset, runtime)
+        model, origin = _initial_model(config, dataset, restored, dtype=runtime.dtype)
+    _check_stages(config, model)
+    average = _place_on_device(model, config, runtime, restored)
+    if restored is None and _has_metrics(folder):
+        LOG.warning(
+            "%s has metrics of an earlier start but no checkpoint: starting from the beginning,"
+            " they are replaced",
+            folder,
+        )
+    runtime.from_main(lambda: describe_run(folder, config, runtime))
+    _say_what_begins(config, runtime, dataset, origin, num_train=train.num_samples, val=val)
+    state = restored.state if restored else TrainState()
+    run = Run(
+        config=config,
+        runtime=runtime,
+        folder=folder,
+        dataset=dataset,
+        train=train,
+        val=val,
+        model=model,
+        average=average,
+        tracker=build_tracker(folder, config, state, runtime),
+        state=state,
+        stage_best=restored.stage_best if restored else {},
+        val_images=KeptImages(),
+        writer=CheckpointWriter(),
+        workers=resolve_workers(config.data.workers, local_world_size=runtime.local_world_size),
+    )
+    remaining = resolve_stages(config, num_samples=train.num_samples)[state.stage :]
+    with _left_in_order(run):
+        yield run, remaining, restored
+
+
+@contextmanager
+def _left_in_order(run: Run) -> Iterator[None]:
+    """However the block ends: requests to stop are acted on within it, what was being saved is on
+    the disk, and ``results.json`` says why a run did not come to its end."""
+    runtime = run.runtime
+    try:
+        with runtime.stops.deferred() if runtime.stops else nullcontext():
+            try:
+                yield
+            except StopRequested:
+                run.wait_for_checkpoint()
+                raise
+    except RtlDistError as error:
+        if runtime.is_main:
+            results = results_of(
+                run.state,
+                status="stopped" if isinstance(error, StopRequested) else "failed",
+                dataset_fingerprint=run.dataset.fingerprint,
+            )
+            with suppress(OSError):  # the disk may be what is wrong
+                write_json(run.folder / "results.json", results | {"reason": str(error)})
+        raise
+    finally:
+        with runtime.heartbeat.phase("saving", open_ended=runtime.is_main):
+            run.writer.join()
+        run.tracker.close()
+
+
+def _open_splits(config: Config, runtime: Runtime, dataset: Dataset) -> tuple[Split, Split]:
+    """The splits to train on and to evaluate, their files looked at."""
     with runtime.heartbeat.phase("opening the data set", open_ended=True):
         train, val = runtime.on_every_rank(
             lambda: (dataset.split(config.data.train), dataset.split(config.data.val))
@@ -87,11 +154,13 @@ def open_run(
     runtime.on_every_rank(
         lambda: train.files.require_room(training_order(train, config).most_shards_at_once())
     )
-    with runtime.heartbeat.phase("loading weights", open_ended=True):
-        restored = restore(folder, config, dataset, runtime)
-        model, origin = _initial_model(config, dataset, restored, dtype=runtime.dtype)
+    return train, val
+
+
+def _check_stages(config: Config, model: Classifier) -> None:
+    """Refuses a misspelt part now, not after hours; warns of stages that cannot learn well."""
     for stage in config.stages:
-        parts = trainable_parts(model, stage)  # a misspelt part is refused now, not after hours
+        parts = trainable_parts(model, stage)
         if config.model.weights == "none" and parts - {"head"} and stage.batchnorm != "train":
             LOG.warning(
                 "stage %s trains a network without weights under batchnorm: %s, which holds back"
@@ -99,26 +168,30 @@ def open_run(
                 stage.name,
                 stage.batchnorm,
             )
+
+
+def _place_on_device(
+    model: Classifier, config: Config, runtime: Runtime, restored: Snapshot | None
+) -> Average | None:
+    """Moves the model to the device; returns its average, if it is to have one."""
     if config.batch.sync_batchnorm:
         model.trunk = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model.trunk)
     model.to(device=runtime.device, dtype=runtime.dtype, memory_format=torch.channels_last)
     average = Average(model, config.optim.ema) if config.optim.ema else None
     if average and restored is not None:
         average.model.load_state_dict(restored.ema)
-    state = restored.state if restored else TrainState()
-    if restored is None and _has_metrics(folder):
-        LOG.warning(
-            "%s has metrics of an earlier start but no checkpoint: starting from the beginning,"
-            " they are replaced",
-            folder,
-        )
-    runtime.from_main(lambda: describe_run(folder, config, runtime))
+    return average
+
+
+def _say_what_begins(
+    config: Config, runtime: Runtime, dataset: Dataset, origin: str, *, num_train: int, val: Split
+) -> None:
     LOG.info(
         "%s: %s; %d classes, %s training and %s validation images; %d process(es), precision %s",
         config.model.name,
         origin,
         dataset.num_classes,
-        f"{train.num_samples:,}",
+        f"{num_train:,}",
         f"{val.num_samples:,}",
         runtime.world_size,
         runtime.precision,
@@ -130,42 +203,6 @@ def open_run(
             val.num_samples,
             100 / val.num_samples,
         )
-    tracker = build_tracker(folder, config, state, runtime)
-    run = Run(
-        config=config,
-        runtime=runtime,
-        folder=folder,
-        dataset=dataset,
-        train=train,
-        val=val,
-        model=model,
-        average=average,
-        tracker=tracker,
-        state=state,
-        stage_best=restored.stage_best if restored else {},
-        val_images=KeptImages(),
-        writer=CheckpointWriter(),
-        workers=resolve_workers(config.data.workers, local_world_size=runtime.local_world_size),
-    )
-    remaining = resolve_stages(config, num_samples=train.num_samples)[state.stage :]
-    try:
-        with runtime.stops.deferred() if runtime.stops else nullcontext():
-            try:
-                yield run, remaining, restored
-            except StopRequested:
-                run.wait_for_checkpoint()
-                raise
-    except RtlDistError as error:
-        if runtime.is_main:
-            status = "stopped" if isinstance(error, StopRequested) else "failed"
-            with suppress(OSError):  # the disk may be what is wrong
-                results = results_of(state, status=status, dataset_fingerprint=dataset.fingerprint)
-                write_json(folder / "results.json", results | {"reason": str(error)})
-        raise
-    finally:
-        with runtime.heartbeat.phase("saving", open_ended=runtime.is_main):
-            run.writer.join()
-        tracker.close()
 
 
 def _has_metrics(folder: Path) -> bool:

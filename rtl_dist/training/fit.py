@@ -71,13 +71,13 @@ def _train(
             total=stage.num_steps, done=done, what=stage.name, unit="step"
         ) as bar:
             while not boundary.at_stage_end:
-                trainer.step()
+                outcome = trainer.step()
                 try:
-                    boundary.cross()
+                    boundary.cross(outcome)
                 except OutOfMemory as error:
-                    boundary.fold_totals()
+                    trainer.fold_totals()
                     _halve_microbatch(run, error)
-                    return trainer.optimizer_state().on_host()
+                    return trainer.optimizer.state().on_host()
                 bar.update()
     finally:
         trainer.close()

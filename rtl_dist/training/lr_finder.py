@@ -75,11 +75,11 @@ def _measure(
     ):
         for number in range(_STEPS):
             rate = _LOWEST * math.exp(growth * number)
-            trainer.step(rate)
-            stop = trainer.was_abandoned
-            if stop or runtime.agree(bad_samples=0, failure=trainer.failure)[0]:
+            outcome = trainer.step(rate)
+            stop = outcome.abandoned
+            if stop or runtime.agree(bad_samples=0, failure=outcome.failure)[0]:
                 raise StopRequested("stopped while looking for a learning rate; start again")
-            trainer.accept()
+            trainer.accept(outcome)
             counts = trainer.totals.flush(runtime)
             loss = train_metrics(counts, task=run.dataset.task)["train/loss"]
             if non_finite(counts) or trainer.skipped.exact()[1]:

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from rtl_dist.config import Config
-from rtl_dist.core.intervals import Every, is_due
 from rtl_dist.data.format.dataset import Dataset
 from rtl_dist.data.format.split import Split
 from rtl_dist.distributed.runtime import Runtime
@@ -25,19 +24,28 @@ class Run:
     """A run under way: its parts, opened, and how far it has come."""
 
     config: Config
+    """Resolved: nothing in it is ``auto`` that is part of the run's identity."""
     runtime: Runtime
     folder: Path
+    """The run folder, ``run.dir``."""
     dataset: Dataset
     train: Split
     val: Split
     model: Classifier
+    """As it is trained, on this rank's device."""
     average: Average | None
+    """Of the model's weights; None unless ``optim.ema``."""
     tracker: Tracker
     state: TrainState
+    """How far the run has come; the same on every rank."""
     stage_best: dict[str, torch.Tensor]
+    """Weights of the best evaluation of a stage with patience, on the host, by ``model/<name>`` and
+    ``ema/<name>``; empty where there are none."""
     val_images: KeptImages
+    """The val split as evaluations look at it, kept by the first one."""
     writer: CheckpointWriter
     workers: int
+    """Loader processes of this rank."""
 
     @property
     def micro_batch_size(self) -> int:
@@ -51,6 +59,7 @@ class Run:
 
     @property
     def epoch(self) -> float:
+        """How many epochs of samples were trained on so far."""
         return self.state.samples_seen / self.train.num_samples
 
     def wait_for_checkpoint(self) -> None:
@@ -81,12 +90,3 @@ class Run:
                     if name.startswith(prefix)
                 }
             )
-
-    def is_due(self, every: Every, last: int) -> bool:
-        return is_due(
-            self.state.step,
-            every,
-            last=last,
-            num_samples=self.train.num_samples,
-            global_batch_size=self.config.batch.global_,
-        )

@@ -13,6 +13,7 @@ from rtl_dist.data.images.augment import training_transform
 from rtl_dist.data.loading.loader import make_loader
 from rtl_dist.data.loading.microbatches import TrainingMicrobatches
 from rtl_dist.evaluation.scoring import eval_transform, evaluate_split
+from rtl_dist.features.maker import FeatureMaker
 from rtl_dist.features.store import View
 from rtl_dist.model.batchnorm import learning_layers
 from rtl_dist.model.classifier import Classifier
@@ -20,7 +21,7 @@ from rtl_dist.model.divided import Divided, divide
 from rtl_dist.model.freezing import digest, set_modes
 from rtl_dist.training.batches import training_order
 from rtl_dist.training.run import Run
-from rtl_dist.training.stage_trainer import StageTrainer
+from rtl_dist.training.stage_network import StageNetwork
 
 _STATISTICS_SAMPLES = 1024  # images that BatchNorm statistics are measured on, at least
 
@@ -28,8 +29,18 @@ _STATISTICS_SAMPLES = 1024  # images that BatchNorm statistics are measured on, 
 class StageEvaluator:
     """Evaluates during one stage; every method is called by all ranks."""
 
-    def __init__(self, stage: ResolvedStage, run: Run, trainer: StageTrainer) -> None:
-        self._stage, self._run, self._trainer = stage, run, trainer
+    def __init__(
+        self,
+        stage: ResolvedStage,
+        run: Run,
+        network: StageNetwork,
+        features: FeatureMaker | None,
+    ) -> None:
+        """
+        Args:
+            features: of the network's frozen part; None: there are none to have.
+        """
+        self._stage, self._run, self._network, self._features = stage, run, network, features
         self._view: View | None = None
         self._looked = False
 
@@ -65,23 +76,23 @@ class StageEvaluator:
     def _divided(self) -> Divided | None:
         """The model that counts, cut as the stage's is, so that its scores do not depend on whether
         the frozen part's features are at hand."""
-        run, trainer = self._run, self._trainer
-        if trainer.frozen is None:
+        run, network = self._run, self._network
+        if network.frozen is None:
             return None
         if run.average is None:
-            return Divided(trainer.frozen, trainer.trained)
+            return Divided(network.frozen, network.trained)
         average, dtype = run.average.model, run.runtime.autocast_dtype
-        return divide(average, trainer.boundary, dtype=dtype)
+        return divide(average, network.first_trained, dtype=dtype)
 
     def _frozen_view(self, model: Classifier, divided: Divided | None) -> View | None:
-        run, trainer = self._run, self._trainer
-        if trainer.features is None or divided is None or divided.frozen is None:
+        run, network = self._run, self._network
+        if self._features is None or divided is None or divided.frozen is None:
             return None
         if run.average:  # its frozen part is another one, if a stage before trained it
-            assert trainer.frozen is not None
-            if digest(divided.frozen.state_dict()) != digest(trainer.frozen.state_dict()):
+            assert network.frozen is not None
+            if digest(divided.frozen.state_dict()) != digest(network.frozen.state_dict()):
                 return None
-        return trainer.features.evaluation_view(run.val, eval_transform(model))
+        return self._features.evaluation_view(run.val, eval_transform(model))
 
     @contextmanager
     def _measured_statistics(self) -> Iterator[None]:

@@ -21,7 +21,7 @@ from rtl_dist.distributed.heartbeat import Heartbeat
 from rtl_dist.distributed.watch import Watch, clear_heartbeats
 
 STEP = "rtl_dist.training.stage_trainer:StageTrainer.step"
-NEXT = "rtl_dist.training.stage_trainer:StageTrainer._next_batch"
+NEXT = "rtl_dist.training.stage_trainer:StageTrainer.next_batch"
 EVALUATE = "rtl_dist.evaluation.scoring:_from_images"
 TIMEOUT = "run.timeout=4 seconds"
 
@@ -126,8 +126,8 @@ def test_a_loader_that_stalls(config, world_size):
 @pytest.mark.launch
 @pytest.mark.parametrize(
     "place",
-    ["rtl_dist.training.stage_trainer:StageTrainer._learn_from",
-     "rtl_dist.training.stage_trainer:StageTrainer._take_step",
+    ["rtl_dist.training.stage_trainer:StageTrainer.learn_from",
+     "rtl_dist.training.stage_optimizer:StageOptimizer.step",
      "rtl_dist.model.batchnorm:StepStatistics.fold"],
 )  # fmt: skip
 def test_of_two_ranks_that_live_the_one_that_holds_the_other_up_is_named(config, place):
@@ -160,7 +160,7 @@ def test_a_stop_while_a_loader_stalls_saves_the_last_whole_step(config, tmp_path
     "place",
     ["rtl_dist.training.begin:build_model",
      "rtl_dist.records.checkpoint:save_checkpoint",  # in its thread: the next one waits for it
-     "rtl_dist.training.step_boundary:write_model_folder"],
+     "rtl_dist.training.saving:write_model_folder"],
 )  # fmt: skip
 def test_a_rank_that_works_for_long_is_waited_for(config, place):
     """Twice the time-out in a phase that may take any time; in any other it would be ended."""

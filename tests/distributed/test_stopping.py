@@ -17,7 +17,7 @@ from rtl_dist.distributed.stopping import StopRequests
 pytestmark = pytest.mark.launch
 
 MICROBATCH = (
-    "rtl_dist.training.stage_trainer:StageTrainer._learn_from"  # 4 a step, shared by the ranks
+    "rtl_dist.training.stage_trainer:StageTrainer.learn_from"  # 4 a step, shared by the ranks
 )
 STEP = "rtl_dist.training.stage_trainer:StageTrainer.step"
 IMAGES = "rtl_dist.evaluation.scoring:_from_images"

@@ -54,7 +54,7 @@ def shown(fault: Fault) -> str:
     """A kill in a few words, as a test's name."""
     if isinstance(fault, DiskFault):
         return f"call {fault.call}"
-    name = fault.place.partition(":")[2].removeprefix("Boundary.").removeprefix("StageTrainer.")
+    name = fault.place.partition(":")[2].removeprefix("StepBoundary.").removeprefix("StageTrainer.")
     item = "" if fault.item is None else f" item {fault.item}"
     return f"{'after' if fault.after else 'at'} {name} {fault.call}{item} rank {fault.rank}"
 

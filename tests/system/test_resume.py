@@ -29,7 +29,7 @@ from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.prepare.packing.pack import pack
 from rtl_dist.records import checkpoint
 from rtl_dist.train import main
-from rtl_dist.training import step_boundary as boundary
+from rtl_dist.training import saving
 from rtl_dist.training.stage_trainer import StageTrainer
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -367,7 +367,7 @@ def test_the_best_weights_are_those_that_count_whatever_is_evaluated_from_then_o
         tiny_config(dataset, run, eval={"every": "1 steps"}, checkpoint={"every": "100 steps"}),
     )
     steps = []
-    write = boundary.write_model_folder
+    write = saving.write_model_folder
 
     def write_and_die(folder, *arguments):
         write(folder, *arguments)
@@ -376,7 +376,7 @@ def test_the_best_weights_are_those_that_count_whatever_is_evaluated_from_then_o
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(boundary, "write_model_folder", write_and_die)
+        patch.setattr(saving, "write_model_folder", write_and_die)
         with pytest.raises(Killed):
             main(["--config", config])
     assert main(["--config", config, "eval.every=100 steps"]) == 0
@@ -389,7 +389,7 @@ def test_the_best_weights_are_those_that_count_whatever_is_evaluated_from_then_o
 def test_a_stop_while_waiting_for_data_leaves_the_loss_scale_alone(tmp_path, dataset, monkeypatch):
     """The step that is then spoiled on purpose would else count as one that overflowed."""
     stages = [{"name": "all", "steps": 12, "trainable": "all", "lr": 1e-2, "batchnorm": "train"}]
-    init, next_batch = Runtime.__init__, StageTrainer._next_batch
+    init, next_batch = Runtime.__init__, StageTrainer.next_batch
 
     def with_scaler(self, *arguments, **options):
         init(self, *arguments, **options)
@@ -397,8 +397,7 @@ def test_a_stop_while_waiting_for_data_leaves_the_loss_scale_alone(tmp_path, dat
 
     def asked(self):
         if self._run.state.step == 6:
-            self.failure = StopRequested("stopped while waiting for data")
-            return None
+            raise StopRequested("stopped while waiting for data")
         return next_batch(self)
 
     monkeypatch.setattr(Runtime, "__init__", with_scaler)
@@ -408,7 +407,7 @@ def test_a_stop_while_waiting_for_data_leaves_the_loss_scale_alone(tmp_path, dat
         configs.append(write_config(tmp_path / f"{name}.yaml", config))
     assert main(["--config", configs[0]]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(StageTrainer, "_next_batch", asked)
+        patch.setattr(StageTrainer, "next_batch", asked)
         assert main(["--config", configs[1]]) == 75
     assert newest_checkpoint(tmp_path / "stopped").name == "step-00000006"
     assert main(["--config", configs[1]]) == 0

@@ -18,7 +18,7 @@ from killed_runs import Fault
 from rtl_dist.train import main
 from rtl_dist.training.stage_trainer import StageTrainer
 
-learn_from = StageTrainer._learn_from
+learn_from = StageTrainer.learn_from
 
 
 def say() -> None:
@@ -67,7 +67,7 @@ def inject(kind: str, step: int, microbatch: int, *, tell: Callable[[], object] 
             self._loss = loss
             accelerator.backward = backward
 
-    StageTrainer._learn_from = learn
+    StageTrainer.learn_from = learn
 
 
 if __name__ == "__main__":

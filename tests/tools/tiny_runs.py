@@ -185,8 +185,8 @@ def killed_after(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A run within the block must end at that step, when all that is due then is done."""
     cross = StepBoundary.cross
 
-    def cross_and_die(self):
-        cross(self)
+    def cross_and_die(self, outcome):
+        cross(self, outcome)
         if self._run.state.step == step:
             raise Killed
 
@@ -198,7 +198,7 @@ def killed_after(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def scale_loss(monkeypatch: pytest.MonkeyPatch, factor: Callable[[int, int], float]) -> None:
     """Multiplies the training loss by ``factor(step, microbatch)``."""
-    learn_from = StageTrainer._learn_from
+    learn_from = StageTrainer.learn_from
 
     def learn(self, batch, microbatch, per_rank, *, shares):
         loss, scale = self._loss, factor(self._run.state.step, microbatch)
@@ -208,7 +208,7 @@ def scale_loss(monkeypatch: pytest.MonkeyPatch, factor: Callable[[int, int], flo
         finally:
             self._loss = loss
 
-    monkeypatch.setattr(StageTrainer, "_learn_from", learn)
+    monkeypatch.setattr(StageTrainer, "learn_from", learn)
 
 
 def train_process(config: str, *overrides: str, env: dict[str, str] | None = None) -> Any:

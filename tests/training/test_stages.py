@@ -30,6 +30,7 @@ from rtl_dist.config.loader import to_dict
 from rtl_dist.config.resolved_stage import resolve_stages
 from rtl_dist.core.errors import UserError
 from rtl_dist.features.maker import FeatureMaker
+from rtl_dist.training.stage_optimizer import StageOptimizer
 from rtl_dist.training.stage_trainer import StageTrainer
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -50,7 +51,7 @@ def _no_features_of_other_tests(tmp_path, monkeypatch):
 @pytest.fixture
 def fault(monkeypatch) -> Iterator[None]:
     """Lets ``inject`` change the trainer for one test."""
-    monkeypatch.setattr(StageTrainer, "_learn_from", StageTrainer._learn_from)
+    monkeypatch.setattr(StageTrainer, "learn_from", StageTrainer.learn_from)
     return inject
 
 
@@ -234,14 +235,14 @@ def test_steps_skipped_in_a_row_end_the_run(tmp_path, dataset, monkeypatch, caps
 
 
 def test_a_rate_that_is_not_as_planned_ends_the_run(tmp_path, dataset, monkeypatch, capsys):
-    take_step = StageTrainer._take_step
+    take_step = StageOptimizer.step
 
     def meddle(self):
         taken = take_step(self)
         self._optimizer.param_groups[0]["lr"] *= 1.0001
         return taken
 
-    monkeypatch.setattr(StageTrainer, "_take_step", meddle)
+    monkeypatch.setattr(StageOptimizer, "step", meddle)
     train(tmp_path, dataset, code=1)
     assert "the learning rate of head is" in capsys.readouterr().err
 
@@ -373,10 +374,11 @@ def test_a_stage_that_ends_early_is_proved_and_saved(tmp_path, dataset, monkeypa
     step = StageTrainer.step
 
     def step_and_damage(self, rate_factor=None):
-        step(self, rate_factor)
+        outcome = step(self, rate_factor)
         if self._run.state.step == 5:
             with torch.no_grad():
                 self._run.model.trunk.layer1[1].running_mean.add_(1e-6)
+        return outcome
 
     monkeypatch.setattr(StageTrainer, "step", step_and_damage)
     train(tmp_path, dataset, "damaged", code=1, **changes)

@@ -37,7 +37,7 @@ def test_an_overflow_of_the_loss_scale_is_a_skipped_step(tmp_path, dataset, monk
 
 
 def test_memory_that_runs_out_halves_the_microbatch(tmp_path, dataset, monkeypatch):
-    learn_from, held = StageTrainer._learn_from, []
+    learn_from, held = StageTrainer.learn_from, []
 
     def learn(self, batch, microbatch, per_rank, *, shares):
         if self._run.state.step == 3 and microbatch == 1 and not held:
@@ -48,7 +48,7 @@ def test_memory_that_runs_out_halves_the_microbatch(tmp_path, dataset, monkeypat
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
 
-    monkeypatch.setattr(StageTrainer, "_learn_from", learn)
+    monkeypatch.setattr(StageTrainer, "learn_from", learn)
     torch.cuda.empty_cache()
     run = train(tmp_path, dataset, stages=[ALL], data__image_size=224, precision="bf16")
     assert held

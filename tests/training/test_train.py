@@ -115,10 +115,11 @@ def test_a_frozen_weight_that_moves_ends_the_run(tmp_path, dataset, monkeypatch,
     fired = []
 
     def step_and_damage(self):
-        take_step(self)
+        outcome = take_step(self)
         with torch.no_grad():
             self._run.model.trunk.layer1[1].running_mean.add_(1e-6)
         fired.append(True)
+        return outcome
 
     monkeypatch.setattr(room.StageTrainer, "step", step_and_damage)
     config = write_config(tmp_path / "c.yaml", tiny_config(dataset, tmp_path / "run"))
