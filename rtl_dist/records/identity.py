@@ -45,7 +45,8 @@ def run_identity(config: Config, dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def _refuse_other_identity(run: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+def refuse_other_identity(run: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises UserError: two identities differ, naming in what and what to do."""
     if then["dataset_fingerprint"] != now["dataset_fingerprint"]:
         if then["classes"] != now["classes"]:
             raise UserError(

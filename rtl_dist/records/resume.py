@@ -1,4 +1,4 @@
-"""Where a run goes on from."""
+"""Where a run goes on from: its newest whole checkpoint, and what it resolved when it began."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rtl_dist.records.checkpoint import (
     load_checkpoint_of,
     load_newest_checkpoint,
 )
-from rtl_dist.records.identity import _refuse_other_identity, run_identity
+from rtl_dist.records.identity import refuse_other_identity, run_identity
 
 LOG = logging.getLogger("rtl_dist")
 
@@ -58,7 +58,7 @@ def restore(run: Path, config: Config, dataset: Dataset, runtime: Runtime) -> Sn
         if then["config"]["batch"]["micro"] % micro == 0:
             then = copy.deepcopy(then)
             then["config"]["batch"]["micro"] = micro
-        _refuse_other_identity(run, then, identity)
+        refuse_other_identity(run, then, identity)
         return snapshot.state.step
 
     step = runtime.from_main(find)

@@ -1,4 +1,4 @@
-"""The run folder: who owns it, what was resolved when it began, and where a run goes on from."""
+"""The run folder: one job owns it, and clears what an earlier one left half done."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from rtl_dist.config import Config
 from rtl_dist.core.files import naming
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.records.state import TrainState
-from rtl_dist.records.wandb_process import _start_wandb
+from rtl_dist.records.wandb_process import start_wandb
 
 LOG = logging.getLogger("rtl_dist")
 
@@ -32,7 +32,7 @@ class Tracker:
         with naming(self._path):
             self._file.truncate(min(self._file.tell(), state.metrics_bytes))
         self._file.seek(0, os.SEEK_END)
-        self._wandb = _start_wandb(run, config, state)
+        self._wandb = start_wandb(run, config, state)
 
     def log(self, row: dict[str, Any]) -> None:
         clean = {

@@ -22,13 +22,13 @@ from rtl_dist.records.state import TrainState
 LOG = logging.getLogger("rtl_dist")
 
 _COPY = Path(__file__).with_name("wandb_copy.py")
-_WANDB_LAST_S = 4.0  # that a run waits at its end
-_WANDB_TIMES = {"connect_s": 40.0, "finish_s": 60.0}  # of ``wandb_copy``, which outlives the run
-_WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
-_WANDB_MODES = {"run": "online", "dryrun": "offline"}  # of old
+LAST_S = 4.0  # that a run waits at its end
+_TIMES = {"connect_s": 40.0, "finish_s": 60.0}  # of ``wandb_copy``, which outlives the run
+_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
+_MODES = {"run": "online", "dryrun": "offline"}  # of old
 
 
-class _WandbCopy:
+class WandbProcess:
     """A process that copies the metrics to W&B; see ``wandb_copy``."""
 
     def __init__(self, run: Path, settings: dict[str, Any]) -> None:
@@ -50,7 +50,7 @@ class _WandbCopy:
         with suppress(BrokenPipeError), self._process.stdin as pipe:  # it may have ended already
             pipe.write(b"\n")  # a loader's worker may hold the pipe open
         try:
-            code = self._process.wait(_WANDB_LAST_S)
+            code = self._process.wait(LAST_S)
         except subprocess.TimeoutExpired:
             threading.Thread(target=self._process.wait, daemon=True).start()
             what = "still busy and left to itself"
@@ -72,7 +72,7 @@ def wandb_mode(wanted: str) -> str:
     if wanted != "auto":
         return {"off": "disabled"}.get(wanted, wanted)
     mode = os.environ.get("WANDB_MODE", "")
-    mode = _WANDB_MODES.get(mode, mode)
+    mode = _MODES.get(mode, mode)
     if mode in ("online", "offline", "disabled"):
         return mode
     return "online" if _has_wandb_key() else "offline"
@@ -85,25 +85,26 @@ def _has_wandb_key() -> bool:
         server = urlsplit(os.environ.get("WANDB_BASE_URL", "")).netloc
         # named, as W&B does it: the default file would be refused where others can read it
         keys = netrc.netrc(os.environ.get("NETRC") or os.path.expanduser("~/.netrc"))
-        found = [keys.authenticators(host) for host in ([server] if server else _WANDB_HOSTS)]
+        found = [keys.authenticators(host) for host in ([server] if server else _HOSTS)]
         return any(entry and entry[2] for entry in found)
     except (OSError, ValueError, netrc.NetrcParseError):
         return False
 
 
-def _start_wandb(run: Path, config: Config, state: TrainState) -> _WandbCopy | None:
+def start_wandb(run: Path, config: Config, state: TrainState) -> WandbProcess | None:
+    """The process, started; None where W&B is off or cannot be started, which is said."""
     mode = wandb_mode(config.track.wandb)
     if mode == "disabled":
         return None
     try:
-        state.wandb_id = state.wandb_id or _kept_id(run) or uuid.uuid4().hex[:8]
+        state.wandb_id = state.wandb_id or kept_id(run) or uuid.uuid4().hex[:8]
         (run / "wandb").mkdir(exist_ok=True)
         # at once: a run that is killed before its first checkpoint goes on under the same id
         write_json(_id_file(run), {"id": state.wandb_id})
         write_json(run / "wandb" / "config.json", to_dict(config))
-        settings = {"folder": str(run), "id": state.wandb_id, "mode": mode} | _WANDB_TIMES
+        settings = {"folder": str(run), "id": state.wandb_id, "mode": mode} | _TIMES
         settings |= {"project": config.track.project, "parent": os.getpid()}
-        return _WandbCopy(run, settings)
+        return WandbProcess(run, settings)
     except OSError as error:
         LOG.warning("W&B is not available (%s); metrics.jsonl has everything", error)
         return None
@@ -113,7 +114,8 @@ def _id_file(run: Path) -> Path:
     return run / "wandb" / "id.json"
 
 
-def _kept_id(run: Path) -> str | None:
+def kept_id(run: Path) -> str | None:
+    """The id under which an earlier start of the run went to W&B; None where it did not."""
     try:
         return str(json.loads(_id_file(run).read_text(encoding="utf-8"))["id"])
     except (OSError, ValueError, LookupError, TypeError):

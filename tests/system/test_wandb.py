@@ -32,7 +32,7 @@ from tiny_runs import (
 )
 from wandb_server import HangingServer, WandbServer
 
-from rtl_dist.records import tracking, wandb_copy
+from rtl_dist.records import wandb_copy, wandb_process
 from rtl_dist.records.wandb_process import wandb_mode
 
 MARK = "RTL_DIST_TEST"  # an environment variable by which a test knows its W&B's processes
@@ -56,11 +56,11 @@ class Times(Fault):
     finish_s: float = 60.0
 
     def install(self, mark: int) -> None:
-        tracking._WANDB_TIMES.update(connect_s=self.connect_s, finish_s=self.finish_s)
+        tracking._TIMES.update(connect_s=self.connect_s, finish_s=self.finish_s)
         if self.last_s is not None:
-            tracking._WANDB_LAST_S = self.last_s
+            wandb_process.LAST_S = self.last_s
         for place in (
-            "rtl_dist.records.wandb_process:_start_wandb",
+            "rtl_dist.records.wandb_process:start_wandb",
             "rtl_dist.records.tracking:Tracker.close",
         ):
             replace_everywhere(place, self._timed)
@@ -533,8 +533,8 @@ def test_a_broken_wandb_is_told_in_one_line(tmp_path, run, undisturbed, config, 
 
 def test_a_process_left_behind_warns_of_nothing(tmp_path, dataset, run, monkeypatch):
     """Neither of a file nor of a process that nobody closed, which would be an error here."""
-    monkeypatch.setattr(tracking, "_WANDB_LAST_S", 0.1)
-    monkeypatch.setattr(tracking, "_WANDB_TIMES", {"connect_s": 40.0, "finish_s": 2.0})
+    monkeypatch.setattr(wandb_process, "LAST_S", 0.1)
+    monkeypatch.setattr(tracking, "_TIMES", {"connect_s": 40.0, "finish_s": 2.0})
     with HangingServer() as server:
         for name, value in online(tmp_path, server.url).items():
             monkeypatch.setenv(name, value)
@@ -559,7 +559,7 @@ def test_what_cannot_be_written_is_told_and_the_run_goes_on(tmp_path, dataset, c
 def test_an_id_file_that_is_damaged_is_no_id(tmp_path, content):
     (tmp_path / "wandb").mkdir()
     (tmp_path / "wandb" / "id.json").write_text(content)
-    assert tracking._kept_id(tmp_path) is None
+    assert wandb_process.kept_id(tmp_path) is None
 
 
 # --- the copying itself --------------------------------------------------------------------------
@@ -706,7 +706,7 @@ def test_auto_is_online_with_a_key_in_netrc(tmp_path, logged_out, monkeypatch, c
 
 
 def test_off_starts_nothing(tmp_path, dataset, monkeypatch):
-    monkeypatch.setattr(tracking, "_WandbCopy", None)  # which would be called
+    monkeypatch.setattr(tracking, "WandbProcess", None)  # which would be called
     stages = [{"name": "head", "steps": 2, "trainable": "head", "lr": 1e-2}]
     monkeypatch.setenv("WANDB_MODE", "disabled")
     for name, said in (("one", "off"), ("other", "auto")):
