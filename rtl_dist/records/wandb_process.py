@@ -23,7 +23,7 @@ LOG = logging.getLogger("rtl_dist")
 
 _COPY = Path(__file__).with_name("wandb_copy.py")
 LAST_S = 4.0  # that a run waits at its end
-_TIMES = {"connect_s": 40.0, "finish_s": 60.0}  # of ``wandb_copy``, which outlives the run
+TIMES = {"connect_s": 40.0, "finish_s": 60.0}  # of ``wandb_copy``, which outlives the run
 _HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
 _MODES = {"run": "online", "dryrun": "offline"}  # of old
 
@@ -102,7 +102,7 @@ def start_wandb(run: Path, config: Config, state: TrainState) -> WandbProcess | 
         # at once: a run that is killed before its first checkpoint goes on under the same id
         write_json(_id_file(run), {"id": state.wandb_id})
         write_json(run / "wandb" / "config.json", to_dict(config))
-        settings = {"folder": str(run), "id": state.wandb_id, "mode": mode} | _TIMES
+        settings = {"folder": str(run), "id": state.wandb_id, "mode": mode} | TIMES
         settings |= {"project": config.track.project, "parent": os.getpid()}
         return WandbProcess(run, settings)
     except OSError as error:

@@ -56,7 +56,7 @@ class Times(Fault):
     finish_s: float = 60.0
 
     def install(self, mark: int) -> None:
-        tracking._TIMES.update(connect_s=self.connect_s, finish_s=self.finish_s)
+        wandb_process.TIMES.update(connect_s=self.connect_s, finish_s=self.finish_s)
         if self.last_s is not None:
             wandb_process.LAST_S = self.last_s
         for place in (
@@ -534,7 +534,7 @@ def test_a_broken_wandb_is_told_in_one_line(tmp_path, run, undisturbed, config, 
 def test_a_process_left_behind_warns_of_nothing(tmp_path, dataset, run, monkeypatch):
     """Neither of a file nor of a process that nobody closed, which would be an error here."""
     monkeypatch.setattr(wandb_process, "LAST_S", 0.1)
-    monkeypatch.setattr(tracking, "_TIMES", {"connect_s": 40.0, "finish_s": 2.0})
+    monkeypatch.setattr(wandb_process, "TIMES", {"connect_s": 40.0, "finish_s": 2.0})
     with HangingServer() as server:
         for name, value in online(tmp_path, server.url).items():
             monkeypatch.setenv(name, value)
@@ -706,7 +706,7 @@ def test_auto_is_online_with_a_key_in_netrc(tmp_path, logged_out, monkeypatch, c
 
 
 def test_off_starts_nothing(tmp_path, dataset, monkeypatch):
-    monkeypatch.setattr(tracking, "WandbProcess", None)  # which would be called
+    monkeypatch.setattr(wandb_process, "WandbProcess", None)  # which would be called
     stages = [{"name": "head", "steps": 2, "trainable": "head", "lr": 1e-2}]
     monkeypatch.setenv("WANDB_MODE", "disabled")
     for name, said in (("one", "off"), ("other", "auto")):
