@@ -11,7 +11,8 @@ import torch
 
 from rtl_dist.config.resolved_stage import StageSpan, stage_spans
 from rtl_dist.core.intervals import Every, is_due
-from rtl_dist.optim.schedule import learning_rate_factor
+from rtl_dist.optim.schedule import learning_rate_factor, what_is_due
+from rtl_dist.records.state import TrainState
 
 # --- Every ---------------------------------------------------------------------------------------
 
@@ -226,3 +227,42 @@ def test_the_factor_depends_on_the_step_alone():
         learning_rate_factor(step, num_steps=100, warmup=0.1, shape="cosine") for step in steps
     ]
     assert asked == [curve(100, 0.1, "cosine")[step] for step in steps]
+
+
+# --- what is due ---------------------------------------------------------------------------------
+
+
+def due_at(step: int, *, at_stage_end: bool = False, **last: object) -> tuple[bool, bool, bool]:
+    """(log, save, evaluate) where rows come every 2, checkpoints every 3, evaluations every 4."""
+    state = TrainState(step=step, **last)
+    due = what_is_due(
+        state,
+        at_stage_end=at_stage_end,
+        log_every=Every.parse("2 steps"),
+        save_every=Every.parse("3 steps"),
+        eval_every=Every.parse("4 steps"),
+        num_samples=100,
+        global_batch_size=10,
+    )
+    return due.log, due.save, due.evaluate
+
+
+def test_each_thing_comes_due_by_its_own_interval():
+    assert due_at(1) == (False, False, False)
+    assert due_at(2) == (True, False, False)
+    assert due_at(3, last_log=2) == (False, True, False)
+    assert due_at(5, last_log=4, last_eval=4, last_checkpoint=4) == (False, False, False)
+
+
+def test_an_evaluation_is_saved_before_and_says_all_that_a_row_would():
+    assert due_at(4, last_log=2, last_checkpoint=3) == (False, True, True)
+
+
+def test_a_stage_s_end_is_saved_and_evaluated_but_once():
+    assert due_at(1, at_stage_end=True) == (False, True, True)
+    assert due_at(1, at_stage_end=True, last_eval=1) == (False, True, False)
+
+
+def test_an_evaluation_that_was_to_come_is_made_up_for():
+    assert due_at(5, last_eval=4, last_log=4, last_checkpoint=5, eval_was_due=True)[2]
+    assert not due_at(5, last_eval=5, last_log=5, last_checkpoint=5, eval_was_due=True)[2]
