@@ -280,7 +280,7 @@ def test_a_halving_keeps_what_was_counted(tmp_path, dataset, fault, monkeypatch)
         tmp_path, dataset, "whole", stages=[{**ALL, "steps": 6}], run__log_every="6 steps"
     )
     seen: list[list[int]] = []
-    import rtl_dist.training.step_boundary as room
+    import rtl_dist.training.stage_log as room
 
     metrics = room.train_metrics
     monkeypatch.setattr(
