@@ -6,6 +6,7 @@ the story; each step of it has its own room.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ if sys.path and os.path.realpath(sys.path[0] or ".") == os.path.dirname(os.path.
     # others of the same name; the project's root belongs there instead.
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 
-from rtl_dist.commands.common import first_imports, leave, run_command, train_arguments
+from rtl_dist.commands.common import add_config
+from rtl_dist.commands.running import first_imports, leave, run_command
 from rtl_dist.config import Config, load_config
 from rtl_dist.core.lock import require_unlocked
 from rtl_dist.distributed.launchers import may_end_alone
@@ -68,7 +70,11 @@ def run_job(config: Config, stops: StopRequests) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Parses arguments, trains, and turns errors into exit codes."""
-    arguments = train_arguments().parse_intermixed_args(argv)
+    parser = argparse.ArgumentParser(
+        prog="train.py", description="Train a classifier: one process or many, the same recipe."
+    )
+    add_config(parser)
+    arguments = parser.parse_intermixed_args(argv)
     return run_command(
         lambda: train(load_config(arguments.config, arguments.overrides)), debug=arguments.debug
     )

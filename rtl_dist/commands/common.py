@@ -1,86 +1,56 @@
-"""What every command shares: how it starts, its last word on the terminal and its exit code."""
+"""The options that several commands have, each written once."""
 
 from __future__ import annotations
 
 import argparse
-import atexit
-import gc
-import os
-import signal
-import sys
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import NoReturn
-
-from rtl_dist.core.errors import RtlDistError, StopRequested
-from rtl_dist.distributed.stopping import STOP_SIGNALS
-
-_OUR_FAULT = 1
+from pathlib import Path
 
 
-def train_arguments(parser: argparse.ArgumentParser | None = None) -> argparse.ArgumentParser:
-    """The arguments of the main job."""
-    parser = parser or argparse.ArgumentParser(
-        prog="train.py", description="Train a classifier: one process or many, the same recipe."
-    )
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """A config, changes to it, and ``--debug``: what every command that trains begins with."""
     parser.add_argument("--config", required=True, help="a YAML file; shipped ones are in configs/")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="e.g. seed=1 stages.0.lr=3e-4"
     )
     add_debug(parser)
-    return parser
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show a traceback for every error")
 
 
-@contextmanager
-def first_imports() -> Iterator[None]:
-    """Around a command's imports of torch and its like, which make a million objects that all stay.
-
-    Looking through them for garbage, again and again as they come and later in every full
-    collection and every loader worker, took a fifth of a start.
-    """
-    if "torch" in sys.modules or not gc.isenabled():  # more than imports could be frozen
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
-        atexit.register(gc.unfreeze)  # or triton would complain of what is never freed
+def add_out(parser: argparse.ArgumentParser, what: str, *, metavar: str | None = None) -> None:
+    parser.add_argument("--out", type=Path, metavar=metavar, help=what)
 
 
-def leave(code: int) -> NoReturn:
-    """Ends the program. Its code is decided: to be asked to stop while it is taken down, which
-    takes torch a while, must not change it."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    sys.exit(code)
+def add_overwrite(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--overwrite", action="store_true", help=what)
 
 
-def run_command(command: Callable[[], str | None], *, debug: bool) -> int:
-    """Runs a command and returns its exit code; its result, or the error, is its last line."""
-    try:
-        result = command()
-    except RtlDistError as error:
-        if debug:
-            traceback.print_exc()
-        is_one_of_many = os.environ.get("RANK", "0") != "0"  # and all of them say the same
-        if not (isinstance(error, StopRequested) and is_one_of_many):
-            sys.stderr.write(f"rtl-dist: {error}\n")
-        return error.exit_code
-    except KeyboardInterrupt:
-        sys.stderr.write("rtl-dist: interrupted; start the same command again\n")
-        return StopRequested.exit_code
-    except Exception:  # noqa: BLE001 - the one place where our own faults end
-        traceback.print_exc()
-        sys.stderr.write("rtl-dist: this is a fault of rtl_dist itself; please report it\n")
-        return _OUR_FAULT
-    if result:
-        sys.stdout.write(f"{result}\n")
-    return 0
+def add_workers(
+    parser: argparse.ArgumentParser, what: str = "processes (default: the CPUs)"
+) -> None:
+    parser.add_argument("--workers", type=int, metavar="N", help=what)
+
+
+def add_cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cache-dir", help="remote data: where shards are kept, on a local disk")
+    parser.add_argument("--cache-gb", type=float, metavar="N", help="remote data: at most N GB")
+
+
+def add_val_fraction(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--val-fraction",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="part of train that becomes val, the same share of every class",
+    )
+
+
+def add_allow_missing_classes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-missing-classes",
+        action="store_true",
+        help="accept a split without any image of some class",
+    )

@@ -2,97 +2,44 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal
+import argparse
 
-import torch
-
-from rtl_dist.config import Precision
-from rtl_dist.core.errors import UserError
-from rtl_dist.core.tasks import MULTI_LABEL
-from rtl_dist.data.format.dataset import Dataset, check_split, open_dataset
-from rtl_dist.data.loading.workers import resolve_workers
-from rtl_dist.distributed.runtime import Runtime, configure_logging
-from rtl_dist.distributed.stopping import StopRequests
-from rtl_dist.evaluation.metrics import compute_metrics
-from rtl_dist.evaluation.scoring import predict_split
-from rtl_dist.model.folder import LoadedModel, load_model
-from rtl_dist.report.evaluation import write_evaluation
+from rtl_dist.commands.common import add_cache, add_debug, add_out, add_workers
 
 
-def evaluate(
-    model_path: str,
-    data_path: str,
-    split_name: str | None,
-    *,
-    out: Path | None = None,
-    workers: Literal["auto"] | int = "auto",
-    precision: Precision | None = None,
-    cache_dir: str | None = None,
-    cache_gb: float | None = None,
-) -> str:
-    """Evaluates a model and writes tables and pictures into ``out``.
-
-    Args:
-        split_name: None takes test where there is one, else val.
-        out: None takes ``evaluation/<split>`` in the model's folder.
-        cache_dir, cache_gb: of remote data; see ``Cache``.
-
-    Works on one process or, under a launcher, on many, with the same figures.
-
-    Returns:
-        one line on rank 0, elsewhere "".
-
-    Raises:
-        UserError: no such model, or its head is for other classes than the data's.
-        DataError: no such data or split, or a damaged sample.
-    """
-    loaded = load_model(model_path)
-    with StopRequests() as stops, Runtime(precision or _precision_of(loaded), stops) as runtime:
-        configure_logging(is_main=runtime.is_main)
-        dataset = runtime.on_every_rank(
-            lambda: open_dataset(data_path, cache_dir=cache_dir, cache_gb=cache_gb)
-        )
-        _require_same_classes(loaded, dataset)
-        name = split_name or ("test" if "test" in dataset.split_names else "val")
-        out = out or Path(model_path) / "evaluation" / name
-        split = runtime.on_every_rank(lambda: dataset.split(name))
-        runtime.from_main(lambda: check_split(dataset, split))
-        model = loaded.model.to(runtime.device, runtime.dtype, memory_format=torch.channels_last)
-        number = resolve_workers(workers, local_world_size=runtime.local_world_size)
-        predictions = predict_split(model, dataset, split, runtime=runtime, workers=number)
-
-        def write() -> str:
-            assert predictions is not None
-            metrics = compute_metrics(predictions)
-            title = f"{model_path} on {name}"
-            assert out is not None
-            write_evaluation(predictions, out, split=split, metrics=metrics, title=title)
-            shown = ("map", "micro_f1") if dataset.task == MULTI_LABEL else ("top1", "macro_f1")
-            figures = ", ".join(f"{key} {metrics[key]:.4f}" for key in (*shown, "loss"))
-            return f"{name}: {figures} on {split.num_samples:,} images. See {out}/report.html"
-
-        line: str = runtime.from_main(write)
-        return line if runtime.is_main else ""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Evaluates a trained model on a split of a data set: metrics.json, tables, pictures and"
+        " report.html in OUT. Several processes (torchrun -m rtl_dist evaluate ...) give the same"
+        " figures."
+    )
+    parser.add_argument("model", help="a run folder (its best weights), checkpoint or model folder")
+    parser.add_argument("--data", required=True, help="folder or URL of a data set")
+    parser.add_argument("--split", help="default: test where there is one, else val")
+    add_out(parser, "default: MODEL/evaluation/SPLIT")
+    add_workers(parser, "loader processes")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "no", "fp16", "bf16", "fp64"),
+        help="default: that of the training",
+    )
+    add_cache(parser)
+    add_debug(parser)
 
 
-def _precision_of(loaded: LoadedModel) -> Precision:
-    """That of the training, so that its figures come out again, where this machine can."""
-    return "auto" if loaded.precision == "fp16" else loaded.precision
+def run(arguments: argparse.Namespace) -> str:
+    from rtl_dist.commands.running import first_imports
 
+    with first_imports():
+        from rtl_dist.report.model_evaluation import evaluate
 
-def _require_same_classes(loaded: LoadedModel, dataset: Dataset) -> None:
-    if loaded.task != dataset.task:
-        raise UserError(
-            f"{loaded.source} was trained on {loaded.task} data, {dataset.where} is {dataset.task}"
-        )
-    if loaded.classes != dataset.classes:
-        raise UserError(
-            f"the head in {loaded.source} is for {len(loaded.classes)} classes"
-            f" ({_some(loaded.classes)}), the data in {dataset.where} has {dataset.num_classes}"
-            f" ({_some(dataset.classes)}); evaluate on data packed with the same classes"
-        )
-
-
-def _some(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return evaluate(
+        arguments.model,
+        arguments.data,
+        arguments.split,
+        out=arguments.out,
+        workers="auto" if arguments.workers is None else arguments.workers,
+        precision=arguments.precision,
+        cache_dir=arguments.cache_dir,
+        cache_gb=arguments.cache_gb,
+    )

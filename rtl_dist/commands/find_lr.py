@@ -2,97 +2,29 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
+import argparse
 
-from rtl_dist.config import Config
-from rtl_dist.core.errors import UserError
-from rtl_dist.distributed.runtime import Runtime
-from rtl_dist.distributed.stopping import StopRequests
-from rtl_dist.records.checkpoint import has_checkpoint
-from rtl_dist.records.range_test import FOLDER
-from rtl_dist.records.run_folder import WATCHED, owned_run_folder
-from rtl_dist.report.lr_finder import draw_range_test, read_range_test
-from rtl_dist.training.begin import open_data, open_run
-from rtl_dist.training.lr_finder import find_learning_rate
-from rtl_dist.training.resolve import resolve
-
-LOG = logging.getLogger("rtl_dist")
+from rtl_dist.commands.common import add_config
 
 
-def find_lr(config: Config, stage_name: str | None) -> str:
-    """Tests one stage from the config's weights, in a folder beside ``run.dir``.
-
-    Args:
-        stage_name: None takes the first.
-
-    Works on one process or, under a launcher, on many, with the same answer to rounding.
-
-    Returns:
-        on rank 0 one line: what was found and what to type; elsewhere "".
-
-    Raises:
-        RtlDistError: with the exit code to leave with; see ``errors``.
-    """
-    number = _number_of(stage_name, config)
-    config = _beside_the_run(config)
-    with (
-        StopRequests() as stops,
-        Runtime(config.precision, stops, patience=WATCHED) as runtime,
-        _folder(config, runtime) as folder,
-    ):
-        dataset = open_data(config, runtime)
-        config = resolve(config, runtime, dataset)
-        with open_run(config, runtime, folder, dataset) as (run, stages, _):
-            stage = stages[number]
-            if number:
-                LOG.info(
-                    "stage %s is tested with the config's weights, not after stage %s; give"
-                    " model.weights=RUN, or lr: auto in the config, to test what a run has then",
-                    stage.name,
-                    config.stages[number - 1].name,
-                )
-            found = find_learning_rate(stage, run)
-
-            def draw() -> str:
-                test = read_range_test(folder / FOLDER / f"{stage.name}.json")
-                assert test is not None
-                return str(draw_range_test(test, folder))
-
-            picture: str = runtime.from_main(draw)
-    if not runtime.is_main:
-        return ""
-    what_to_type = f"stages.{number}.lr={found:.2g}"
-    return f"stage {stage.name}: lr {found:.2g}, see {picture}; to train with it: {what_to_type}"
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "The learning-rate range test of one stage: steps at growing rates, then a tenth of the"
+        " largest rate at which the smoothed loss is still within 5 % of its lowest. It starts from"
+        " the config's weights, also for a stage that comes after others: model.weights=RUN starts"
+        " from those of a run, and lr: auto in the config tests each stage where it begins. Figures"
+        " and picture go to a folder beside run.dir, which is left alone: its name and -find-lr."
+        " Several processes (torchrun -m rtl_dist find-lr ...) find the same rate."
+    )
+    add_config(parser)
+    parser.add_argument("--stage", metavar="NAME", help="default: the first stage of the config")
 
 
-def _number_of(name: str | None, config: Config) -> int:
-    names = [stage.name for stage in config.stages]
-    if name is None:
-        return 0
-    if name not in names:
-        raise UserError(f"--stage: the config has no stage {name!r}; it has {', '.join(names)}")
-    return names.index(name)
+def run(arguments: argparse.Namespace) -> str:
+    from rtl_dist.commands.running import first_imports
 
+    with first_imports():
+        from rtl_dist.config import load_config
+        from rtl_dist.training.range_test_run import find_lr
 
-def _beside_the_run(config: Config) -> Config:
-    """The config with a run folder that a later training does not take for its own."""
-    run = replace(config.run, dir=f"{Path(config.run.dir)}-find-lr", resume="auto", ledger=False)
-    return replace(config, run=run, track=replace(config.track, wandb="off"))
-
-
-@contextmanager
-def _folder(config: Config, runtime: Runtime) -> Iterator[Path]:
-    """The test's folder, owned, without the results of a test that failed there before."""
-    with owned_run_folder(config, runtime) as run:
-
-        def clear() -> None:
-            if has_checkpoint(run):
-                raise UserError(f"{run} holds a training run; choose another run.dir")
-            (run / "results.json").unlink(missing_ok=True)
-
-        runtime.from_main(clear)
-        yield run
+    return find_lr(load_config(arguments.config, arguments.overrides), arguments.stage)

@@ -32,7 +32,9 @@ class KeptImages:
     at most 1 GiB of the host's memory: later ones then wait for no loader."""
 
     batches: list[Batch] = field(default_factory=list)
+    """``inputs`` uint8 (images, channels, height, width), in the host's memory."""
     is_whole: bool = False
+    """Whether every batch is there; until then they are of no use."""
 
 
 def eval_transform(model: Classifier) -> EvalTransform:
@@ -45,7 +47,7 @@ def eval_transform(model: Classifier) -> EvalTransform:
     )
 
 
-def predict_split(
+def score_split(
     model: Classifier,
     dataset: Dataset,
     split: Split,
@@ -97,28 +99,8 @@ def predict_split(
     return assembled[0] if assembled else None
 
 
-def evaluate_split(
-    model: Classifier,
-    dataset: Dataset,
-    split: Split,
-    *,
-    runtime: Runtime,
-    workers: int,
-    divided: Divided | None = None,
-    view: View | None = None,
-    kept: KeptImages | None = None,
-) -> dict[str, float]:
-    """The split's metrics (see ``metrics``), equal on every rank; raises as ``predict_split``."""
-    predictions = predict_split(
-        model,
-        dataset,
-        split,
-        runtime=runtime,
-        workers=workers,
-        divided=divided,
-        view=view,
-        kept=kept,
-    )
+def metrics_on_every_rank(predictions: Predictions | None, runtime: Runtime) -> dict[str, float]:
+    """The metrics (see ``metrics``) of what ``score_split`` returned; called by all ranks."""
 
     def compute() -> dict[str, float]:
         assert predictions is not None

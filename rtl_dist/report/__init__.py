@@ -1,1 +1,1 @@
-"""Plots and pages, drawn from the files of a run alone."""
+"""Plots and pages: of a run from its files alone, of an evaluation from its scores."""

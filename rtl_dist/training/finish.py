@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from rtl_dist.config import Config
 from rtl_dist.core.files import sha256_of, write_json
 from rtl_dist.core.tasks import MULTI_LABEL
-from rtl_dist.data.format.dataset import Dataset, check_split
+from rtl_dist.data.format.dataset import Dataset
 from rtl_dist.distributed.runtime import Runtime
-from rtl_dist.evaluation.metrics import compute_metrics
-from rtl_dist.evaluation.scoring import predict_split
 from rtl_dist.model.folder import WEIGHTS, load_model
 from rtl_dist.model.freezing import digest
 from rtl_dist.records.checkpoint import load_newest_checkpoint
 from rtl_dist.records.identity import run_identity
 from rtl_dist.records.results import read_results, results_of
+from rtl_dist.report.model_evaluation import evaluate_and_write
 from rtl_dist.training.run import Run
 
 LOG = logging.getLogger("rtl_dist")
@@ -84,35 +80,17 @@ def _evaluate_test(run: Run, best: Path) -> dict[str, float] | None:
     name = run.config.data.test
     if name is None or name not in run.dataset.split_names:
         return None
-    model = load_model(best).model.to(
-        device=run.runtime.device, dtype=run.runtime.dtype, memory_format=torch.channels_last
-    )
-    split = run.runtime.on_every_rank(lambda: run.dataset.split(name))
-    run.runtime.from_main(lambda: check_split(run.dataset, split))
+    model = load_model(best).model
     LOG.info("evaluating the best weights on %s", name)
-    heartbeat = run.runtime.heartbeat
-    with heartbeat.phase(f"evaluating {name}"):
-        predictions = predict_split(
-            model, run.dataset, split, runtime=run.runtime, workers=run.workers
-        )
-
-    def write() -> dict[str, float]:
-        from rtl_dist.report.evaluation import write_evaluation
-
-        assert predictions is not None
-        metrics = compute_metrics(predictions)
-        write_evaluation(
-            predictions,
-            run.folder / "evaluation" / name,
-            split=split,
-            metrics=metrics,
-            title=f"{run.folder.name}: {name}",
-        )
-        return metrics
-
-    with heartbeat.phase("drawing", open_ended=run.runtime.is_main):
-        metrics: dict[str, Any] = run.runtime.from_main(write)
-    return metrics | {"num_samples": split.num_samples}
+    return evaluate_and_write(
+        model,
+        run.dataset,
+        name,
+        run.folder / "evaluation" / name,
+        title=f"{run.folder.name}: {name}",
+        runtime=run.runtime,
+        workers=run.workers,
+    )
 
 
 def _last_word(run: Run, test: dict[str, float] | None) -> str:

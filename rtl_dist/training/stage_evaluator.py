@@ -12,7 +12,7 @@ from rtl_dist.config import ResolvedStage
 from rtl_dist.data.images.augment import training_transform
 from rtl_dist.data.loading.loader import make_loader
 from rtl_dist.data.loading.microbatches import TrainingMicrobatches
-from rtl_dist.evaluation.scoring import eval_transform, evaluate_split
+from rtl_dist.evaluation.scoring import eval_transform, metrics_on_every_rank, score_split
 from rtl_dist.features.maker import FeatureMaker
 from rtl_dist.features.store import View
 from rtl_dist.model.batchnorm import learning_layers
@@ -57,12 +57,12 @@ class StageEvaluator:
 
     def metrics(self, model: Classifier) -> dict[str, float]:
         """The val metrics; what is frozen is computed once for the stage. Raises as
-        ``predict_split``."""
+        ``score_split``."""
         run = self._run
         divided = self._divided()
         if not self._looked:
             self._view, self._looked = self._frozen_view(model, divided), True
-        return evaluate_split(
+        predictions = score_split(
             model,
             run.dataset,
             run.val,
@@ -72,6 +72,7 @@ class StageEvaluator:
             view=self._view,
             kept=run.val_images,
         )
+        return metrics_on_every_rank(predictions, run.runtime)
 
     def _divided(self) -> Divided | None:
         """The model that counts, cut as the stage's is, so that its scores do not depend on whether

@@ -35,7 +35,7 @@ from rtl_dist.prepare.packing.pack import pack
 from rtl_dist.core.processes import available_cpus
 from rtl_dist.data.format.reader import SampleReader
 from rtl_dist.core.errors import DataError, WorkerError
-from rtl_dist.evaluation.scoring import predict_split
+from rtl_dist.evaluation.scoring import score_split
 from rtl_dist.model.classifier import Preprocessing
 from rtl_dist.model.divided import Divided
 from rtl_dist.distributed.runtime import Runtime
@@ -333,7 +333,7 @@ class Scores(torch.nn.Module):
 
 def score(dataset, split, runtime):
     divided = Divided(Scores(), torch.nn.Identity())
-    return predict_split(Scores(), dataset, split, runtime=runtime, workers=0, divided=divided)
+    return score_split(Scores(), dataset, split, runtime=runtime, workers=0, divided=divided)
 
 
 @pytest.mark.parametrize("damage", [1, 9], ids=["one", "a whole batch"])

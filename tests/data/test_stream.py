@@ -13,7 +13,7 @@ import torch
 from pack_images import image_bytes
 from small_sets import Canary, packed
 
-from rtl_dist.commands.common import run_command
+from rtl_dist.commands.running import run_command
 from rtl_dist.config import AugmentConfig, DataConfig
 from rtl_dist.data.images.augment import TrainTransform
 from rtl_dist.data.loading.microbatches import TrainingMicrobatches

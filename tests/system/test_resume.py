@@ -148,7 +148,7 @@ def test_asked_to_stop_while_evaluating(tmp_path, dataset, undisturbed, monkeypa
     import rtl_dist.training.stage_evaluator as room
 
     config = write_config(tmp_path / "c.yaml", tiny_config(dataset, tmp_path / "run", **CHANGES))
-    evaluate = room.evaluate_split
+    evaluate = room.score_split
     asked = []
 
     def ask_and_evaluate(*arguments, **options):
@@ -164,7 +164,7 @@ def test_asked_to_stop_while_evaluating(tmp_path, dataset, undisturbed, monkeypa
         return evaluate(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(room, "evaluate_split", ask_and_evaluate)
+        patch.setattr(room, "score_split", ask_and_evaluate)
         assert main(["--config", config]) == 75
     assert asked
     assert newest_checkpoint(tmp_path / "run").name == "step-00000010"

@@ -346,7 +346,7 @@ def test_a_stop_while_evaluating_off_the_checkpoints_loses_nothing(
         "optim": {"ema": ema},
     }
     whole = train(tmp_path, dataset, "whole", **changes)
-    evaluate, calls = room.evaluate_split, []
+    evaluate, calls = room.score_split, []
 
     def ask_and_evaluate(*arguments, **options):
         calls.append(True)
@@ -355,7 +355,7 @@ def test_a_stop_while_evaluating_off_the_checkpoints_loses_nothing(
         return evaluate(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(room, "evaluate_split", ask_and_evaluate)
+        patch.setattr(room, "score_split", ask_and_evaluate)
         train(tmp_path, dataset, "stopped", code=75, **changes)
     assert newest_checkpoint(tmp_path / "stopped").name == "step-00000006"
     stopped = train(tmp_path, dataset, "stopped", **changes)

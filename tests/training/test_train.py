@@ -70,16 +70,6 @@ def test_a_run_learns_and_leaves_the_promised_folder(tmp_path, dataset, capsys):
     assert (run / "evaluation" / "test" / "confusion_matrix.png").exists()
 
 
-def test_best_weights_give_the_metrics_that_were_reported(tmp_path, dataset, capsys):
-    run = train(tmp_path, dataset)
-    results = json.loads((run / "results.json").read_text())
-    metrics = evaluate(run, dataset, tmp_path / "out", "--precision", "no")
-    assert metrics["num_samples"] == 21
-    assert metrics["top1"] == pytest.approx(results["best"]["value"])
-    for name in ("per_class.csv", "confusion_matrix.csv", "predictions.csv", "report.html"):
-        assert (tmp_path / "out" / name).exists()
-
-
 def test_validation_images_are_decoded_once(tmp_path, dataset, monkeypatch):
     import rtl_dist.evaluation.scoring as room
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from rtl_dist.commands.common import first_imports
+from rtl_dist.commands.running import first_imports
 
 
 @pytest.fixture

@@ -1,0 +1,22 @@
+"""``rtl-dist report``: a run's plots and page, drawn again from its files."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rtl_dist.commands.common import add_debug
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Draws plots/ and report.html of a run from its files, evaluations included."
+    )
+    parser.add_argument("run_folder", metavar="RUN", type=Path, help="a run folder (run.dir)")
+    add_debug(parser)
+
+
+def run(arguments: argparse.Namespace) -> str:
+    from rtl_dist.report.run import draw_run
+
+    return f"drew {draw_run(arguments.run_folder)}"

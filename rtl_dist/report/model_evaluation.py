@@ -1,0 +1,139 @@
+"""A model evaluated: every sample of a split is scored, and all there is to say of it written.
+
+The end of a run does so with its best weights, ``rtl-dist evaluate`` with any model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from rtl_dist.config import Precision
+from rtl_dist.core.errors import UserError
+from rtl_dist.core.tasks import MULTI_LABEL
+from rtl_dist.data.format.dataset import Dataset, check_split, open_dataset
+from rtl_dist.data.loading.workers import resolve_workers
+from rtl_dist.distributed.runtime import Runtime, configure_logging
+from rtl_dist.distributed.stopping import StopRequests
+from rtl_dist.evaluation.scoring import metrics_on_every_rank, score_split
+from rtl_dist.model.classifier import Classifier
+from rtl_dist.model.folder import LoadedModel, load_model
+
+
+def evaluate_and_write(
+    model: Classifier,
+    dataset: Dataset,
+    split_name: str,
+    out: Path,
+    *,
+    title: str,
+    runtime: Runtime,
+    workers: int,
+) -> dict[str, float]:
+    """Scores a split and writes what ``write_evaluation`` does into ``out``; called by all ranks.
+
+    Args:
+        model: is moved to the rank's device, and left in eval mode.
+        title: of the page.
+        workers: of this rank's loader.
+
+    Returns:
+        on every rank the metrics, and ``num_samples``.
+
+    Raises:
+        DataError: no such split, or a sample is damaged.
+        RtlDistError: the loader of a rank failed, or ``out`` cannot be written.
+        StopRequested: a rank was asked to stop.
+    """
+    split = runtime.on_every_rank(lambda: dataset.split(split_name))
+    runtime.from_main(lambda: check_split(dataset, split))
+    model = model.to(runtime.device, runtime.dtype, memory_format=torch.channels_last)
+    with runtime.heartbeat.phase(f"evaluating {split_name}"):
+        predictions = score_split(model, dataset, split, runtime=runtime, workers=workers)
+    metrics = metrics_on_every_rank(predictions, runtime)
+
+    def write() -> None:
+        from rtl_dist.report.evaluation import write_evaluation  # of rank 0 alone, and not at start
+
+        assert predictions is not None
+        write_evaluation(predictions, out, split=split, metrics=metrics, title=title)
+
+    with runtime.heartbeat.phase("drawing", open_ended=runtime.is_main):
+        runtime.from_main(write)
+    return metrics | {"num_samples": split.num_samples}
+
+
+def evaluate(
+    model_path: str,
+    data_path: str,
+    split_name: str | None,
+    *,
+    out: Path | None = None,
+    workers: Literal["auto"] | int = "auto",
+    precision: Precision | None = None,
+    cache_dir: str | None = None,
+    cache_gb: float | None = None,
+) -> str:
+    """Evaluates a model and writes tables and pictures into ``out``.
+
+    Args:
+        split_name: None takes test where there is one, else val.
+        out: None takes ``evaluation/<split>`` in the model's folder.
+        cache_dir, cache_gb: of remote data; see ``Cache``.
+
+    Works on one process or, under a launcher, on many, with the same figures.
+
+    Returns:
+        one line on rank 0, elsewhere "".
+
+    Raises:
+        UserError: no such model, or its head is for other classes than the data's.
+        DataError: no such data or split, or a damaged sample.
+    """
+    loaded = load_model(model_path)
+    with StopRequests() as stops, Runtime(precision or _precision_of(loaded), stops) as runtime:
+        configure_logging(is_main=runtime.is_main)
+        dataset = runtime.on_every_rank(
+            lambda: open_dataset(data_path, cache_dir=cache_dir, cache_gb=cache_gb)
+        )
+        _require_same_classes(loaded, dataset)
+        name = split_name or ("test" if "test" in dataset.split_names else "val")
+        out = out or Path(model_path) / "evaluation" / name
+        metrics = evaluate_and_write(
+            loaded.model,
+            dataset,
+            name,
+            out,
+            title=f"{model_path} on {name}",
+            runtime=runtime,
+            workers=resolve_workers(workers, local_world_size=runtime.local_world_size),
+        )
+        if not runtime.is_main:
+            return ""
+        shown = ("map", "micro_f1") if dataset.task == MULTI_LABEL else ("top1", "macro_f1")
+        figures = ", ".join(f"{key} {metrics[key]:.4f}" for key in (*shown, "loss"))
+        return f"{name}: {figures} on {metrics['num_samples']:,} images. See {out}/report.html"
+
+
+def _precision_of(loaded: LoadedModel) -> Precision:
+    """That of the training, so that its figures come out again, where this machine can."""
+    return "auto" if loaded.precision == "fp16" else loaded.precision
+
+
+def _require_same_classes(loaded: LoadedModel, dataset: Dataset) -> None:
+    if loaded.task != dataset.task:
+        raise UserError(
+            f"{loaded.source} was trained on {loaded.task} data, {dataset.where} is {dataset.task}"
+        )
+    if loaded.classes != dataset.classes:
+        raise UserError(
+            f"the head in {loaded.source} is for {len(loaded.classes)} classes"
+            f" ({_some(loaded.classes)}), the data in {dataset.where} has {dataset.num_classes}"
+            f" ({_some(dataset.classes)}); evaluate on data packed with the same classes"
+        )
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -1,0 +1,77 @@
+"""``rtl-dist evaluate``: the figures of a run again, whoever asks."""
+
+import json
+from pathlib import Path
+
+import pytest
+from launched_runs import finish, start_ranks
+from tiny_runs import make_dataset, results, train, write_images
+
+from rtl_dist.cli import main
+from rtl_dist.prepare.packing.pack import pack
+
+TABLES = ("metrics.json", "predictions.csv", "per_class.csv", "confusion_matrix.csv")
+STAGES = [{"name": "head", "steps": 4, "trainable": "head", "lr": 1e-2}]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, dataset):
+    return train(tmp_path_factory.mktemp("run"), dataset, data__test="test", stages=STAGES)
+
+
+def written_in(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in TABLES}
+
+
+def test_it_writes_what_the_end_of_the_run_wrote(run, dataset, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["evaluate", str(run), "--data", str(dataset), "--out", str(out), "--workers", "0"]
+    assert main(words) == 0
+    assert written_in(out) == written_in(run / "evaluation" / "test")
+    metrics = json.loads((out / "metrics.json").read_text())
+    of_the_run = results(run)["test"]
+    assert of_the_run == {name: metrics[name] for name in of_the_run}
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"test: top1 {metrics['top1']:.4f}, macro_f1 {metrics['macro_f1']:.4f},"
+        f" loss {metrics['loss']:.4f} on 15 images. See {out}/report.html"
+    )
+    for page, title in ((out, f"{run} on test"), (run / "evaluation" / "test", "run: test")):
+        assert f"<title>{title}</title>" in (page / "report.html").read_text()
+
+
+def test_the_best_weights_give_the_metrics_that_were_reported(run, dataset, capsys):
+    assert main(["evaluate", str(run), "--data", str(dataset), "--split", "val"]) == 0
+    metrics = json.loads((run / "evaluation" / "val" / "metrics.json").read_text())
+    assert metrics["num_samples"] == 21
+    assert metrics["top1"] == pytest.approx(results(run)["best"]["value"])
+
+
+def test_without_a_test_split_val_is_taken(run, tmp_path, capsys):
+    images = write_images(tmp_path / "images", {"train": 2, "val": 2})
+    pack(str(images), tmp_path / "packed", workers=1, show_progress=False)
+    words = ["evaluate", str(run), "--data", str(tmp_path / "packed"), "--out", str(tmp_path / "o")]
+    assert main(words) == 0
+    assert capsys.readouterr().out.startswith("val: top1 ")
+
+
+def test_a_split_that_is_not_there_is_named(run, dataset, capsys):
+    assert main(["evaluate", str(run), "--data", str(dataset), "--split", "tset"]) == 3
+    assert "has no split 'tset'; it has: train, val, test" in capsys.readouterr().err
+
+
+@pytest.mark.launch
+def test_two_processes_say_it_once_and_write_the_same(run, dataset, tmp_path):
+    words = ["evaluate", str(run), "--data", str(dataset), "--out", str(tmp_path / "out")]
+    ranks = start_ranks(words, 2, program=("-m", "rtl_dist"))
+    outputs = []
+    for code, output in [finish(process) for process in ranks]:
+        assert code == 0, output
+        outputs.append(output)
+    assert "test: top1 " in outputs[0].splitlines()[-1]
+    assert "top1" not in outputs[1]
+    assert written_in(tmp_path / "out") == written_in(run / "evaluation" / "test")

@@ -1,0 +1,64 @@
+"""Every sample of a split is scored once, or there is no figure at all."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_runs import make_dataset
+
+import rtl_dist.evaluation.scoring as room
+from rtl_dist.data.format.dataset import open_dataset
+from rtl_dist.distributed.runtime import Runtime
+from rtl_dist.evaluation.metrics import compute_metrics
+from rtl_dist.model.classifier import Preprocessing
+from rtl_dist.model.divided import Divided
+
+
+class Brightness(torch.nn.Module):
+    """Stands for a classifier: three classes by the mean of each colour."""
+
+    preprocessing = Preprocessing(image_size=16, crop_pct=1.0, mean=(0, 0, 0), std=(1, 1, 1))
+
+    def forward(self, images):
+        return images.float().mean((2, 3))[:, [2, 1, 0]]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return open_dataset(make_dataset(tmp_path_factory.mktemp("data"), val=300))
+
+
+@pytest.fixture
+def runtime():
+    with Runtime("no") as runtime:
+        yield runtime
+
+
+def score(dataset, runtime):
+    split = dataset.split("val")
+    divided = Divided(Brightness(), torch.nn.Identity())
+    return room.score_split(
+        Brightness(), dataset, split, runtime=runtime, workers=0, divided=divided
+    )
+
+
+def test_the_scores_are_in_the_order_of_the_index(dataset, runtime):
+    split = dataset.split("val")
+    assert split.num_samples > room.EVAL_BLOCK
+    predictions = score(dataset, runtime)
+    assert predictions.labels.tolist() == split.labels(np.arange(split.num_samples)).tolist()
+    assert (predictions.predicted == predictions.labels).all()
+    assert room.metrics_on_every_rank(predictions, runtime) == compute_metrics(predictions)
+
+
+@pytest.mark.parametrize("change", ["left out", "twice"])
+def test_a_block_that_does_not_come_once_is_no_result(dataset, runtime, monkeypatch, change):
+    blocks_of = room._blocks_of
+
+    def other_blocks(*given):
+        blocks = list(blocks_of(*given))
+        return blocks[1:] if change == "left out" else [*blocks, blocks[0]]
+
+    monkeypatch.setattr(room, "_blocks_of", other_blocks)
+    monkeypatch.setattr(room, "_rounds", lambda *given: len(other_blocks(*given)))
+    with pytest.raises(RuntimeError, match=r"split 'val': \d+ of 300 samples were not counted"):
+        score(dataset, runtime)
