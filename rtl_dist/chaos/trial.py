@@ -23,12 +23,14 @@ _ONE_RANK_SHARE = 0.5  # of the kills of several processes; the others are of al
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """How an undisturbed run went, in seconds: until its start-up was over, from then until its
-    results were written, and of training at each (step, s) that it logged."""
+    """How long an undisturbed run took, and for what."""
 
     start_s: float
+    """From the start of the process until start-up was over."""
     work_s: float
+    """From then until its results were written."""
     trained: list[tuple[int, float]]
+    """(step, seconds of training up to it) of each row that it logged."""
 
     def left_s(self, step: int) -> float:
         """The work that remains from a step on."""
@@ -37,10 +39,12 @@ class Pace:
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
-    """after_s: counted from the start of the process, or from the end of its start-up."""
+    """When a run is to be killed."""
 
     in_start_up: bool
+    """Whether ``after_s`` counts from the start of the process; else from the end of start-up."""
     after_s: float
+    """Seconds."""
 
     def has_come(self, attempt: Attempt) -> bool:
         age_s = attempt.age_s if self.in_start_up else attempt.work_s

@@ -10,15 +10,16 @@ from torch import nn
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """How pixels become the network's input; travels with the weights.
-
-    mean and std are of values in 0 to 1, one a channel.
-    """
+    """How pixels become the network's input; travels with the weights."""
 
     image_size: int
+    """Side of the square that is evaluated, in pixels."""
     crop_pct: float
+    """The short side is resized to image_size / crop_pct before the centre is cut out."""
     mean: tuple[float, ...]
+    """Of values in 0 to 1, one a channel; subtracted first."""
     std: tuple[float, ...]
+    """Of values in 0 to 1, one a channel; divided by then."""
 
     @property
     def channels(self) -> int:

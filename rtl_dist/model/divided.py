@@ -21,11 +21,13 @@ from rtl_dist.model.parts import parts_of
 
 @dataclass(frozen=True)
 class Divided:
-    """frozen: uint8 images (n, C, S, S) to activations, or None where the first part is trained
-    already or the network cannot be cut. trained: activations (or images) to scores."""
+    """The two halves; one after the other they are the classifier, but for rounding."""
 
     frozen: FrozenPart | None
+    """uint8 images (n, C, S, S) to activations; None where the first part is trained already or the
+    network cannot be cut."""
     trained: nn.Module
+    """Activations, or images where nothing is frozen, to scores (n, num_classes)."""
 
 
 def divide(model: Classifier, first_trained: str, *, dtype: torch.dtype | None) -> Divided:

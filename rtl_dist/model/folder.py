@@ -29,11 +29,17 @@ class LoadedModel:
     """A classifier ready to score images, and what it was trained to tell apart."""
 
     model: Classifier
+    """On the CPU."""
     classes: tuple[str, ...]
+    """Names, in the order of the scores."""
     task: str
+    """One of ``core.tasks``: of the data that it was trained on."""
     dataset_fingerprint: str
+    """Of the data set that it was trained on."""
     precision: Precision
+    """That it was trained in."""
     source: Path
+    """The folder that the weights are from."""
 
 
 def write_model_folder(folder: Path, model: Classifier, config: Config, dataset: Dataset) -> None:

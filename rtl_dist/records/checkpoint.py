@@ -41,20 +41,23 @@ _CHANGING = ("model", "optimizer", "ema")  # stage_best is a copy itself, and re
 
 @dataclass(kw_only=True)
 class Snapshot:
-    """All of a run at one step. Tensors by name; ``optimizer`` as ``<state>/<parameter>``.
-
-    ``stage_best`` is the model (``model/...``) and its average (``ema/...``) at the best evaluation
-    of a stage with patience. ``scaler`` is the loss scaler's state (fp16 only). ``identity`` must
-    be equal when resuming.
-    """
+    """All of a run at one step."""
 
     state: TrainState
+    """How far the run has come."""
     model: dict[str, torch.Tensor]
+    """Weights and buffers, by the classifier's own names."""
     optimizer: dict[str, torch.Tensor]
+    """Named ``<state>/<parameter>``; see ``optim.named_state``."""
     ema: dict[str, torch.Tensor]
+    """The averaged model, by the same names as ``model``; empty without an average."""
     stage_best: dict[str, torch.Tensor]
+    """``model/...`` and ``ema/...`` at the best evaluation of the current stage; empty unless the
+    stage has patience."""
     scaler: dict[str, Any]
+    """The loss scaler's state; empty unless training is in fp16."""
     identity: dict[str, Any]
+    """What must be equal when resuming; see ``run_identity``."""
 
     def on_host(self) -> Snapshot:
         """A copy that training does not change any more."""

@@ -12,56 +12,79 @@ class Best:
     """The best evaluation so far and where it was."""
 
     value: float
+    """Of ``metric``."""
     metric: str
+    """Its name, such as ``val/top1``."""
     loss: float
+    """``val/loss`` of the same evaluation; decides between equal values."""
     step: int
+    """Optimizer steps done by then."""
     epoch: float
+    """Epochs of samples seen by then, not rounded."""
     stage: str
+    """Name of the stage."""
 
 
 @dataclass(kw_only=True)
 class TrainState:
-    """Plain numbers, the same on every rank; written to ``state.json`` of a checkpoint.
-
-    step: optimizer steps done. stage: number of the current stage. stage_first_step: ``step`` when
-    it began. last_*: ``step`` when it last happened. eval_was_due: an evaluation of this step was
-    to come, and is done first when a run goes on, whatever its config says then. since_log,
-    since_eval: training counts (whole numbers, see ``totals``) since then. metrics_bytes: the
-    length of ``metrics.jsonl`` then. bad_samples: damaged samples replaced so far.
-
-    Of the current stage: stage_best and evals_without_best (its best evaluation, and how many came
-    since), lr (where the config says auto), is_compiled (where it says auto; None: not yet judged).
-    micro_batch_size: since memory did not hold the config's; None: the config's. halvings: the
-    steps from which on smaller ones were used, and their sizes.
-    """
+    """Plain numbers, the same on every rank; written to ``state.json`` of a checkpoint."""
 
     step: int = 0
+    """Optimizer steps done, counted over the whole run, skipped ones too."""
     stage: int = 0
+    """Number of the current stage, from 0."""
     stage_first_step: int = 0
+    """``step`` when the current stage began."""
     samples_seen: int = 0
+    """Training samples of the steps done: positions of the stream."""
     last_log: int = 0
+    """``step`` when a row was last written to ``metrics.jsonl``."""
     last_eval: int = 0
+    """``step`` of the last evaluation."""
     last_checkpoint: int = 0
+    """``step`` of the last checkpoint that was asked for."""
     eval_was_due: bool = False
+    """An evaluation of this step was to come, and is done first when a run goes on, whatever its
+    config says then."""
     since_log: list[int] = field(default_factory=list)
+    """Training counts since ``last_log``; whole numbers, see ``optim.counts``."""
     since_eval: list[int] = field(default_factory=list)
+    """Training counts since ``last_eval``."""
     best: Best | None = None
+    """Of the whole run: what lies in ``best/``."""
     stage_best: Best | None = None
+    """Of the current stage, by the stage's own metric."""
     evals_without_best: int = 0
+    """Evaluations of the current stage since ``stage_best``."""
     stopped_early: bool = False
+    """The current stage's patience is over, so it ends at this step."""
     lr: float | None = None
+    """The head's rate that was found for the current stage; None unless its config says auto."""
     is_compiled: bool | None = None
+    """Whether compiling the current stage was found to pay, where the config says auto; None: not
+    yet judged."""
     skipped_steps: int = 0
+    """Steps not taken so far, as their gradient was not finite."""
     skipped_in_a_row: int = 0
+    """How many of them came last, one after the other."""
     micro_batch_size: int | None = None
+    """Images of a microbatch since memory did not hold the config's; None: the config's."""
     halvings: list[list[int]] = field(default_factory=list)
+    """[step, images]: from which steps on smaller microbatches were used, and their size."""
     bad_samples: int = 0
+    """Damaged samples replaced so far, each counted once."""
     bad_names: list[str] = field(default_factory=list)
+    """Their names and what is wrong, in the order of the steps that met them."""
     bad_logged: int = 0
+    """How many of ``bad_names`` have been written to ``metrics.jsonl``."""
     elapsed_s: float = 0.0
+    """Seconds that the stages took up to this step, without start-ups and what a kill undid."""
     metrics_bytes: int = 0
+    """Length of ``metrics.jsonl``; what an earlier start wrote beyond it is cut off."""
     ledger_bytes: int = 0
+    """Length of ``ledger/samples.jsonl``, likewise."""
     wandb_id: str | None = None
+    """Of the W&B run that this one is copied to; None: none yet."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
