@@ -128,6 +128,16 @@ def test_the_tour_tells_of_every_wing_in_its_own_words():
     assert rows == [(wing, first_line_of(PACKAGE / wing / "__init__.py")) for wing in wings]
 
 
+def test_the_tour_tells_of_every_room_of_a_wing_in_its_own_words():
+    rows = re.findall(r"^\| `([a-z_]+/[a-z_]+)/` \| (.+?) \|$", TOUR.read_text("utf-8"), re.M)
+    rooms = {
+        path.parent.relative_to(PACKAGE).as_posix(): first_line_of(path)
+        for path in PACKAGE.glob("*/*/__init__.py")
+    }
+    assert dict(rows) == rooms
+    assert len(rows) == len(rooms)
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_every_file_says_what_it_is(path):
     assert first_line_of(path)
