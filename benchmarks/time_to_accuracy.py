@@ -1,6 +1,6 @@
-"""Time until a validation accuracy is reached by fine-tuning a ResNet-18: ours beside three others.
+r"""Time until a validation accuracy is reached by fine-tuning a ResNet-18, beside three others.
 
-    python benchmarks/time_to_accuracy.py --data DIR --weights resnet18.pth \\
+    python benchmarks/time_to_accuracy.py --data DIR --weights resnet18.pth \
         --config configs/hymenoptera.yaml --targets 0.85 0.88 0.90 [--seeds 0 1 2]
 
 `DIR` holds `train/<class>/` and `val/<class>/`; the weights are a torchvision ResNet-18 state dict.

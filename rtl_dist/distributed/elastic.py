@@ -129,7 +129,7 @@ def meet(store: Any, *, rank: int, world_size: int) -> str:
 
 
 def _read(store: Any, key: str) -> str:
-    """ "" where there is none."""
+    """The text under a key; empty where there is none."""
     text: str = store.get(key).decode() if store.check([key]) else ""
     return text
 

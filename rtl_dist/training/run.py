@@ -26,16 +26,21 @@ class Run:
     config: Config
     """Resolved: nothing in it is ``auto`` that is part of the run's identity."""
     runtime: Runtime
+    """This rank among the others, and its device."""
     folder: Path
     """The run folder, ``run.dir``."""
     dataset: Dataset
+    """That the splits are of, the test split too."""
     train: Split
+    """Trained on: ``data.train``."""
     val: Split
+    """Judged by: ``data.val``."""
     model: Classifier
     """As it is trained, on this rank's device."""
     average: Average | None
     """Of the model's weights; None unless ``optim.ema``."""
     tracker: Tracker
+    """Where rows of metrics go; on other ranks than 0 nowhere."""
     state: TrainState
     """How far the run has come; the same on every rank."""
     stage_best: dict[str, torch.Tensor]
@@ -44,6 +49,7 @@ class Run:
     val_images: KeptImages
     """The val split as evaluations look at it, kept by the first one."""
     writer: CheckpointWriter
+    """Writes checkpoints beside training, on rank 0."""
     workers: int
     """Loader processes of this rank."""
 

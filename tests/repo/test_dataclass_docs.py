@@ -51,8 +51,6 @@ NOT_YET = {
     "report/history.py",
     "report/lr_finder.py",
     "training/batches.py",
-    "training/run.py",
-    "training/stage_optimizer.py",
 }
 FILES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))
 
