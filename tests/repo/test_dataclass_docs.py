@@ -28,7 +28,6 @@ NOT_YET = {
     "data/storage/cache.py",
     "data/storage/shard_files.py",
     "evaluation/metrics.py",
-    "evaluation/scoring.py",
     "features/store.py",
     "prepare/indexing/index.py",
     "prepare/indexing/inputs.py",
