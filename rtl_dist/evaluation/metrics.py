@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from rtl_dist.core.errors import DataError, UserError
-from rtl_dist.core.tasks import MULTI_LABEL, SINGLE_LABEL
+from rtl_dist.core.tasks import MULTI_LABEL, SINGLE_LABEL, Task
 
 TOP_K = 5
 NUM_BINS = 15
@@ -37,23 +37,22 @@ _HALF_SPACING = 2.0**-25
 class Predictions:
     """What a model said of every sample of a split, row i being sample i.
 
-    ``labels`` is int64 (N,) for single-label data, uint8 0/1 (N, C) for multi-label. ``scores`` is
-    float32 (N, C): probabilities, softmax respectively sigmoid.
-
     Raises:
         DataError: there are no samples.
         UserError: a score is not finite (the model diverged).
         ValueError: shapes, dtypes or ranges are not those above.
     """
 
-    task: str
+    task: Task
+    """Decides the shape of ``labels``, and which metrics there are."""
     classes: tuple[str, ...]
+    """The C names, in the order of the columns of ``scores``."""
     labels: np.ndarray
+    """The truth: int64 (N,), the class's number; multi-label: uint8 (N, C), 0 or 1."""
     scores: np.ndarray
+    """float32 (N, C): probabilities, of a softmax; multi-label: of a sigmoid each."""
 
     def __post_init__(self) -> None:
-        if self.task not in (SINGLE_LABEL, MULTI_LABEL):
-            raise ValueError(f"unknown task {self.task!r}")
         if self.scores.ndim != 2 or self.scores.shape[1] != len(self.classes):
             raise ValueError(f"scores {self.scores.shape} do not fit {len(self.classes)} classes")
         if self.scores.dtype != np.float32:
@@ -93,26 +92,36 @@ class Predictions:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassScores:
-    """One row of the per-class table; ``average_precision`` is None without positives."""
+    """One row of the per-class table."""
 
     name: str
+    """Of the class."""
     num_samples: int
+    """That are of the class."""
     precision: float
+    """Share of right ones among the samples said to be of the class; 0 to 1, as all that follow."""
     recall: float
+    """Share of those found among the samples of the class."""
     f1: float
+    """Harmonic mean of the two."""
     average_precision: float | None
+    """Of the class against all others; None without samples of it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Calibration:
-    """A reliability diagram: ``edges`` (B + 1,), and per bin ``counts`` int64, mean ``confidence``
-    and observed ``accuracy`` (float64, NaN in empty bins), with the expected calibration error."""
+    """A reliability diagram of B bins."""
 
     edges: np.ndarray
+    """float64 (B + 1,): the bounds of the bins, 0 to 1."""
     counts: np.ndarray
+    """int64 (B,): how many predictions fell into each bin."""
     confidence: np.ndarray
+    """float64 (B,): their mean stated probability; NaN in empty bins."""
     accuracy: np.ndarray
+    """float64 (B,): the share of them that came true; NaN in empty bins."""
     ece: float
+    """Expected calibration error: the mean distance of the two over all predictions, 0 to 1."""
 
 
 def compute_metrics(predictions: Predictions) -> dict[str, float]:

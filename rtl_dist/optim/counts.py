@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from rtl_dist.core.tasks import SINGLE_LABEL
+from rtl_dist.core.tasks import SINGLE_LABEL, Task
 from rtl_dist.distributed.runtime import Runtime
 
 _LOSS_UNIT = 2**20  # a loss is counted in millionths, roughly
@@ -25,7 +25,7 @@ class TrainTotals:
     What is added counts once its step is accepted.
     """
 
-    def __init__(self, *, task: str, device: torch.device) -> None:
+    def __init__(self, *, task: Task, device: torch.device) -> None:
         self._task = task
         self._counts = torch.zeros(_SIZE, dtype=torch.int64, device=device)
         self._of_step = torch.zeros_like(self._counts)
@@ -63,17 +63,19 @@ def add_counts(one: list[int], other: list[int]) -> list[int]:
     return [a + b for a, b in zip(one or [0] * _SIZE, other, strict=True)]
 
 
-def train_metrics(counts: list[int], *, task: str) -> dict[str, float]:
+def train_metrics(counts: list[int], *, task: Task) -> dict[str, float]:
     """``train/...`` metrics of flushed counts; empty if they hold no sample."""
     if not counts or not counts[_SAMPLES]:
         return {}
     finite = counts[_SAMPLES] - counts[_NON_FINITE]
     loss = counts[_LOSS] / _LOSS_UNIT / finite if finite else float("nan")
     if task == SINGLE_LABEL:
-        return {"train/loss": loss, "train/top1": counts[_CORRECT] / counts[_SAMPLES]}
-    hits = 2 * counts[_TRUE_POSITIVE]
-    total = hits + counts[_FALSE_POSITIVE] + counts[_FALSE_NEGATIVE]
-    return {"train/loss": loss, "train/micro_f1": hits / total if total else 0.0}
+        share = counts[_CORRECT] / counts[_SAMPLES]
+    else:  # F1
+        hits = 2 * counts[_TRUE_POSITIVE]
+        total = hits + counts[_FALSE_POSITIVE] + counts[_FALSE_NEGATIVE]
+        share = hits / total if total else 0.0
+    return {"train/loss": loss, f"train/{task.counted}": share}
 
 
 def non_finite(counts: list[int]) -> int:

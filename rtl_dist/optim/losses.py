@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from rtl_dist.config import OptimConfig
-from rtl_dist.core.tasks import MULTI_LABEL
+from rtl_dist.core.tasks import MULTI_LABEL, Task
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def make_loss(
-    config: OptimConfig, *, task: str, class_counts: tuple[int, ...], device: torch.device
+    config: OptimConfig, *, task: Task, class_counts: tuple[int, ...], device: torch.device
 ) -> Loss:
     """The loss a sample: (scores (n, C), labels) to (n,).
 

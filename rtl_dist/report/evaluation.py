@@ -15,7 +15,7 @@ import numpy as np
 
 from rtl_dist.core.errors import DataError
 from rtl_dist.core.files import write_bytes, write_csv, write_json, write_text
-from rtl_dist.core.tasks import MULTI_LABEL
+from rtl_dist.core.tasks import METRICS, MULTI_LABEL, Metric
 from rtl_dist.data.format.reader import SampleReader
 from rtl_dist.data.format.split import Split
 from rtl_dist.evaluation.metrics import (
@@ -39,35 +39,23 @@ PICTURES = {
     "mistakes.png": "The most confident mistakes: what the picture is, and what the model said.",
 }
 
-# Named in the page, one line each.
-METRIC_NAMES = {
-    "top1": "top-1 accuracy",
-    "top5": "top-5 accuracy",
-    "map": "mean average precision",
-    "exact_match": "all labels right",
-    "macro_f1": "macro F1",
-    "micro_f1": "micro F1",
-    "loss": "loss (nats)",
-    "ece": "calibration error",
-}
-
 _ROWS_SHOWN = 40
 _PICTURE_SIDE = 224
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Verdicts:
-    """Of each sample: its truth and prediction as text, how sure, and whether it is right.
-
-    ``confidence`` float64 (N,): the predicted class's probability. For multi-label data, where a
-    sample is right when all its labels are, it is the surest wrong decision's probability, or
-    where all are right the least sure decision's.
-    """
+    """What to say of each of N samples."""
 
     truth: list[str]
+    """The class's name; multi-label: the names of all that it has, joined by ``|``."""
     predicted: list[str]
+    """The same of the prediction."""
     confidence: np.ndarray
+    """float64 (N,): the predicted class's probability; multi-label: that of the surest wrong
+    decision, or where all are right of the least sure one."""
     right: np.ndarray
+    """bool (N,); multi-label: whether all labels are."""
 
 
 def write_evaluation(
@@ -80,9 +68,9 @@ def write_evaluation(
 ) -> None:
     """Writes an evaluation's files into ``out``, the page ``report.html`` last.
 
-    ``metrics.json`` (the given metrics, ``num_samples``, and the 95 % interval of ``top1`` or
-    ``exact_match``), ``per_class.csv``, ``confusion_matrix.csv`` (multi-label: 2x2 counts a class),
-    ``predictions.csv``, ``mistakes.csv`` (most confident first), one picture for each of
+    ``metrics.json`` (the given metrics, ``num_samples``, and the 95 % interval of the share of
+    samples that are right), ``per_class.csv``, ``confusion_matrix.csv`` (multi-label: 2x2 counts a
+    class), ``predictions.csv``, ``mistakes.csv`` (most confident first), one picture for each of
     ``PICTURES``, ``report.html``. Several labels of a sample are joined by ``|``.
 
     Raises:
@@ -153,18 +141,18 @@ def write_evaluation(
 def headline(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     """The cards (value, name, remark) of a ``metrics.json``'s content, the known metrics first."""
     cards = []
-    names = [n for n in METRIC_NAMES if n in summary]
-    names += [n for n in summary if n not in METRIC_NAMES and n != "num_samples"]
+    names = [n for n in METRICS if n in summary]
+    names += [n for n in summary if n not in METRICS and n != "num_samples"]
     for name in names:
-        value = summary[name]
+        value, metric = summary[name], METRICS.get(name) or Metric(name=name.replace("_", " "))
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         remark = ""
         if f"{name}_interval" in summary:
             low, high = summary[f"{name}_interval"]
             remark = f"95 % interval {100 * low:.2f} to {100 * high:.2f} %"
-        shown = percent(value) if name in ("top1", "top5", "exact_match") else f"{value:.4f}"
-        cards.append((shown, METRIC_NAMES.get(name, name.replace("_", " ")), remark))
+        shown = percent(value) if metric.is_share else f"{value:.4f}"
+        cards.append((shown, metric.name, remark))
     return cards
 
 
@@ -178,11 +166,10 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
 
 
 def _summary(predictions: Predictions, metrics: dict[str, float], hits: int) -> dict[str, Any]:
-    counted = "exact_match" if predictions.task == MULTI_LABEL else "top1"
     interval = wilson_interval(hits, predictions.num_samples)
     return {
         **{name: float(value) for name, value in metrics.items()},
-        f"{counted}_interval": [float(bound) for bound in interval],
+        f"{predictions.task.share_right}_interval": [float(bound) for bound in interval],
         "num_samples": predictions.num_samples,
     }
 

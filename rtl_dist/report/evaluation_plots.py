@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rtl_dist.core.tasks import MULTI_LABEL
+from rtl_dist.core.tasks import MULTI_LABEL, Task
 from rtl_dist.evaluation.metrics import Calibration, ClassScores, Predictions, positives
 from rtl_dist.report.figure import (
     BLUE,
@@ -51,12 +51,16 @@ _COLUMNS = 6
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MistakePicture:
-    """A mistake to draw: ``image`` uint8 (height, width, 3), or None when it cannot be read."""
+    """A mistake to draw."""
 
     image: np.ndarray | None
+    """uint8 (height, width, 3), RGB; None when it cannot be read."""
     truth: str
+    """What it is: the class's name, or the names of several."""
     predicted: str
+    """What the model said."""
     confidence: float
+    """How sure it was, 0 to 1."""
 
 
 def confusion_figure(confusion: np.ndarray, classes: Sequence[str]) -> Figure:
@@ -180,7 +184,7 @@ def precision_recall_figure(predictions: Predictions, table: Sequence[ClassScore
     return figure
 
 
-def calibration_figure(result: Calibration, task: str) -> Figure:
+def calibration_figure(result: Calibration, task: Task) -> Figure:
     """A reliability diagram above the histogram of confidences."""
     multi = task == MULTI_LABEL
     figure = new_figure(6.2, 6.4)

@@ -15,48 +15,60 @@ from typing import Any
 import numpy as np
 
 from rtl_dist.core.errors import UserError
+from rtl_dist.core.tasks import Task
 
 METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageSpan:
-    """One stage as it went: ``start`` and ``end`` in epochs, ``seconds`` of wall time; ``best`` and
-    ``final`` of the headline metric on the validation split, ``train`` and ``gap`` (train minus
-    validation) of the compared one at the last evaluation; None where not logged."""
+    """One stage as it went. Figures are shares, 0 to 1; None where they were not logged."""
 
     name: str
+    """As its config calls it."""
     start: float
+    """In epochs of the run."""
     end: float
+    """In epochs of the run."""
     steps: int
+    """Optimizer steps, as far as it has come."""
     seconds: float
+    """Wall time, over all starts of the run."""
     best: float | None
+    """Highest headline metric on the validation split."""
     best_epoch: float | None
+    """The epoch of the run in which that was reached."""
     final: float | None
+    """The headline metric at the last evaluation."""
     final_loss: float | None
+    """Validation loss at the last evaluation, in nats."""
     train: float | None
+    """The compared metric on what was trained on before the last evaluation."""
     gap: float | None
+    """That minus the same of the validation split."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """A run's rows in the order of steps; ``unreadable`` are the numbers of damaged lines."""
+    """What a run has logged."""
 
     rows: tuple[dict[str, Any], ...]
+    """In the order of steps; each has at least a finite ``step`` and ``epoch``."""
     unreadable: tuple[int, ...]
+    """Numbers, from 1, of the damaged lines."""
 
     @property
     def headline(self) -> str:
-        """The validation metric by which the run is judged: ``top1``, or ``map`` (multi-label)."""
-        return self._first(("top1", "map"), "val/")
+        """The validation metric by which the run is judged: its task's headline."""
+        return self._first([task.headline for task in Task], "val/")
 
     @property
     def compared(self) -> str:
-        """The metric that training and validation share: ``top1``, or ``micro_f1`` where
-        training does not keep the scores that a mean average precision needs."""
-        return self._first((self.headline, "micro_f1"), "train/")
+        """The metric that training and validation share: what training counts, where it does not
+        keep the scores that a mean average precision needs."""
+        return self._first([self.headline, *(task.counted for task in Task)], "train/")
 
-    def _first(self, names: tuple[str, ...], prefix: str) -> str:
+    def _first(self, names: list[str], prefix: str) -> str:
         logged = set().union(*self.rows)
         return next((name for name in names if prefix + name in logged), names[0])
 

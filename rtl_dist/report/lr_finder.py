@@ -31,13 +31,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RangeTest:
-    """The loss before the step at each rate; ``lr`` is what was made of it, None if nothing. The
-    name of a stage can name files."""
+    """What was measured, and what was made of it."""
 
     stage: str
+    """The stage's name, which can name files."""
     lr: float | None
+    """The rate that was chosen; None: none was found."""
     rates: list[float]
+    """The learning rate of each step."""
     losses: list[float]
+    """The training loss before each step, in nats."""
 
     @property
     def caption(self) -> str:

@@ -12,7 +12,6 @@ import torch
 
 from rtl_dist.config import Precision
 from rtl_dist.core.errors import UserError
-from rtl_dist.core.tasks import MULTI_LABEL
 from rtl_dist.data.format.dataset import Dataset, check_split, open_dataset
 from rtl_dist.data.loading.workers import resolve_workers
 from rtl_dist.distributed.runtime import Runtime, configure_logging
@@ -112,8 +111,7 @@ def evaluate(
         )
         if not runtime.is_main:
             return ""
-        shown = ("map", "micro_f1") if dataset.task == MULTI_LABEL else ("top1", "macro_f1")
-        figures = ", ".join(f"{key} {metrics[key]:.4f}" for key in (*shown, "loss"))
+        figures = ", ".join(f"{key} {metrics[key]:.4f}" for key in dataset.task.shown)
         return f"{name}: {figures} on {metrics['num_samples']:,} images. See {out}/report.html"
 
 

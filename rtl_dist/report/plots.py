@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rtl_dist.core.tasks import METRICS
 from rtl_dist.report.figure import (
     BLUE,
     CYCLE,
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
 
 # No curve needs more points than a screen has columns.
 _MAX_POINTS = 1500
-_NAMES = {"top1": "top-1 accuracy", "map": "mean average precision", "micro_f1": "micro F1"}
-
-
 _WIDE = 20  # speeds further apart than this are drawn on a logarithmic axis
 
 
@@ -57,9 +55,9 @@ def accuracy_figure(history: History, best: tuple[float, float] | None) -> Figur
     multi-label runs show the headline's validation curve as well."""
     figure = new_figure(9.0, 4.6)
     axes = figure.add_subplot()
-    name, extra = _NAMES[history.compared], ""
+    name, extra = METRICS[history.compared].name, ""
     if history.compared != history.headline:
-        extra = f" and {_NAMES[history.headline]}"
+        extra = f" and {METRICS[history.headline].name}"
     dress(axes, title=name[0].upper() + name[1:] + extra, x="epoch", y=f"{name} (%)")
     epochs, train, value = history.at_evaluations(history.compared)
     both = np.isfinite(train)
@@ -77,7 +75,7 @@ def accuracy_figure(history: History, best: tuple[float, float] | None) -> Figur
     _pair(axes, history, history.compared, scale=100.0)
     if extra:
         x, y = history.series(f"val/{history.headline}")
-        label = f"validation, {_NAMES[history.headline]}"
+        label = f"validation, {METRICS[history.headline].name}"
         axes.plot(x, 100 * y, color=PURPLE, linestyle="-.", linewidth=2.0, marker="s", label=label)
         axes.set_ylabel("%", fontsize=10)
     if best is not None:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from rtl_dist.core.files import write_bytes, write_text
+from rtl_dist.core.tasks import METRICS
 from rtl_dist.core.text import duration
 from rtl_dist.report import plots
-from rtl_dist.report.evaluation import METRIC_NAMES, PICTURES, headline, read_summary
+from rtl_dist.report.evaluation import PICTURES, headline, read_summary
 from rtl_dist.report.figure import png
 from rtl_dist.report.history import History, read_history
 from rtl_dist.report.html import Cell, Page, percent
@@ -102,7 +103,7 @@ def _state(history: History, results: dict[str, Any]) -> str:
 def _cards(
     history: History, results: dict[str, Any], best: tuple[float, float] | None
 ) -> list[tuple[str, str, str]]:
-    name = METRIC_NAMES[history.headline]
+    name = METRICS[history.headline].name
     cards = []
     test = _test_figures(results)
     if history.headline in test:
@@ -215,7 +216,7 @@ def _add_stage_table(page: Page, history: History) -> None:
         "time",
     )
     page.table(header, rows)
-    judged, compared = METRIC_NAMES[history.headline], METRIC_NAMES[history.compared]
+    judged, compared = METRICS[history.headline].name, METRICS[history.compared].name
     what = f"{judged}; train and gap are of {compared}" if judged != compared else judged
     page.paragraph(f"Validation is {what}. The gap is train minus validation.", soft=True)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from rtl_dist.config import Config
 from rtl_dist.core.files import sha256_of, write_json
-from rtl_dist.core.tasks import MULTI_LABEL
 from rtl_dist.data.format.dataset import Dataset
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.model.folder import WEIGHTS, load_model
@@ -99,7 +98,7 @@ def _last_word(run: Run, test: dict[str, float] | None) -> str:
         "" if best is None else f"best {best.metric} {best.value:.4f} at epoch {best.epoch:.1f}"
     )
     if test is not None:
-        name = "map" if run.dataset.task == MULTI_LABEL else "top1"
+        name = run.dataset.task.headline
         reached += f", {data.test}/{name} {test[name]:.4f} on {test['num_samples']:,} images"
     return (
         f"done: {reached} in {run.state.elapsed_s:.0f} s. See {run.folder}/report.html; next:"

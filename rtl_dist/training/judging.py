@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rtl_dist.core.tasks import METRICS
 from rtl_dist.records.state import Best
 
 
@@ -23,7 +24,7 @@ def is_better(found: Best, best: Best | None) -> bool:
     """A better metric, or an equal one (small splits have many ties) at a lower loss."""
     if best is None or best.metric != found.metric:
         return True
-    sign = -1 if found.metric == "val/loss" else 1
+    sign = -1 if METRICS[found.metric.removeprefix("val/")].is_lower_better else 1
     return (sign * found.value, -found.loss) > (sign * best.value, -best.loss)
 
 

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from rtl_dist.config import ResolvedStage
+from rtl_dist.core.tasks import Task
 from rtl_dist.optim.counts import train_metrics
 from rtl_dist.training.run import Run
 
@@ -30,9 +31,9 @@ class StageLog:
         """Of an evaluation, beside training since the last one; gaps are train less val."""
         row = self._place() | train_metrics(self._run.state.since_eval, task=self._run.dataset.task)
         row |= {f"val/{name}": value for name, value in metrics.items()}
-        for name in ("top1", "micro_f1"):
-            if f"train/{name}" in row and name in metrics:
-                row[f"gap/{name}"] = row[f"train/{name}"] - metrics[name]
+        name = self._run.dataset.task.counted
+        if f"train/{name}" in row:
+            row[f"gap/{name}"] = row[f"train/{name}"] - metrics[name]
         return row
 
     def write(self, row: dict[str, Any]) -> None:
@@ -82,17 +83,10 @@ class StageLog:
         return row
 
 
-def summary(row: dict[str, Any], *, is_best: bool) -> str:
+def summary(row: dict[str, Any], task: Task, *, is_best: bool) -> str:
     """An evaluation's row as one line."""
-    shown = (
-        "train/loss",
-        "train/top1",
-        "train/micro_f1",
-        "val/loss",
-        "val/top1",
-        "val/map",
-        "val/micro_f1",
-    )
+    judged = dict.fromkeys(f"val/{name}" for name in (task.headline, task.counted))
+    shown = ("train/loss", f"train/{task.counted}", "val/loss", *judged)
     figures = "  ".join(f"{key} {row[key]:.4f}" for key in shown if key in row)
     best = "  (best)" if is_best else ""
     return f"epoch {row['epoch']:.2f}  step {row['step']}  {row['stage']}  {figures}{best}"

@@ -187,7 +187,7 @@ class StepBoundary:
             state.best = found
         self._judge_stage(row)
         self._log.write(row | self._trainer.optimizer.rates | speed)
-        LOG.info("%s", summary(row, is_best=is_best))
+        LOG.info("%s", summary(row, run.dataset.task, is_best=is_best))
         if state.stopped_early and state.step < self._end_step:
             LOG.info(
                 "stage %s ends early: no better %s in its last %d evaluation(s)",

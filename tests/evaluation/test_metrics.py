@@ -7,6 +7,7 @@ from scipy.stats import binomtest
 from sklearn.calibration import calibration_curve
 
 from rtl_dist.core.errors import DataError, UserError
+from rtl_dist.core.tasks import MULTI_LABEL, SINGLE_LABEL
 from rtl_dist.evaluation.metrics import (
     Predictions,
     average_precisions,
@@ -33,7 +34,7 @@ def single(num_samples=211, num_classes=7, *, absent=(), decimals=None, seed=0):
         logits = logits.round(decimals)
     scores = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     return Predictions(
-        task="single_label",
+        task=SINGLE_LABEL,
         classes=tuple(f"c{c}" for c in range(num_classes)),
         labels=labels,
         scores=scores.astype(np.float32),
@@ -50,7 +51,7 @@ def multi(num_samples=211, num_classes=7, *, absent=(), decimals=None, seed=0):
     if decimals is not None:
         scores = scores.round(decimals).clip(0.05, 0.95)
     return Predictions(
-        task="multi_label",
+        task=MULTI_LABEL,
         classes=tuple(f"c{c}" for c in range(num_classes)),
         labels=labels,
         scores=scores.astype(np.float32),
@@ -113,7 +114,7 @@ def test_two_classes_are_always_within_the_top_five():
 
 def test_a_tie_for_first_counts_as_argmax_does():
     tied = Predictions(
-        task="single_label",
+        task=SINGLE_LABEL,
         classes=("a", "b"),
         labels=np.array([0, 1]),
         scores=np.full((2, 2), 0.5, dtype=np.float32),
@@ -222,7 +223,7 @@ def test_the_threshold_is_inclusive_and_can_be_set():
 
 def test_no_positives_at_all_is_zero_and_not_nan():
     predictions = Predictions(
-        task="multi_label",
+        task=MULTI_LABEL,
         classes=("a", "b"),
         labels=np.zeros((3, 2), dtype=np.uint8),
         scores=np.full((3, 2), 0.1, dtype=np.float32),
@@ -235,14 +236,14 @@ def test_no_positives_at_all_is_zero_and_not_nan():
 
 def test_losses_stay_finite_when_probabilities_round_to_zero_and_one():
     hopeless = Predictions(
-        task="single_label",
+        task=SINGLE_LABEL,
         classes=("a", "b"),
         labels=np.array([0]),
         scores=np.array([[0.0, 1.0]], dtype=np.float32),
     )
     assert 80 < single_label_metrics(hopeless)["loss"] < 90
     both = Predictions(
-        task="multi_label",
+        task=MULTI_LABEL,
         classes=("a", "b"),
         labels=np.array([[0, 1]], dtype=np.uint8),
         scores=np.array([[1.0, 1.0]], dtype=np.float32),
@@ -286,3 +287,9 @@ def test_predictions_are_checked():
         build(scores=good.scores.astype(np.float64))
     with pytest.raises(DataError, match="no sample"):
         metrics_from_confusion(np.zeros((2, 2), dtype=np.int64))
+
+
+@pytest.mark.parametrize("make", [single, multi])
+def test_what_a_task_is_said_to_measure_is_measured(make):
+    predictions = make()
+    assert set(predictions.task.metrics) <= compute_metrics(predictions).keys()

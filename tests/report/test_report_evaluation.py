@@ -14,6 +14,7 @@ from report_helpers import (
 )
 
 from rtl_dist.core.errors import DataError
+from rtl_dist.core.tasks import MULTI_LABEL, SINGLE_LABEL, Task
 from rtl_dist.evaluation.metrics import Predictions, compute_metrics, wilson_interval
 from rtl_dist.report.evaluation import PICTURES, write_evaluation
 
@@ -80,7 +81,7 @@ def test_every_sample_is_in_predictions_and_the_surest_mistakes_come_first(tmp_p
 
 
 def test_multi_label_evaluation(tmp_path):
-    predictions = make_predictions(60, ("sea", "sunset", "boat"), task="multi_label")
+    predictions = make_predictions(60, ("sea", "sunset", "boat"), task=MULTI_LABEL)
     out, metrics = evaluate(tmp_path, predictions)
     summary = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     assert summary["map"] == metrics["map"]
@@ -99,7 +100,7 @@ def test_multi_label_evaluation(tmp_path):
     assert f"{metrics['map']:.4f}" in assert_self_contained(out / "report.html")
 
 
-@pytest.mark.parametrize("task", ["single_label", "multi_label"])
+@pytest.mark.parametrize("task", list(Task))
 def test_a_thousand_classes(tmp_path, task):
     classes = [f"class number {i} with a rather long name" for i in range(1000)]
     predictions = make_predictions(120, classes, task=task, skill=3.0)
@@ -112,7 +113,7 @@ def test_a_thousand_classes(tmp_path, task):
 
 def test_no_mistakes_and_one_sample(tmp_path):
     predictions = Predictions(
-        task="single_label",
+        task=SINGLE_LABEL,
         classes=("a", "b"),
         labels=np.array([1]),
         scores=np.array([[0.1, 0.9]], dtype=np.float32),

@@ -8,6 +8,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
+from rtl_dist.core.tasks import MULTI_LABEL, SINGLE_LABEL
 from rtl_dist.data.format.split import INDEX_DTYPE, DatasetPlace, Split
 from rtl_dist.data.storage.shard_files import ShardFiles, Shards
 from rtl_dist.evaluation.metrics import Predictions
@@ -50,10 +51,10 @@ def make_split(root, num_samples, num_shards=3, side=24):
     )
 
 
-def make_predictions(num_samples, classes, task="single_label", skill=2.0, seed=0):
+def make_predictions(num_samples, classes, task=SINGLE_LABEL, skill=2.0, seed=0):
     rng = np.random.default_rng(seed)
     shape = (num_samples, len(classes))
-    if task == "multi_label":
+    if task == MULTI_LABEL:
         labels = (rng.random(shape) < 0.25).astype(np.uint8)
         scores = 1 / (1 + np.exp(1.5 - skill * labels * 1.6 - rng.normal(size=shape)))
     else:

@@ -21,7 +21,7 @@ import numpy as np
 
 from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.core.files import sha256_of
-from rtl_dist.core.tasks import MULTI_LABEL, SINGLE_LABEL
+from rtl_dist.core.tasks import MULTI_LABEL, SINGLE_LABEL, Task
 from rtl_dist.core.urls import is_url, secret_in
 from rtl_dist.data.format.split import INDEX_DTYPE, DatasetPlace, Split
 from rtl_dist.data.storage.cache import RemoteFile
@@ -53,7 +53,7 @@ class Dataset:
     """A data set, opened: the description checked, splits opened on demand."""
 
     place: DatasetPlace
-    task: str
+    task: Task
     classes: tuple[str, ...]
     fingerprint: str
     description: dict[str, Any] = field(repr=False)
@@ -249,13 +249,13 @@ def open_dataset(
             raise DataError(
                 f"{where} does not match its own fingerprint: it was edited or damaged; pack again"
             )
-        if description["task"] not in (SINGLE_LABEL, MULTI_LABEL):
+        if description["task"] not in list(Task):
             raise DataError(f"{where} has an unknown task {description['task']!r}; pack again")
         if not isinstance(description["splits"], dict):
             raise TypeError("a table of splits")
         return Dataset(
             place=place,
-            task=description["task"],
+            task=Task(description["task"]),
             classes=tuple(map(str, description["classes"])),
             fingerprint=description["fingerprint"],
             description=description,
