@@ -1,12 +1,19 @@
 """Every key of a config, its type and meaning, and the strict loader."""
 
-from rtl_dist.config.loader import load_config, parse_config, read_run_config, to_dict, to_yaml
+from rtl_dist.config.convert import to_dict
+from rtl_dist.config.data import DataConfig
+from rtl_dist.config.loader import (
+    load_config,
+    parse_config,
+    parse_section,
+    read_run_config,
+    to_yaml,
+)
 from rtl_dist.config.resolved_stage import ResolvedStage, StageSpan
 from rtl_dist.config.schema import (
     BatchConfig,
     CheckpointConfig,
     Config,
-    DataConfig,
     EvalConfig,
     FeaturesConfig,
     ModelConfig,
@@ -36,6 +43,7 @@ __all__ = [
     "TrackConfig",
     "load_config",
     "parse_config",
+    "parse_section",
     "read_run_config",
     "to_dict",
     "to_yaml",

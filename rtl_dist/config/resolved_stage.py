@@ -18,7 +18,9 @@ class StageSpan:
     """The steps ``[first_step, end_step)`` of one stage."""
 
     first_step: int
+    """Counted over the whole run."""
     end_step: int
+    """The first step that is no longer its own."""
 
     @property
     def num_steps(self) -> int:
@@ -55,14 +57,18 @@ def stage_spans(
 class ResolvedStage(StageConfig):
     """One stage as it is trained: what its config leaves to the run's own sections is filled in."""
 
+    number: int
+    """Its place among the stages, from 0: ``stages.<number>`` is its address in a config."""
     span: StageSpan
     """Its steps, counted over the whole run."""
     image_size: int
     """Side of the square that it trains on, in pixels."""
     augment: AugmentConfig
+    """Its own keys, and the run's for all else."""
     early_stop: EarlyStopConfig
     """With the patience that counts: a plateau has one in any case; null: none."""
     schedule: Literal["cosine", "linear", "constant"]
+    """Of the learning rate after warm-up."""
     warmup: float
     """Below 1 a fraction of the stage, from 1 a number of steps."""
 
@@ -77,8 +83,9 @@ class ResolvedStage(StageConfig):
         return self.span.num_steps
 
 
-def resolve_stage(stage: StageConfig, config: Config, span: StageSpan) -> ResolvedStage:
+def resolve_stage(number: int, config: Config, span: StageSpan) -> ResolvedStage:
     """A stage of ``config`` with all that it leaves open filled in."""
+    stage = config.stages[number]
     early_stop = stage.early_stop or config.early_stop
     is_plateau = stage.until == "plateau"
     if is_plateau and early_stop.patience is None:
@@ -86,6 +93,7 @@ def resolve_stage(stage: StageConfig, config: Config, span: StageSpan) -> Resolv
     return ResolvedStage(
         **{f.name: getattr(stage, f.name) for f in fields(StageConfig)}
         | {
+            "number": number,
             "span": span,
             "image_size": stage.image_size or config.data.image_size,
             "augment": stage.augment or config.augment,
@@ -105,6 +113,4 @@ def resolve_stages(config: Config, *, num_samples: int) -> list[ResolvedStage]:
         num_samples=num_samples,
         global_batch_size=config.batch.global_,
     )
-    return [
-        resolve_stage(stage, config, span) for stage, span in zip(config.stages, spans, strict=True)
-    ]
+    return [resolve_stage(number, config, span) for number, span in enumerate(spans)]

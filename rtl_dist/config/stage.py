@@ -6,22 +6,14 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-
-def check(condition: bool, message: str) -> None:
-    """Raises ValueError: ``message``, which starts with the key's name."""
-    if not condition:
-        raise ValueError(message)
-
-
-def check_fraction(section: object, *names: str) -> None:
-    """Raises ValueError: one of these keys of a section lies outside of 0 to 1."""
-    for name in names:
-        value = getattr(section, name)
-        check(0 <= value <= 1, f"{name}: must lie in 0 to 1, not {value}")
+from rtl_dist.config.checks import Checks
+from rtl_dist.core.tasks import Task
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
+    """How training images are varied."""
+
     crop_scale: tuple[float, float] = (0.35, 1.0)
     """RandomResizedCrop: area of the crop as a fraction of the image's."""
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)
@@ -49,21 +41,26 @@ class AugmentConfig:
         return self.mixup > 0 or self.cutmix > 0
 
     def __post_init__(self) -> None:
-        check_fraction(self, "hflip", "vflip", "erasing")
-        low, high = self.crop_scale
-        check(0 < low <= high <= 1, f"crop_scale: must be 0 < low <= high <= 1, not {[low, high]}")
-        low, high = self.crop_ratio
-        check(0 < low <= high, f"crop_ratio: must be 0 < low <= high, not {[low, high]}")
-        for name in ("rotation", "color_jitter", "mixup", "cutmix"):
-            check(getattr(self, name) >= 0, f"{name}: must be at least 0")
-        check(
-            self.randaugment is None or 0 <= self.randaugment <= 30,
-            f"randaugment: must be null or 0 to 30, not {self.randaugment}",
-        )
+        with Checks() as check:
+            check.fractions(self, "hflip", "vflip", "erasing")
+            low, high = self.crop_scale
+            check(
+                0 < low <= high <= 1, f"crop_scale: must be 0 < low <= high <= 1, not {[low, high]}"
+            )
+            low, high = self.crop_ratio
+            check(0 < low <= high, f"crop_ratio: must be 0 < low <= high, not {[low, high]}")
+            for name in ("rotation", "color_jitter", "mixup", "cutmix"):
+                check(getattr(self, name) >= 0, f"{name}: must be at least 0")
+            check(
+                self.randaugment is None or 0 <= self.randaugment <= 30,
+                f"randaugment: must be null or 0 to 30, not {self.randaugment}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyStopConfig:
+    """What the best weights are, and when a stage has no better to hope for."""
+
     metric: str = "auto"
     """What best means: val/loss or one of the val/ metrics. auto: val/top1, or val/map for
     multi-label data."""
@@ -72,22 +69,17 @@ class EarlyStopConfig:
     patience hands the weights of its best evaluation on, whichever way it ended."""
 
     def __post_init__(self) -> None:
-        known = (
-            "auto",
-            "val/top1",
-            "val/top5",
-            "val/macro_f1",
-            "val/loss",
-            "val/map",
-            "val/micro_f1",
-            "val/exact_match",
-        )
-        check(self.metric in known, f"metric: must be one of {', '.join(known)}")
-        check(self.patience is None or self.patience >= 1, "patience: must be positive or null")
+        with Checks() as check:
+            measured = dict.fromkeys(name for task in Task for name in task.metrics)
+            known = ("auto", *(f"val/{name}" for name in measured))
+            check(self.metric in known, f"metric: must be one of {', '.join(known)}")
+            check(self.patience is None or self.patience >= 1, "patience: must be positive or null")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
+    """One stage: what it trains, for how long, and how fast."""
+
     name: str
     """Names the stage in metrics, plots and checkpoints."""
     epochs: float | None = None
@@ -128,28 +120,31 @@ class StageConfig:
     weights are the same either way."""
 
     def __post_init__(self) -> None:
-        check(
-            re.fullmatch(r"\w[\w.+ -]{0,63}", self.name) is not None,
-            f"name: letters, digits, - _ + . and spaces, up to 64 and not {self.name!r}: it also"
-            " names files",
-        )
-        check(
-            (self.epochs is None) != (self.steps is None),
-            "epochs: a stage has either epochs or steps",
-        )
-        check(self.epochs is None or self.epochs > 0, "epochs: must be positive")
-        check(self.steps is None or self.steps > 0, "steps: must be positive")
-        check(self.lr == "auto" or self.lr > 0, f"lr: must be positive or auto, not {self.lr}")
-        check(0 < self.layer_decay <= 1, "layer_decay: must lie in 0 to 1")
-        check(self.views is None or self.views > 0, "views: must be positive or null")
-        check(self.trainable != [], "trainable: must name at least one part")
-        check(self.warmup is None or self.warmup >= 0, "warmup: must be at least 0")
-        check(
-            self.image_size is None or self.image_size >= 8,
-            f"image_size: must be at least 8, not {self.image_size}",
-        )
-        check(
-            self.until == "end" or self.schedule in (None, "constant"),
-            f"schedule: {self.schedule} falls towards an end that until: plateau does not know;"
-            " leave it out",
-        )
+        with Checks() as check:
+            check(
+                re.fullmatch(r"\w[\w.+ -]{0,63}", self.name) is not None,
+                f"name: letters, digits, - _ + . and spaces, up to 64 and not {self.name!r}: it"
+                " also names files",
+            )
+            check(
+                (self.epochs is None) != (self.steps is None),
+                "epochs: a stage has either epochs or steps",
+                "steps",
+            )
+            check(self.epochs is None or self.epochs > 0, "epochs: must be positive")
+            check(self.steps is None or self.steps > 0, "steps: must be positive")
+            check(self.lr == "auto" or self.lr > 0, f"lr: must be positive or auto, not {self.lr}")
+            check(0 < self.layer_decay <= 1, "layer_decay: must lie in 0 to 1")
+            check(self.views is None or self.views > 0, "views: must be positive or null")
+            check(self.trainable != [], "trainable: must name at least one part")
+            check(self.warmup is None or self.warmup >= 0, "warmup: must be at least 0")
+            check(
+                self.image_size is None or self.image_size >= 8,
+                f"image_size: must be at least 8, not {self.image_size}",
+            )
+            check(
+                self.until == "end" or self.schedule in (None, "constant"),
+                f"schedule: {self.schedule} falls towards an end that until: plateau does not know;"
+                " leave it out",
+                "until",
+            )

@@ -1,7 +1,8 @@
 """The ways a command can end other than well, each with its exit code.
 
-A message is one line that names the file, key or field at fault and the cure. Commands print it
-to stderr; a traceback appears only for our own faults or with ``--debug``.
+A message is one line that names the file, key or field at fault and the cure; of a config with
+several mistakes, one more for each. Commands print it to stderr; a traceback appears only for our
+own faults or with ``--debug``.
 """
 
 

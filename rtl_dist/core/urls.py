@@ -18,7 +18,10 @@ def join_url(root: str, path: str) -> str:
 
 def secret_in(url: str) -> str | None:
     """Why a URL cannot be written into files for everyone to read; None if it can."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        return f"what follows :// is no address ({error})"
     query = parse_qsl(parts.query, keep_blank_values=True)
     if "@" not in parts.netloc and not any(_SECRET.search(name) for name, _ in query):
         return None

@@ -55,7 +55,7 @@ def find_learning_rate(stage: ResolvedStage, run: Run) -> float:
     run.runtime.from_main(lambda: write_json(run.folder / FOLDER / f"{stage.name}.json", content))
     if found is None:
         raise RtlDistError(
-            f"stages.{stage.name}.lr: auto found no rate at which the loss is a number; set one"
+            f"stages.{stage.number}.lr: auto found no rate at which the loss is a number; set one"
         )
     LOG.info("stage %s: lr %.2g, a tenth of what still lowers the loss", stage.name, found)
     return found

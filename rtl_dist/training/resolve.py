@@ -6,15 +6,10 @@ from dataclasses import replace
 
 from rtl_dist.config import Config, EarlyStopConfig
 from rtl_dist.core.errors import UserError
-from rtl_dist.core.tasks import MULTI_LABEL, SINGLE_LABEL
+from rtl_dist.core.tasks import MULTI_LABEL
 from rtl_dist.data.format.dataset import Dataset
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.training.memory import resolve_micro_batch_size
-
-_METRICS = {
-    SINGLE_LABEL: ("val/top1", "val/top5", "val/macro_f1", "val/loss"),
-    MULTI_LABEL: ("val/map", "val/micro_f1", "val/macro_f1", "val/exact_match", "val/loss"),
-}
 
 
 def resolve(config: Config, runtime: Runtime, dataset: Dataset) -> Config:
@@ -28,9 +23,9 @@ def resolve(config: Config, runtime: Runtime, dataset: Dataset) -> Config:
         if stage.early_stop is None
         else replace(
             stage,
-            early_stop=_measured(stage.early_stop, dataset, f"stages.{stage.name}.early_stop"),
+            early_stop=_measured(stage.early_stop, dataset, f"stages.{number}.early_stop"),
         )
-        for stage in config.stages
+        for number, stage in enumerate(config.stages)
     ]
     config = replace(
         config,
@@ -52,13 +47,13 @@ def resolve(config: Config, runtime: Runtime, dataset: Dataset) -> Config:
 
 
 def _measured(early_stop: EarlyStopConfig, dataset: Dataset, path: str) -> EarlyStopConfig:
-    metric = early_stop.metric
+    metric, measured = early_stop.metric, [f"val/{name}" for name in dataset.task.metrics]
     if metric == "auto":
-        metric = "val/map" if dataset.task == MULTI_LABEL else "val/top1"
-    if metric not in _METRICS[dataset.task]:
+        metric = f"val/{dataset.task.headline}"
+    if metric not in measured:
         raise UserError(
             f"{path}.metric: {metric} is not measured on {dataset.task} data; choose"
-            f" {', '.join(_METRICS[dataset.task])}"
+            f" {', '.join(measured)}"
         )
     return replace(early_stop, metric=metric)
 

@@ -84,7 +84,7 @@ def test_a_repeat_replaces_what_was_found(tmp_path, config):
 def test_a_loss_that_is_never_a_number_is_told(tmp_path, config, capsys, monkeypatch):
     monkeypatch.setattr("rtl_dist.training.lr_finder.non_finite", lambda counts: 1)
     assert main(["find-lr", "--config", config]) == 1
-    assert "stages.head.lr" in capsys.readouterr().err
+    assert "stages.0.lr: auto found no rate" in capsys.readouterr().err
     assert found_in(tmp_path / "run-find-lr", "head")["lr"] is None
     results = tmp_path / "run-find-lr" / "results.json"
     assert json.loads(results.read_text())["status"] == "failed"

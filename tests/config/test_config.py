@@ -292,15 +292,15 @@ def test_the_last_override_wins(load):
     [
         ("seed", "'seed' is not an override; write key=value, such as seed=1"),
         ("=1", "'=1' is not an override; write key=value, such as seed=1"),
-        ("sed=1", "unknown key sed; did you mean seed?"),
-        ("optim.warmpu=1", "unknown key optim.warmpu; did you mean warmup?"),
-        ("stages.0.lrr=1", "unknown key stages.0.lrr; did you mean lr?"),
+        ("sed=1", "'sed=1': unknown key sed; did you mean seed?"),
+        ("optim.warmpu=1", "'optim.warmpu=1': unknown key optim.warmpu; did you mean warmup?"),
+        ("stages.0.lrr=1", "'stages.0.lrr=1': unknown key stages.0.lrr; did you mean lr?"),
         ("stages.1.lr=1", "'stages.1.lr=1': '1' is not a position in a list of 1"),
         ("stages.-1.lr=1", "'stages.-1.lr=1': '-1' is not a position in a list of 1"),
         ("stages.head.lr=1", "'stages.head.lr=1': 'head' is not a position in a list of 1"),
         ("stages.1={}", "'stages.1={}': '1' is not a position in a list of 1"),
         ("data.path.x=1", "'data.path.x=1': data.path is not a section"),
-        ("seed=", "seed: expected a whole number, found None"),
+        ("seed=", "'seed=': seed: expected a whole number, found None"),
         ("seed=[1", "'seed=[1': the value is not valid YAML"),
     ],
 )
@@ -440,20 +440,23 @@ def test_a_shipped_config_parses_and_its_header_names_its_command(path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config", "{file}", "sed=1"], "rtl-dist: {file}: unknown key sed; did you mean seed?"),
+        (["--config", "{file}", "sed=1"], "rtl-dist: 'sed=1': unknown key sed; did you mean seed?"),
         (
             ["--config", "{file}", "stages.0.lr=-1"],
-            "rtl-dist: {file}: stages.0.lr: must be positive or auto",
+            "rtl-dist: 'stages.0.lr=-1': stages.0.lr: must be positive or auto",
         ),
+        (["--config", "{bad}"], "rtl-dist: {bad}: seed: must lie in 0 to 2^63 - 1"),
         (["--config", "none.yaml"], "rtl-dist: no config file none.yaml; shipped ones are in"),
     ],
 )
 def test_a_mistake_ends_the_job_with_code_2_and_one_line(tmp_path, capfd, arguments, message):
     file = tmp_path / "c.yaml"
     file.write_text(MINIMAL)
-    assert train.main([argument.format(file=file) for argument in arguments]) == 2
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(with_section("seed: -1"))
+    assert train.main([argument.format(file=file, bad=bad) for argument in arguments]) == 2
     out, err = capfd.readouterr()
-    assert err.startswith(message.format(file=file))
+    assert err.startswith(message.format(bad=bad))
     assert err.count("\n") == 1
     assert out == ""
 

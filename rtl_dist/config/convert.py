@@ -1,0 +1,203 @@
+"""Typed sections from the plain values of YAML, and back.
+
+PyYAML reads ``1e-3`` as a string and keeps ``1`` an int in a float field, so values are converted
+by the type of the field they are for. Nothing stops at the first mistake: each is collected, and
+what cannot be judged because of another is left alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from typing import Any, Literal, Union, get_args, get_origin
+
+from rtl_dist.config.checks import SectionError
+from rtl_dist.core.intervals import Duration, Every
+
+REFUSED: Any = object()
+"""Stands for a value of which is already said that it is wrong."""
+
+_WRITTEN_AS_TEXT = (Every, Duration)
+_TYPE_NAMES = {
+    float: "a number",
+    int: "a whole number",
+    bool: "true or false",
+    str: "text",
+    Every: "something like '1 epoch'",
+    Duration: "something like '30s', '90 minutes' or '11.5h'",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a config."""
+
+    path: str
+    """The dotted path at fault, as an override takes it."""
+    sentence: str
+    """What to say of it; names the path."""
+
+
+def to_dict(config: Any) -> Any:
+    """The config as plain YAML types; ``parse_config`` reads it back to an equal config."""
+    if isinstance(config, _WRITTEN_AS_TEXT):
+        return str(config)
+    if dataclasses.is_dataclass(config):
+        return {_key(f): to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, list | tuple):
+        return [to_dict(item) for item in config]
+    return config
+
+
+def build(section: type, tree: Any, path: str, problems: list[Problem]) -> Any:
+    """The section that ``tree`` describes, or ``REFUSED`` and what is wrong put to ``problems``."""
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        return _refuse(problems, path, f"expected a section with keys, found {tree!r}")
+    hints = typing.get_type_hints(section)
+    fields = {_key(field): field for field in dataclasses.fields(section)}
+    in_doubt = _refuse_unknown(tree, list(fields), path, problems)
+    values = {}
+    for key, field in fields.items():
+        if key in tree:
+            value = _convert(hints[field.name], tree[key], _join(path, key), problems)
+            if value is not REFUSED:
+                values[field.name] = value
+                continue
+        elif not _is_required(field):
+            continue
+        elif key not in in_doubt:
+            _refuse(problems, _join(path, key), "is required")
+        in_doubt.add(key)
+        if _is_required(field):
+            values[field.name] = _stand_in(hints[field.name])
+    try:
+        built = section(**values)
+    except SectionError as error:
+        for failure in error.failures:
+            if not failure.keys & in_doubt:
+                key, _, reason = failure.message.partition(": ")
+                _refuse(problems, _join(path, key), reason)
+        return REFUSED
+    return REFUSED if in_doubt else built
+
+
+def _refuse(problems: list[Problem], path: str, reason: str) -> Any:
+    problems.append(Problem(path, f"{path or 'config'}: {reason}"))
+    return REFUSED
+
+
+def _refuse_unknown(
+    tree: dict[Any, Any], known: list[str], path: str, problems: list[Problem]
+) -> set[str]:
+    """The keys that are in doubt: the unknown ones, and those that they may have been meant for."""
+    in_doubt = set()
+    for key in map(str, tree):
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+            where = _join(path, key)
+            problems.append(Problem(where, f"unknown key {where}; {hint}"))
+            in_doubt |= {key, *(name for name in near if name not in tree)}
+    return in_doubt
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    missing = dataclasses.MISSING
+    return field.default is missing and field.default_factory is missing
+
+
+def _stand_in(kind: Any) -> Any:
+    """Some value for a required key that has none, so that the checks of the others can run."""
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        required = [field.name for field in dataclasses.fields(kind) if _is_required(field)]
+        return typing.cast(type, kind)(**{name: _stand_in(hints[name]) for name in required})
+    if get_origin(kind) in (Union, types.UnionType):
+        return _stand_in(get_args(kind)[0])
+    return kind()
+
+
+def _convert(kind: Any, value: Any, path: str, problems: list[Problem]) -> Any:
+    """``value`` as an instance of the annotated type, or ``REFUSED``."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if value is REFUSED:
+        return REFUSED
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type) and kind not in _WRITTEN_AS_TEXT:
+        return build(kind, value, path, problems)
+    if origin in (Union, types.UnionType):
+        return _convert_union(arguments, value, path, problems)
+    if origin is Literal:
+        # YAML reads no and off as False
+        if value is False and "no" in arguments:
+            return "no"
+        if value is False and "off" in arguments:
+            return "off"
+        if value in arguments and type(value) in {type(a) for a in arguments}:
+            return value
+        known = ", ".join(map(str, arguments))
+        return _refuse(problems, path, f"must be one of {known}; found {value!r}")
+    if origin is list:
+        if not isinstance(value, list):
+            return _refuse(problems, path, f"expected a list, found {value!r}")
+        items = [
+            _convert(arguments[0], item, _join(path, str(i)), problems)
+            for i, item in enumerate(value)
+        ]
+        return REFUSED if REFUSED in items else items
+    if origin is tuple:
+        if not isinstance(value, list | tuple) or len(value) != len(arguments):
+            expected = f"expected a list of {len(arguments)} numbers"
+            return _refuse(problems, path, f"{expected}, found {value!r}")
+        pairs = zip(arguments, value, strict=True)
+        items = [_convert(argument, item, path, problems) for argument, item in pairs]
+        return REFUSED if REFUSED in items else tuple(items)
+    return _convert_scalar(kind, value, path, problems)
+
+
+def _convert_union(
+    arguments: tuple[Any, ...], value: Any, path: str, problems: list[Problem]
+) -> Any:
+    if value is None and type(None) in arguments:
+        return None
+    kinds = [argument for argument in arguments if argument is not type(None)]
+    if len(kinds) == 1:
+        return _convert(kinds[0], value, path, problems)
+    reasons = []
+    for kind in kinds:
+        found: list[Problem] = []
+        converted = _convert(kind, value, path, found)
+        if converted is not REFUSED:
+            return converted
+        reasons.append(", ".join(each.sentence.removeprefix(f"{path}: ") for each in found))
+    return _refuse(problems, path, "; or ".join(reasons))
+
+
+def _convert_scalar(kind: Any, value: Any, path: str, problems: list[Problem]) -> Any:
+    if kind in _WRITTEN_AS_TEXT and isinstance(value, str):
+        try:
+            return kind.parse(value)
+        except ValueError as error:
+            return _refuse(problems, path, str(error))
+    if kind is float and not isinstance(value, bool) and isinstance(value, int | float | str):
+        try:
+            number = float(value)
+        except (ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    if kind in (int, bool, str) and type(value) is kind:
+        return value
+    return _refuse(problems, path, f"expected {_TYPE_NAMES[kind]}, found {value!r}")
+
+
+def _key(field: dataclasses.Field[Any]) -> str:
+    return str(field.metadata.get("key", field.name))
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
