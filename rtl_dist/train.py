@@ -40,7 +40,7 @@ def train(config: Config) -> str:
             from rtl_dist.training import begin, fit  # noqa: F401 - all there is, at once
 
         config = keep_resolved(config)
-        with taking_part(config) as trains:
+        with taking_part(config.batch) as trains:
             return run_job(config, stops) if trains else ""
 
 
@@ -55,7 +55,7 @@ def run_job(config: Config, stops: StopRequests) -> str:
 
     with (
         Runtime(config.precision, stops, patience=WATCHED) as runtime,
-        owned_run_folder(config, runtime) as folder,
+        owned_run_folder(config.run, runtime) as folder,
     ):
         dataset = open_data(config, runtime)
         config = resolve(config, runtime, dataset)

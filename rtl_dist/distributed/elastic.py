@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from rtl_dist.config import Config
+from rtl_dist.config import BatchConfig
 from rtl_dist.core.errors import RtlDistError
 from rtl_dist.distributed.launchers import COLLECTIVE_TIMEOUT
 
@@ -28,7 +28,7 @@ _POLL_S = 0.05
 
 
 @contextmanager
-def taking_part(config: Config, env: MutableMapping[str, str] = os.environ) -> Iterator[bool]:
+def taking_part(batch: BatchConfig, env: MutableMapping[str, str] = os.environ) -> Iterator[bool]:
     """Yields whether this process is to train, with ``WORLD_SIZE`` set to the number of those that
     are; for one that is not, once they are done. Without elastic launch all of them are.
 
@@ -45,7 +45,7 @@ def taking_part(config: Config, env: MutableMapping[str, str] = os.environ) -> I
         world_size, rank = int(env["WORLD_SIZE"]), int(env["RANK"])
         meeting = meet(store, rank=rank, world_size=world_size)
         if rank == 0:  # for all: not every machine may see the same run folder at this moment
-            size = largest_share(_num_microbatches(config), world_size)
+            size = largest_share(_num_microbatches(batch), world_size)
             store.set(f"{meeting}/size", str(size))
         size = int(store.get(f"{meeting}/size"))
         if rank >= size:
@@ -90,10 +90,9 @@ def largest_share(num_microbatches: int, world_size: int) -> int:
     return next(n for n in range(world_size, 0, -1) if num_microbatches % n == 0)
 
 
-def _num_microbatches(config: Config) -> int:
+def _num_microbatches(batch: BatchConfig) -> int:
     """Of a global batch; with ``micro: auto`` it is not known yet, and may be as large as that."""
-    micro = config.batch.micro
-    return config.batch.global_ // (1 if micro == "auto" else micro)
+    return batch.global_ // (1 if batch.micro == "auto" else batch.micro)
 
 
 def meet(store: Any, *, rank: int, world_size: int) -> str:

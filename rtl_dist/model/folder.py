@@ -13,9 +13,16 @@ from typing import Any
 import torch
 
 from rtl_dist import __version__
-from rtl_dist.config import Config, ModelConfig, Precision, parse_config, read_run_config
+from rtl_dist.config import (
+    DataConfig,
+    ModelConfig,
+    Precision,
+    parse_section,
+    read_run_config,
+)
 from rtl_dist.core.errors import UserError
 from rtl_dist.core.files import replacing, save_tensors, write_json
+from rtl_dist.core.tasks import Task
 from rtl_dist.data.format.dataset import Dataset
 from rtl_dist.model.build import make_classifier
 from rtl_dist.model.classifier import Classifier
@@ -32,8 +39,8 @@ class LoadedModel:
     """On the CPU."""
     classes: tuple[str, ...]
     """Names, in the order of the scores."""
-    task: str
-    """One of ``core.tasks``: of the data that it was trained on."""
+    task: Task
+    """Of the data that it was trained on."""
     dataset_fingerprint: str
     """Of the data set that it was trained on."""
     precision: Precision
@@ -42,10 +49,17 @@ class LoadedModel:
     """The folder that the weights are from."""
 
 
-def write_model_folder(folder: Path, model: Classifier, config: Config, dataset: Dataset) -> None:
+def write_model_folder(
+    folder: Path,
+    model: Classifier,
+    config: ModelConfig,
+    dataset: Dataset,
+    *,
+    precision: Precision,
+) -> None:
     """Writes or replaces a model folder; each file is replaced whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    description = describe_model(model, config.model, dataset, precision=config.precision)
+    description = describe_model(model, config, dataset, precision=precision)
     write_json(folder / DESCRIPTION, description)
     with replacing(folder / WEIGHTS) as path:
         save_tensors(model.native_state_dict(), path, metadata={"format": "pt"})
@@ -106,35 +120,26 @@ def load_model(path: str | Path) -> LoadedModel:
 
 
 def _load_folder(folder: Path) -> LoadedModel:
+    where = folder / DESCRIPTION
     try:
-        content = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        content = json.loads(where.read_text(encoding="utf-8"))
         ours, view = content["rtl_dist"], content["pretrained_cfg"]
         classes = tuple(content["label_names"])
-        config = parse_config(
-            {
-                "model": {**ours["model"], "weights": "none"},
-                "data": {
-                    "path": "",
-                    "image_size": view["input_size"][1],
-                    "crop_pct": view["crop_pct"],
-                    "channels": view["input_size"][0],
-                },
-                "stages": [{"name": "none", "steps": 1, "lr": 1.0}],
-            }
-        )
-        task, fingerprint = ours["task"], ours["dataset_fingerprint"]
+        channels, image_size, _ = view["input_size"]
+        looks = {"image_size": image_size, "crop_pct": view["crop_pct"], "channels": channels}
+        task, fingerprint = Task(ours["task"]), ours["dataset_fingerprint"]
         precision = ours["precision"]
         model = make_classifier(
-            config.model,
-            config.data,
+            parse_section(
+                ModelConfig, {**ours["model"], "weights": "none"}, origin=f"{where}: rtl_dist.model"
+            ),
+            parse_section(DataConfig, {"path": "", **looks}, origin=f"{where}: pretrained_cfg"),
             num_classes=len(classes),
             seed=0,
             mean_std=(tuple(view["mean"]), tuple(view["std"])),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder / DESCRIPTION} was not written by rtl-dist ({error!r})"
-        ) from error
+        raise UserError(f"{where} was not written by rtl-dist ({error!r})") from error
     _fill(model, folder)
     return LoadedModel(
         model=model,
@@ -156,7 +161,7 @@ def _load_checkpoint(folder: Path) -> LoadedModel:
     return LoadedModel(
         model=model,
         classes=tuple(identity["classes"]),
-        task=identity["task"],
+        task=Task(identity["task"]),
         dataset_fingerprint=identity["dataset_fingerprint"],
         precision=config.precision,
         source=folder,

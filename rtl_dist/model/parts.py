@@ -45,8 +45,10 @@ def _require_every_parameter(model: Classifier, parts: dict[str, list[nn.Module]
         )
 
 
-def trainable_parts(model: Classifier, stage: StageConfig) -> set[str]:
+def trainable_parts(model: Classifier, stage: StageConfig, *, key: str = "trainable") -> set[str]:
     """The names of the parts a stage trains.
+
+    key: that names them, for an error.
 
     Raises:
         UserError: a part the model does not have.
@@ -62,7 +64,7 @@ def trainable_parts(model: Classifier, stage: StageConfig) -> set[str]:
             near = difflib.get_close_matches(part, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UserError(
-                f"stages.{stage.name}.trainable: the model has no part {part!r}{hint}"
+                f"{key}: the model has no part {part!r}{hint}"
                 f" (its parts: {', '.join(known)}; all; or a part and all above it, such as"
                 f" {known[-2]}+)"
             )

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-from rtl_dist.config import Config
+from rtl_dist.config import RunConfig
 from rtl_dist.core.errors import UserError
 from rtl_dist.core.files import clear_left_over
 from rtl_dist.core.lock import RunLock
@@ -26,23 +26,23 @@ WATCHED = timedelta(days=1)  # patience with ranks, where ``run.timeout`` ends w
 
 
 @contextmanager
-def owned_run_folder(config: Config, runtime: Runtime) -> Iterator[Path]:
+def owned_run_folder(config: RunConfig, runtime: Runtime) -> Iterator[Path]:
     """The run folder, made and locked by rank 0 for as long as the block lasts, and with the
     heartbeats of all ranks in it.
 
     Raises:
         UserError: on every rank; the folder belongs to another job, or ``run.resume`` forbids.
     """
-    run = Path(config.run.dir)
+    run = Path(config.dir)
     lock = RunLock(run)
     try:
-        runtime.from_main(lambda: _claim(run, lock, config.run.resume))
+        runtime.from_main(lambda: _claim(run, lock, config.resume))
         with Watch(
             run,
             runtime.heartbeat,
             rank=runtime.rank,
             world_size=runtime.world_size,
-            timeout_s=config.run.timeout.seconds,
+            timeout_s=config.timeout.seconds,
         ):
             yield run
     finally:

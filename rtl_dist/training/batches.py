@@ -83,8 +83,9 @@ def open_stage_batches(
     )
     transform = training_transform(stage, channels=config.data.channels)
     if config.data.backend == "stream":
+        assert config.data.stream_urls is not None
         stream = stream_microbatches(
-            config.data,
+            config.data.stream_urls,
             transform,
             size=micro_batch_size,
             seed=config.seed,

@@ -159,8 +159,8 @@ def _open_splits(config: Config, runtime: Runtime, dataset: Dataset) -> tuple[Sp
 
 def _check_stages(config: Config, model: Classifier) -> None:
     """Refuses a misspelt part now, not after hours; warns of stages that cannot learn well."""
-    for stage in config.stages:
-        parts = trainable_parts(model, stage)
+    for number, stage in enumerate(config.stages):
+        parts = trainable_parts(model, stage, key=f"stages.{number}.trainable")
         if config.model.weights == "none" and parts - {"head"} and stage.batchnorm != "train":
             LOG.warning(
                 "stage %s trains a network without weights under batchnorm: %s, which holds back"

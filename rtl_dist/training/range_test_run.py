@@ -87,7 +87,7 @@ def _beside_the_run(config: Config) -> Config:
 @contextmanager
 def _folder(config: Config, runtime: Runtime) -> Iterator[Path]:
     """The test's folder, owned, without the results of a test that failed there before."""
-    with owned_run_folder(config, runtime) as run:
+    with owned_run_folder(config.run, runtime) as run:
 
         def clear() -> None:
             if has_checkpoint(run):

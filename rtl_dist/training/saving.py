@@ -60,6 +60,7 @@ def save_best(run: Run, model: Classifier) -> None:
     def write() -> None:
         with run.runtime.heartbeat.phase("saving", open_ended=True):
             run.writer.wait()
-            write_model_folder(run.folder / "best", model, run.config, run.dataset)
+            config, best = run.config, run.folder / "best"
+            write_model_folder(best, model, config.model, run.dataset, precision=config.precision)
 
     run.runtime.from_main(write)

@@ -177,7 +177,7 @@ def test_without_elastic_launch_nothing_is_changed(tmp_path):
     config = write_config(tmp_path / "c.yaml", tiny_config(tmp_path, tmp_path / "run"))
     env = {"WORLD_SIZE": "3", "RANK": "2", "TORCHELASTIC_MAX_RESTARTS": "0"}
     before = dict(env)
-    with taking_part(load_config(config, []), env) as trains:
+    with taking_part(load_config(config, []).batch, env) as trains:
         assert trains
     assert env == before
 

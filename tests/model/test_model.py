@@ -171,9 +171,9 @@ def test_each_parameter_lies_in_one_part(name):
 def test_a_part_the_model_lacks_is_refused_with_the_nearest():
     model = classifier()
     with pytest.raises(
-        UserError, match=r"stages.s.trainable: .* no part 'layer5'; did you mean la"
+        UserError, match=r"stages.1.trainable: .* no part 'layer5'; did you mean la"
     ):
-        trainable_parts(model, stage(trainable=["head", "layer5"]))
+        trainable_parts(model, stage(trainable=["head", "layer5"]), key="stages.1.trainable")
     with pytest.raises(
         UserError, match=r"no part 'xyz' \(its parts: stem, layer1, .*; all; or a part"
     ):
@@ -639,7 +639,9 @@ def built(name, channels=3, seed=1):
 @pytest.mark.parametrize("name", ["test_resnet", "torchvision:resnet18", "basic_cnn"])
 def test_a_model_folder_comes_back_whole(tmp_path, name, channels):
     model, config = built(name, channels)
-    write_model_folder(tmp_path / "best", model, config, dataset())
+    write_model_folder(
+        tmp_path / "best", model, config.model, dataset(), precision=config.precision
+    )
     for given in (tmp_path, tmp_path / "best"):  # a run folder, or the model folder itself
         loaded = load_model(given)
         assert digest(loaded.model.state_dict()) == digest(model.state_dict())
@@ -655,7 +657,9 @@ def test_a_model_folder_comes_back_whole(tmp_path, name, channels):
 @pytest.mark.parametrize("name", ["test_resnet", "torchvision:resnet18"])
 def test_timm_itself_loads_a_model_folder(tmp_path, name, channels):
     model, config = built(name, channels)
-    write_model_folder(tmp_path / "best", model, config, dataset())
+    write_model_folder(
+        tmp_path / "best", model, config.model, dataset(), precision=config.precision
+    )
     theirs = timm.create_model(f"local-dir:{tmp_path / 'best'}", pretrained=True).eval()
     images = pixels(channels=channels)
     settings = timm.data.resolve_model_data_config(theirs)
@@ -672,14 +676,14 @@ def test_timm_itself_loads_a_model_folder(tmp_path, name, channels):
 def test_writing_again_replaces(tmp_path):
     for seed in (1, 2):
         model, config = built("test_resnet", seed=seed)
-        write_model_folder(tmp_path, model, config, dataset())
+        write_model_folder(tmp_path, model, config.model, dataset(), precision=config.precision)
     assert digest(load_model(tmp_path).model.state_dict()) == digest(model.state_dict())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_the_file_holds_native_names_only(tmp_path):
     model, config = built("torchvision:resnet18")
-    write_model_folder(tmp_path, model, config, dataset())
+    write_model_folder(tmp_path, model, config.model, dataset(), precision=config.precision)
     theirs = torchvision.models.resnet18(num_classes=3)
     assert set(load_file(tmp_path / "model.safetensors")) == set(theirs.state_dict())
 
@@ -687,7 +691,7 @@ def test_the_file_holds_native_names_only(tmp_path):
 def test_preprocessing_travels_with_the_folder(tmp_path):
     """The folder's own mean and deviation count, not those a library knows for the name today."""
     model, config = built("test_resnet")
-    write_model_folder(tmp_path, model, config, dataset())
+    write_model_folder(tmp_path, model, config.model, dataset(), precision=config.precision)
     description = json.loads((tmp_path / "config.json").read_text())
     description["pretrained_cfg"] |= {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
     (tmp_path / "config.json").write_text(json.dumps(description))
@@ -742,7 +746,9 @@ def test_training_can_start_from_a_checkpoint_folder(tmp_path, name, classes):
 
 def test_training_starts_from_a_run_folder_with_its_head(tmp_path):
     source, config = built("test_resnet")
-    write_model_folder(tmp_path / "best", source, config, dataset())
+    write_model_folder(
+        tmp_path / "best", source, config.model, dataset(), precision=config.precision
+    )
     model = classifier()
     load(model, tmp_path)
     assert digest(model.state_dict()) == digest(source.state_dict())
@@ -764,7 +770,7 @@ def test_a_folder_that_is_no_model_is_refused_in_one_line(tmp_path, damage, mess
         (tmp_path / "config.yaml").write_text("")
     elif damage != "no model":
         model, config = built("test_resnet")
-        write_model_folder(tmp_path, model, config, dataset())
+        write_model_folder(tmp_path, model, config.model, dataset(), precision=config.precision)
     if damage == "foreign config":
         (tmp_path / "config.json").write_text('{"architecture": "resnet18"}')
     elif damage == "broken config":

@@ -369,8 +369,8 @@ def test_the_best_weights_are_those_that_count_whatever_is_evaluated_from_then_o
     steps = []
     write = saving.write_model_folder
 
-    def write_and_die(folder, *arguments):
-        write(folder, *arguments)
+    def write_and_die(folder, *arguments, **options):
+        write(folder, *arguments, **options)
         steps.append(metric_rows(run)[-1]["step"])
         if len(steps) == 3:
             raise Killed

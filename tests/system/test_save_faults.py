@@ -374,7 +374,7 @@ def prepared_best(dataset: Path) -> tuple[Callable[[Path, float], None], Callabl
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(number)
-        write_model_folder(best, model, config, data)
+        write_model_folder(best, model, config.model, data, precision=config.precision)
 
     def read(best: Path) -> float:
         (number,) = {

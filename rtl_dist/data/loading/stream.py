@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
-from rtl_dist.config import DataConfig
 from rtl_dist.core.errors import DataError
 from rtl_dist.core.keys import derive_key
 from rtl_dist.data.images.augment import Transform
@@ -27,7 +26,7 @@ _SHUFFLE_BUFFER = 1000  # samples
 
 
 def stream_microbatches(
-    data: DataConfig,
+    urls: str,
     transform: Transform,
     *,
     size: int,
@@ -38,7 +37,8 @@ def stream_microbatches(
     workers: int,
     device: torch.device,
 ) -> Iterable[Batch]:
-    """Endless microbatches of single-label samples (an image and ``.cls``).
+    """Endless microbatches of single-label samples (an image and ``.cls``) of the tars at ``urls``,
+    a brace pattern.
 
     Shards are drawn, samples shuffled and pixels augmented from (seed, first_step, rank) and the
     worker's number, so the same start draws the same stream, and no two draw each other's.
@@ -51,7 +51,7 @@ def stream_microbatches(
     key = derive_key(seed, first_step, rank)
     pipeline = wds.DataPipeline(
         # wds.WebDataset(resampled=True) ignores its seed and draws from the clock
-        wds.ResampledShards(data.stream_urls, deterministic=True, worker_seed=_WorkerKey(key)),
+        wds.ResampledShards(urls, deterministic=True, worker_seed=_WorkerKey(key)),
         _samples_of_shards,
         wds.shuffle(_SHUFFLE_BUFFER, seed=key),
         wds.map(_Decode(transform, num_classes, key)),
