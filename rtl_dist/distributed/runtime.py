@@ -53,8 +53,8 @@ class Runtime(Ranks):
         Args:
             precision: as the config has it.
             stops: the requests to stop that reach this process; None: it is never asked.
-            patience: how long an exchange of decisions and counts waits for the other ranks. (One
-                on the device, of gradients, waits for ``COLLECTIVE_TIMEOUT``.)
+            patience: how long an exchange of decisions and counts waits for the other ranks. One
+                on the device, of gradients, waits for ``COLLECTIVE_TIMEOUT``.
 
         Raises:
             UserError: the processes were not told of each other, or differ in their precision.

@@ -8,10 +8,10 @@ import pytest
 from pack_images import class_folders, image_bytes
 from PIL import Image
 
-from rtl_dist.data.images.decode import decode
-from rtl_dist.prepare.packing.pack import pack
-from rtl_dist.data.images.png_check import _ADAM7, check_png
 from rtl_dist.core.errors import DataError
+from rtl_dist.data.images.decode import decode
+from rtl_dist.data.images.png_check import _ADAM7, check_png
+from rtl_dist.prepare.packing.pack import pack
 
 
 def png(width, height, data, colour=2, kind=b"IDAT", interlaced=0):
