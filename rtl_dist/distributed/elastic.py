@@ -1,7 +1,12 @@
-"""Any number of processes: under torchrun's elastic launch some may be left that cannot take part.
+"""Elastic launch: which of the processes train when a machine was lost or came back.
 
-The microbatches of a global batch are shared equally, so the number of processes that train must
-divide theirs. What is left over stands by, ready for the next restart, and ends with the others.
+torchrun's elastic launch then starts all processes that are left anew, however many they are. But
+the microbatches of a global batch are shared equally, so only a number of processes that divides
+theirs can train: of three processes and four microbatches, two. The rest stand by: they wait
+without computing, end when the others are done, and may train after the next restart.
+
+The processes settle this through torchrun's store, a small key-value server that every process can
+reach; it outlives restarts and still holds what earlier processes wrote.
 """
 
 from __future__ import annotations
@@ -22,15 +27,24 @@ from rtl_dist.core.errors import RtlDistError
 from rtl_dist.distributed.launchers import COLLECTIVE_TIMEOUT
 
 LOG = logging.getLogger("rtl_dist")
-_AS_LONG_AS_IT_TAKES = timedelta(days=365)
-_MEETING_S = 600.0
-_POLL_S = 0.05
+_AS_LONG_AS_IT_TAKES = timedelta(days=365)  # the store wants some limit
+_MEETING_TIMEOUT_S = 600.0  # for all processes to come
+_POLL_S = 0.05  # between two looks into the store
 
 
 @contextmanager
 def taking_part(batch: BatchConfig, env: MutableMapping[str, str] = os.environ) -> Iterator[bool]:
-    """Yields whether this process is to train, with ``WORLD_SIZE`` set to the number of those that
-    are; for one that is not, once they are done. Without elastic launch all of them are.
+    """Decides whether this process trains (use as a context manager around the training).
+
+    Without elastic launch every process does, and nothing else happens.
+
+    Args:
+        env: under elastic launch, ``WORLD_SIZE`` and ``LOCAL_WORLD_SIZE`` become those of the
+            processes that train.
+
+    Yields:
+        True: train; the process group of those that do exists. False: this process stood by, and
+        the others are done.
 
     Raises:
         RtlDistError: the other processes, or torchrun's store, are gone.
@@ -44,7 +58,9 @@ def taking_part(batch: BatchConfig, env: MutableMapping[str, str] = os.environ) 
         store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
         world_size, rank = int(env["WORLD_SIZE"]), int(env["RANK"])
         meeting = meet(store, rank=rank, world_size=world_size)
-        if rank == 0:  # for all: not every machine may see the same run folder at this moment
+        # Rank 0 decides for all: ``batch`` comes from the run folder, which on a shared disk not
+        # every machine may see in the same state at this moment.
+        if rank == 0:
             size = largest_share(_num_microbatches(batch), world_size)
             store.set(f"{meeting}/size", str(size))
         size = int(store.get(f"{meeting}/size"))
@@ -71,8 +87,15 @@ def taking_part(batch: BatchConfig, env: MutableMapping[str, str] = os.environ) 
 
 
 def _make_group(store: Any, *, rank: int, size: int, env: MutableMapping[str, str]) -> None:
-    """The group that Accelerate then finds. Made by torch itself it would be made of addresses that
-    processes of an earlier start left in the store, which torchrun keeps (torch 2.15)."""
+    """Makes the default process group of those that train, which Accelerate then finds and uses.
+
+    torch, making it by itself, would look the other processes' addresses up under fixed keys of the
+    store, and find those of processes of an earlier start (torch 2.15).
+
+    Args:
+        store: torchrun's, with a prefix before every key that no earlier start has used.
+        size: how many train; ranks 0 to ``size`` - 1.
+    """
     import torch
     import torch.distributed as dist
 
@@ -86,28 +109,37 @@ def _make_group(store: Any, *, rank: int, size: int, env: MutableMapping[str, st
 
 
 def largest_share(num_microbatches: int, world_size: int) -> int:
-    """The most processes, up to ``world_size``, that can share the microbatches equally."""
+    """How many of ``world_size`` processes train: the most that can share the microbatches of a
+    global batch equally."""
     return next(n for n in range(world_size, 0, -1) if num_microbatches % n == 0)
 
 
 def _num_microbatches(batch: BatchConfig) -> int:
-    """Of a global batch; with ``micro: auto`` it is not known yet, and may be as large as that."""
+    """Of a global batch. With ``batch.micro: auto`` their size is not known yet, so each sample
+    counts as one: the number of processes must at least divide ``batch.global``."""
     return batch.global_ // (1 if batch.micro == "auto" else batch.micro)
 
 
 def meet(store: Any, *, rank: int, world_size: int) -> str:
-    """A name for this meeting of all ranks, which no other has, though the store still holds what
-    ranks of earlier ones wrote.
+    """Waits until all ranks of this start are there, and gives them a name in common.
 
-    Each rank brings a new word; rank 0 proposes a list of words, and settles on it when every rank
-    has said that its own word is the one in that list.
+    The difficulty is that the store may still hold what the ranks of an earlier start wrote under
+    the same keys. So each rank writes a fresh random word. Rank 0 proposes the list of words it
+    finds, some of which may be old; each rank that finds its own word in its place agrees to that
+    list; once all have agreed to the same list, no word in it is old, and rank 0 settles on it.
+
+    Args:
+        store: torchrun's, or any with its methods.
+
+    Returns:
+        A hash of the list: the same on all ranks, and another at every start.
 
     Raises:
-        RtlDistError: not all ranks came.
+        RtlDistError: not all ranks came within 10 minutes.
     """
     mine = uuid.uuid4().hex
     store.set(f"meet/word/{rank}", mine)
-    deadline = time.monotonic() + _MEETING_S
+    deadline = time.monotonic() + _MEETING_TIMEOUT_S
     while time.monotonic() < deadline:
         if rank == 0:
             proposal = json.dumps([_read(store, f"meet/word/{r}") for r in range(world_size)])
@@ -124,15 +156,16 @@ def meet(store: Any, *, rank: int, world_size: int) -> str:
             if _read(store, "meet/settled") == name:
                 return name
         time.sleep(_POLL_S)
-    raise RtlDistError(f"not all {world_size} processes came within {_MEETING_S:.0f} s")
+    raise RtlDistError(f"not all {world_size} processes came within {_MEETING_TIMEOUT_S:.0f} s")
 
 
 def _read(store: Any, key: str) -> str:
-    """The text under a key; empty where there is none."""
+    """The value of a key, without waiting for it; empty where there is none."""
     text: str = store.get(key).decode() if store.check([key]) else ""
     return text
 
 
 def _is_at(proposal: str, rank: int, word: str) -> bool:
+    """Whether the proposed list has the word in the place of that rank."""
     words = json.loads(proposal or "[]")
     return rank < len(words) and words[rank] == word

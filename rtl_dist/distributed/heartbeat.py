@@ -1,15 +1,14 @@
-"""Signs of life: where every rank is, and an end to a job of which one does not go on.
+"""What the main thread of a rank is doing, kept in memory for whoever wants to know.
 
-Each rank writes ``heartbeats/rank-00000.json``. A rank that waits for another in vain finds there
-which one does not answer, says so, and ends. Only times measured by a process itself are compared,
-so clocks may jump, and be different on every host.
+The code that trains, evaluates or saves says here what it does (``phase``), that it got somewhere
+(``beat``) and that it waits for other ranks (``waiting``). ``watch.py`` writes that into a file and
+ends a job of which one rank has stopped going on.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,14 +16,17 @@ from typing import Any, TypeVar
 
 from rtl_dist.core.errors import RtlDistError
 
-LOG = logging.getLogger("rtl_dist")
 T = TypeVar("T")
-FOLDER = "heartbeats"
-_NAMED_EVERY_S = 1.0
+_SAMPLE_NAMED_EVERY_S = 1.0  # naming a sample may read a disk
 
 
 class Heartbeat:
-    """What the main thread of a rank is doing; it calls ``beat`` whenever it got somewhere."""
+    """Written by the main thread alone, read by the thread of ``Watch``.
+
+    progress: grows whenever this rank got somewhere; the number itself means nothing.
+    is_waiting: this rank is inside an exchange with other ranks and can do nothing else.
+    is_open_ended: what it does may take any time without progress.
+    """
 
     def __init__(self) -> None:
         self.progress = 0
@@ -34,7 +36,7 @@ class Heartbeat:
         self._stage: str | None = None
         self._step: int | None = None
         self._sample: str | None = None
-        self._named_at = -math.inf
+        self._sample_named_at = -math.inf  # monotonic, s
 
     def beat(
         self,
@@ -43,26 +45,31 @@ class Heartbeat:
         step: int | None = None,
         sample: Callable[[], str] | None = None,
     ) -> None:
-        """Notes progress.
+        """Notes that this rank got somewhere.
 
         Args:
-            sample: names the last sample that was worked on; called once a second at most.
+            stage: the stage it is in; None: as before.
+            step: the optimizer step it is at; None: as before.
+            sample: returns the name of the sample worked on last; called once a second at most.
         """
         self.progress += 1
         self._stage = stage or self._stage
         self._step = self._step if step is None else step
         now = time.monotonic()
-        if sample is not None and now - self._named_at >= _NAMED_EVERY_S:
-            self._named_at = now
+        if sample is not None and now - self._sample_named_at >= _SAMPLE_NAMED_EVERY_S:
+            self._sample_named_at = now
             self._sample = None
             with contextlib.suppress(RtlDistError, OSError):  # its shard may be out of reach
                 self._sample = sample()
 
     @contextlib.contextmanager
     def phase(self, name: str, *, open_ended: bool = False) -> Iterator[None]:
-        """What is being done within the block.
+        """Says what is done within the block; afterwards the phase is what it was before.
 
-        open_ended: it may take any time without a sign of progress, as long as the process lives.
+        Args:
+            name: as the user will read it, such as ``evaluating``.
+            open_ended: it may take any time without progress (saving to a slow disk, compiling):
+                nobody ends the job for it, as long as the process lives.
         """
         before = self._phase, self.is_open_ended
         self._phase, self.is_open_ended = name, open_ended
@@ -74,7 +81,13 @@ class Heartbeat:
             self.progress += 1
 
     def while_fetching(self, items: Iterable[T], *, are_remote: bool) -> Iterator[T]:
-        """The items; fetching remote ones may take any time, and has an end of its own."""
+        """Passes the items on, and says meanwhile that data is waited for.
+
+        Args:
+            items: whatever a loader yields.
+            are_remote: they come over the network, which may take any time: retries have a limit of
+                their own there. Of local ones nothing is said, so the usual time-out holds.
+        """
         if not are_remote:
             yield from items
             return
@@ -88,7 +101,7 @@ class Heartbeat:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Within the block the other ranks are waited for."""
+        """Says that within the block this rank waits for the others."""
         self.is_waiting = True
         try:
             yield
@@ -96,6 +109,8 @@ class Heartbeat:
             self.is_waiting = False
 
     def describe(self) -> dict[str, Any]:
+        """What ``Watch`` writes into the rank's file; None where a stage, step or sample is not
+        known yet."""
         return {
             "phase": self._phase,
             "stage": self._stage,

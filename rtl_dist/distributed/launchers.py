@@ -1,7 +1,8 @@
-"""What the launcher said about the processes of this job, in the words of torchrun.
+"""How many processes this job has and where they meet, from the launcher's environment variables.
 
-torchrun and accelerate set ``RANK``, ``WORLD_SIZE`` and where the processes meet. srun does not,
-and each of its tasks would train alone. Its own variables hold the same, so they are translated.
+torchrun and accelerate set ``RANK``, ``WORLD_SIZE`` and ``MASTER_ADDR`` for each process. srun does
+not, and each of its tasks would train alone; but it sets variables of its own that say the same, so
+for its tasks torchrun's are filled in here.
 """
 
 from __future__ import annotations
@@ -13,22 +14,28 @@ from datetime import timedelta
 
 from rtl_dist.core.errors import UserError
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # of ranks that wait for each other
+# How long a process waits for the others to come, or in one exchange on the device, before it ends.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 def launched_world_size(env: MutableMapping[str, str] = os.environ) -> int:
-    """How many processes there are to be; makes ``env`` say what torchrun would for srun's tasks.
+    """How many processes the launcher started; 1 without a launcher.
+
+    Args:
+        env: for a task of srun, ``RANK``, ``LOCAL_RANK``, ``WORLD_SIZE``, ``LOCAL_WORLD_SIZE``,
+            ``MASTER_ADDR`` and ``MASTER_PORT`` are added to it.
 
     Raises:
         UserError: several processes that were not told where to meet.
     """
-    if "WORLD_SIZE" not in env and _is_one_of_sruns(env):
+    if "WORLD_SIZE" not in env and _is_srun_task(env):
         env["RANK"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env["SLURM_LOCALID"]
         env["WORLD_SIZE"] = env["SLURM_STEP_NUM_TASKS"]
         env["LOCAL_WORLD_SIZE"] = str(_tasks_on_this_node(env))
         if "MASTER_ADDR" not in env:
             env["MASTER_ADDR"] = _first_host(env["SLURM_STEP_NODELIST"])
-        # below the ports that systems hand out by themselves, and another for each job
+        # Another port for each job, so that two on one node do not meet; below 32768, where Linux
+        # begins to hand ports out by itself.
         env.setdefault("MASTER_PORT", str(12000 + int(env["SLURM_JOB_ID"]) % 20000))
     world_size = int(env.get("WORLD_SIZE", "1"))
     if world_size > 1 and "MASTER_ADDR" not in env:
@@ -40,12 +47,17 @@ def launched_world_size(env: MutableMapping[str, str] = os.environ) -> int:
 
 
 def may_end_alone(env: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is the first, and the launcher ends the others after it; srun does not
-    do so soon."""
-    return env.get("RANK", "0") == "0" and ("RANK" in env or not _is_one_of_sruns(env))
+    """Whether this process may end with an error before the processes have met, without leaving
+    the others to wait for it.
+
+    True of rank 0 of a launcher that then ends the other processes, and of a process without a
+    launcher; False under srun, which lets the others wait for long.
+    """
+    return env.get("RANK", "0") == "0" and ("RANK" in env or not _is_srun_task(env))
 
 
-def _is_one_of_sruns(env: Mapping[str, str]) -> bool:
+def _is_srun_task(env: Mapping[str, str]) -> bool:
+    """Whether this process is one of several that one srun started."""
     return int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1  # not set in a batch script
 
 

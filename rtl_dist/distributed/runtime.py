@@ -1,4 +1,4 @@
-"""The hardware of a job: Accelerator, precision, this rank's device; and the group of its ranks."""
+"""The processes of a job on their hardware: they meet, agree on a precision, and part in order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -28,13 +28,18 @@ from rtl_dist.distributed.ranks import Ranks
 from rtl_dist.distributed.stopping import StopRequests, was_launched
 
 LOG = logging.getLogger("rtl_dist")
-_OF_PEERS = ("onnection", "Timed out waiting", "Gloo", "NCCL")  # in what the collectives raise
+# Words in the RuntimeError that an exchange raises when another process is gone. Gloo says, among
+# others, "Connection closed by peer", "connection reset by peer", "Timed out waiting 1800000ms for
+# recv operation to complete" and "Gloo connectFullMesh failed"; NCCL's errors name it.
+_WORDS_OF_A_LOST_PEER = ("Connection", "connection", "Timed out waiting", "Gloo", "NCCL")
 
 
 class Runtime(Ranks):
-    """Use as a context manager; one at a time in a process.
+    """The ranks, each on its device. Use as a context manager; one at a time in a process.
 
-    local_world_size: of this machine. device: this rank's.
+    accelerator: Accelerate's, which wraps the network and its optimizer. precision: what this
+    hardware really computes in. dtype: of the weights. device: this rank's. local_world_size: the
+    number of ranks on this machine.
     """
 
     def __init__(
@@ -46,39 +51,36 @@ class Runtime(Ranks):
     ) -> None:
         """
         Args:
-            stops: of this process; None: it is never asked.
-            patience: with ranks that are waited for, in what is not the device's.
+            precision: as the config has it.
+            stops: the requests to stop that reach this process; None: it is never asked.
+            patience: how long an exchange of decisions and counts waits for the other ranks. One
+                on the device, of gradients, waits for ``COLLECTIVE_TIMEOUT``.
+
+        Raises:
+            UserError: the processes were not told of each other, or differ in their precision.
+            RtlDistError: the others do not come.
         """
         self.precision = resolve_precision(precision)
-        use_cpu = not torch.cuda.is_available()
-        world = launched_world_size()
+        self.dtype = torch.float64 if self.precision == "fp64" else torch.float32
+        launched = launched_world_size()
         self.accelerator = self._meet()
+        self.device: torch.device = self.accelerator.device
+        self._require_all_came(launched)
         super().__init__(
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
             stops=stops,
+            group=_gloo_group(patience) if self.accelerator.num_processes > 1 else None,
         )
+        self._require_one_precision()
         self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
-        self.device: torch.device = self.accelerator.device
-        self.dtype = torch.float64 if self.precision == "fp64" else torch.float32
-        if world != self.world_size:
-            self.close()
-            raise UserError(
-                f"WORLD_SIZE is {world} but this process found {self.world_size} process(es) in its"
-                " group, so each would train alone: launch with torchrun, srun or accelerate and a"
-                " file from launch/"
-            )
-        if self.world_size > 1:
-            self._group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
-            set_timeout = getattr(dist, "set_timeout", None) or c10d._set_pg_timeout  # until 2.14
-            set_timeout(patience, self._group)  # all have come: patience is with their work
-            self._require_one_precision()
-        if use_cpu and not _user_chose_threads():
+        if not torch.cuda.is_available() and not _user_chose_threads():
             torch.set_num_threads(max(1, available_cpus() // self.local_world_size))
         torch.backends.cudnn.benchmark = False  # its choice differs between runs
         torch.backends.cudnn.deterministic = True
 
     def _meet(self) -> Accelerator:
+        """Waits for the other processes, and makes the group in which the devices exchange."""
         try:
             return Accelerator(
                 # Without this two CPU processes each believe they are alone (accelerate 1.15).
@@ -99,8 +101,20 @@ class Runtime(Ranks):
                 " host must be reachable from all and the port free (MASTER_ADDR, MASTER_PORT)"
             ) from error
 
+    def _require_all_came(self, launched: int) -> None:
+        """Fails where the launcher started several processes but this one is alone in its group."""
+        found = self.accelerator.num_processes
+        if launched != found:
+            self.close()
+            raise UserError(
+                f"WORLD_SIZE is {launched} but this process found {found} process(es) in its"
+                " group, so each would train alone: launch with torchrun, srun or accelerate and a"
+                " file from launch/"
+            )
+
     def _require_one_precision(self) -> None:
-        """Gradients of several would be averaged, and no run could be repeated."""
+        """Fails where ``precision: auto`` gave the machines different ones: gradients of different
+        precision would be averaged, and no run could be repeated."""
         found = sorted(set(self.gather((self.precision, socket.gethostname()))))
         if len({precision for precision, _ in found}) > 1:
             self.close()
@@ -131,35 +145,56 @@ class Runtime(Ranks):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        agreed = error is None or isinstance(error, StopRequested)
-        if agreed:
+        all_end_alike = error is None or isinstance(error, StopRequested)
+        if all_end_alike:
             self.settle()
-        if self.device.type == "cuda" and self._group is not None and not agreed:
-            # NCCL's group would wait, on its way down, for ranks that may be waiting for this one
-            dist.destroy_process_group(self._group)
+            self.close()
         else:
-            self.close()  # gloo's group must go, or its threads abort the process at its exit
+            self._close_before_the_others()
+        if (for_the_user := self._explanation(error)) is not None:
+            raise for_the_user from error
+
+    def _close_before_the_others(self) -> None:
+        """Leaves a group whose other ranks may be waiting for this one."""
+        if self.device.type == "cuda" and self.group is not None:
+            # Closing NCCL's group would wait for them. The process's end takes it down.
+            dist.destroy_process_group(self.group)
+        else:
+            self.close()  # gloo's threads abort a process that ends before its group is closed
+
+    def _explanation(self, error: BaseException | None) -> RtlDistError | None:
+        """What to tell the user instead of an error that is not of our making; None: nothing."""
         if isinstance(error, torch.OutOfMemoryError):
-            raise RtlDistError(
+            return RtlDistError(
                 f"out of memory ({str(error).splitlines()[0]}); set batch.micro lower or use a"
                 " smaller data.image_size, and start the same command again"
-            ) from error
-        lost_a_rank = isinstance(error, RuntimeError) and any(w in str(error) for w in _OF_PEERS)
-        if self.world_size > 1 and lost_a_rank:
-            raise RtlDistError(
-                "another process of this job ended; its own last message says why"
-            ) from error
+            )
+        if (
+            self.world_size > 1
+            and isinstance(error, RuntimeError)
+            and any(words in str(error) for words in _WORDS_OF_A_LOST_PEER)
+        ):
+            return RtlDistError("another process of this job ended; its own last message says why")
+        return None
 
     def close(self) -> None:
+        """Leaves all process groups and forgets what Accelerate keeps for the whole process, so
+        that a later job in it may have another precision."""
         self.accelerator.free_memory()
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
-        # a later job in this process may want another precision
         AcceleratorState._reset_state(reset_partial_state=True)
         gc.collect()
 
     def progress(self, *, total: int, what: str, unit: str, done: int = 0) -> tqdm[Any]:
-        """A bar with an ETA on rank 0's terminal; silent on other ranks and off a terminal."""
+        """A bar with an ETA on rank 0's terminal; silent on other ranks and off a terminal.
+
+        Args:
+            total: when it is full, in ``unit``.
+            what: what is done, before the bar.
+            unit: of what is counted, such as ``step``.
+            done: where it starts, of a job that goes on.
+        """
         return tqdm(
             total=total,
             initial=done,
@@ -171,17 +206,42 @@ class Runtime(Ranks):
         )
 
     def mean_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
-        """Mean of a tensor on the device, which it overwrites."""
+        """The mean over all ranks of a tensor on the device.
+
+        Args:
+            values: of the same shape and dtype on every rank; it is overwritten.
+
+        Returns:
+            A new tensor, the same on every rank; with one rank equal to ``values``.
+        """
         if self.world_size > 1:
             with self.heartbeat.waiting():
                 dist.all_reduce(values)
         return values / self.world_size
 
 
+def _gloo_group(patience: timedelta) -> dist.ProcessGroup:
+    """The group of all ranks in which ``Ranks`` exchanges, made once all have come.
+
+    Args:
+        patience: how long an exchange in it waits. While it is made, which needs every rank, the
+            limit is ``COLLECTIVE_TIMEOUT``.
+    """
+    made = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+    group = cast(dist.ProcessGroup, made)  # a number only in processes that are not in it
+    set_timeout = getattr(dist, "set_timeout", None) or c10d._set_pg_timeout  # until torch 2.14
+    set_timeout(patience, group)
+    return group
+
+
 def resolve_precision(wanted: Precision) -> Precision:
     """The precision this hardware will really run.
 
-    ``torch.cuda.is_bf16_supported()`` is true on a T4 by emulation, so emulation is excluded.
+    bf16 where the hardware multiplies it: ``torch.cuda.is_bf16_supported()`` is also true where it
+    is emulated and slow, as on a T4, so emulation is excluded.
+
+    Args:
+        wanted: as the config has it; anything but ``auto`` is returned as it is.
 
     Raises:
         UserError: fp16 without a GPU.
@@ -196,7 +256,8 @@ def resolve_precision(wanted: Precision) -> Precision:
 
 
 def configure_logging(*, is_main: bool) -> None:
-    """Messages of rank 0 on stderr as plain lines; the other ranks' only when they warn."""
+    """Sends this package's messages to stderr as plain lines: all of rank 0's, and only the
+    warnings of the other ranks."""
     LOG.handlers.clear()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))

@@ -1,7 +1,8 @@
-"""Requests to stop: signals, a time limit, a launcher that is gone.
+"""Requests to stop: a signal, the time limit of the run, a launcher that is gone.
 
-Where there is something to save a request is only noted, and the ranks act on it together. What
-must not wait for them, a request before that or a second one, ends the process at once.
+While there is something to save, a first request is only noted: the ranks agree on it at the next
+step, save together and end. A request before training has begun, and a second one from a user who
+does not want to wait, end the process at once; files are whole at any moment, so that is safe.
 """
 
 from __future__ import annotations
@@ -24,22 +25,27 @@ STOP_SIGNALS = tuple(
     for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
     if hasattr(signal, name)
 )
-# Schedulers repeat a polite request, and launchers pass on what their processes got from the
-# terminal themselves: neither is an impatient user.
-_POLITE = {getattr(signal, "SIGUSR1", None)}
+# What comes a second time but is no impatient user: SIGUSR1, which schedulers repeat; and a signal
+# soon after the first, as Ctrl-C reaches a process both from the terminal and from its launcher.
+_NEVER_IMPATIENT = {getattr(signal, "SIGUSR1", None)}
 _SAME_REQUEST_S = 1.0
-_END = b"\0"  # no signal's number
+_END_OF_LISTENING = b"\0"  # no signal has the number 0
 
 
 class StopRequests:
-    """Use as a context manager in the main thread; one at a time in a process.
+    """Handles the signals for as long as the block lasts: use as a context manager in the main
+    thread, one at a time in a process.
 
-    A request ends the process at once unless it comes within ``deferred``; and there too, if it is
-    a SIGINT or SIGTERM more than a second after the first request.
+    A signal ends the process at once (exit code 75), unless it comes within ``deferred``. There it
+    sets ``reason``, and only a later one, other than SIGUSR1 and more than a second after the
+    first, ends the process.
     """
 
     def __init__(self, *, time_limit_s: float | None = None) -> None:
-        """time_limit_s: from now; None: no limit."""
+        """
+        Args:
+            time_limit_s: seconds from now after which ``reason`` asks to stop; None: no limit.
+        """
         self._deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
         self._launcher = os.getppid() if was_launched() else None
         self._signal: str | None = None
@@ -49,8 +55,11 @@ class StopRequests:
 
     @property
     def reason(self) -> str | None:
-        """Why to stop, or None. A launcher that is gone counts: accelerate's ends at a SIGTERM
-        without passing it on."""
+        """Why to stop, in words that follow "by"; None: nothing asks for it.
+
+        A launcher that is gone counts as a request: accelerate's ends at a SIGTERM without passing
+        it on to its processes.
+        """
         if self._signal is not None:
             return self._signal
         if self._deadline is not None and time.monotonic() >= self._deadline:
@@ -61,27 +70,30 @@ class StopRequests:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within the block a first request is only noted: look at ``reason`` and act on it."""
+        """Within the block a first signal does not end the process: whoever runs in it looks at
+        ``reason`` from time to time and stops."""
         self._is_deferred = True
         try:
             yield
         finally:
-            # of one that was noted the thread may learn only now
+            # The thread may read a signal only after the block, though it came within it, and must
+            # not end the process for it then: the caller is about to stop in order.
             self._is_deferred = self._signal is not None
 
     def __enter__(self) -> StopRequests:
-        # Python's own handlers wait for the main thread, which may be waiting for another rank; the
-        # number of a signal that came is written here whatever that does.
+        # Python calls a handler (``_note``) only once the main thread is back from what it is in,
+        # such as an exchange with a rank that never answers. But at once it writes the signal's
+        # number into a socket of ours, from which a thread reads it whatever the main one does.
         self._reading, self._writing = socket.socketpair()
         self._writing.setblocking(False)
         self._old_wakeup = signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
         for number in STOP_SIGNALS:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-                continue  # under nohup a terminal that closes is no request
+                continue  # under nohup: the user wants the run to outlive the terminal
             self._old_handlers[number] = signal.signal(number, self._note)
         self._thread = threading.Thread(target=self._listen, name="stop requests", daemon=True)
         self._thread.start()
-        os.register_at_fork(after_in_child=_forget_wakeup)
+        os.register_at_fork(after_in_child=_forget_socket)
         return self
 
     def __exit__(
@@ -93,24 +105,27 @@ class StopRequests:
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._old_wakeup)
-        self._writing.send(_END)
+        self._writing.send(_END_OF_LISTENING)
         self._thread.join()
         self._writing.close()
         self._reading.close()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        # only a flag: no I/O and no collective inside a handler
+        """The signal handler. It runs in the middle of anything, so it only sets a flag: no I/O,
+        no exchange with other ranks."""
         self._signal = self._signal or signal.Signals(number).name
 
     def _listen(self) -> None:
+        """The thread: acts on each signal whose number arrives."""
         while True:
             for number in self._reading.recv(64):
-                if number == _END[0]:
+                if number == _END_OF_LISTENING[0]:
                     return
                 if number in STOP_SIGNALS:
                     self._act_on(signal.Signals(number))
 
     def _act_on(self, number: signal.Signals) -> None:
+        """Ends the process, if the signal is one that may; else tells the user that it came."""
         now = time.monotonic()
         if not self._is_deferred:
             _leave(number.name)
@@ -118,7 +133,7 @@ class StopRequests:
             self._noted_at = now
             if os.environ.get("RANK", "0") == "0":
                 _say(f"{number.name}: saving as soon as the step allows; again to leave at once")
-        elif number not in _POLITE and now - self._noted_at > _SAME_REQUEST_S:
+        elif number not in _NEVER_IMPATIENT and now - self._noted_at > _SAME_REQUEST_S:
             _leave(number.name)
 
 
@@ -128,7 +143,11 @@ def was_launched() -> bool:
 
 
 def _leave(name: str) -> NoReturn:
-    """Ends this process now: whatever is on the disk is whole at any moment."""
+    """Ends this process now, with the code that says that it can be resumed.
+
+    Args:
+        name: the signal's.
+    """
     for worker in multiprocessing.active_children():
         worker.kill()
     _say(f"left at once ({name}); start the same command again")
@@ -136,11 +155,13 @@ def _leave(name: str) -> NoReturn:
 
 
 def _say(what: str) -> None:
+    """Writes a line to stderr without its buffer, whose lock the main thread may hold."""
     with contextlib.suppress(OSError):
         os.write(2, f"rtl-dist: {what}\n".encode())
 
 
-def _forget_wakeup() -> None:
-    """A forked child's signals are its own."""
+def _forget_socket() -> None:
+    """In a forked child, such as a loader's worker: its signals are not written into the socket,
+    which it shares with its parent, who would take them for its own."""
     if threading.current_thread() is threading.main_thread():
         signal.set_wakeup_fd(-1)

@@ -34,8 +34,11 @@ class StepStatistics:
     def __init__(self, model: nn.Module, *, momentum: float | None = None) -> None:
         self._layers = list(learning_layers(model).values())
         self._momenta = [m.momentum for m in self._layers]
-        self._buffers = [b for m in self._layers for b in (m.running_mean, m.running_var)]
-        self._counts = [m.num_batches_tracked for m in self._layers]
+        # none is None in a layer that tracks its statistics, but their type allows for it
+        both = [b for m in self._layers for b in (m.running_mean, m.running_var)]
+        self._buffers = [b for b in both if b is not None]
+        counts = [m.num_batches_tracked for m in self._layers]
+        self._counts = [c for c in counts if c is not None]
         own = [0.1 if m is None else m for m in self._momenta]
         weights = own if momentum is None else [momentum] * len(self._layers)
         self._weights = [w for w in weights for _ in range(2)]

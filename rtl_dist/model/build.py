@@ -57,7 +57,7 @@ def make_classifier(
     if config.name == "basic_cnn":
         if download:
             raise UserError("model.weights: basic_cnn has no pretrained weights; set it to none")
-        trunk: nn.Module = BasicCNN(data.channels)
+        trunk: Any = BasicCNN(data.channels)  # an nn.Module; timm's have attributes of their own
         native_head, num_features = "fc", NUM_FEATURES
     elif config.name.startswith(_TORCHVISION):
         trunk, native_head, num_features = _torchvision_trunk(
@@ -132,7 +132,11 @@ def _torchvision_trunk(name: str, channels: int, download: bool) -> tuple[nn.Mod
 
 def _sum_first_convolution(trunk: nn.Module) -> None:
     """Makes a colour network take grey input: its first kernel summed over the colours."""
-    path, conv = next((p, m) for p, m in trunk.named_modules() if isinstance(m, nn.Conv2d))
+    # Any: to torch's types a convolution's sizes are of any length, and a new one wants pairs
+    convolutions: list[tuple[str, Any]] = [
+        (path, module) for path, module in trunk.named_modules() if isinstance(module, nn.Conv2d)
+    ]
+    path, conv = convolutions[0]
     grey = nn.Conv2d(
         1,
         conv.out_channels,

@@ -77,6 +77,12 @@ class Classifier(nn.Module):
         return state
 
 
+def place(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Moves a network to a device, its weights in that dtype and in channels-last memory."""
+    # torch takes the three together, but its types do not say so
+    model.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
 class HeadOnly(nn.Module):
     """The classifier from cached features on; shares the head with it."""
 

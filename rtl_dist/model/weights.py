@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -83,7 +83,7 @@ def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a weights file, unwrapped and without the prefixes that wrappers leave."""
     try:
         if file.suffix == ".safetensors":
-            state = load_file(file)
+            state: Any = load_file(file)
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:  # a damaged pickle raises anything: IndexError, struct.error, ...

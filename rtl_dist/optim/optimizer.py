@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -21,7 +23,7 @@ def build_optimizer(
     It is a fused one, which can be told by a tensor, ``found_inf``, not to take a step: nobody has
     to wait for the device to know whether the gradient was finite.
     """
-    groups = []
+    groups: list[dict[str, Any]] = []
     parts = parts_of(model)
     for depth, (part, modules) in enumerate(reversed(list(parts.items()))):
         base_lr = lr * stage.layer_decay**depth

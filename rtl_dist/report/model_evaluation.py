@@ -8,8 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from rtl_dist.config import Precision
 from rtl_dist.core.errors import UserError
 from rtl_dist.data.format.dataset import Dataset, check_split, open_dataset
@@ -17,7 +15,7 @@ from rtl_dist.data.loading.workers import resolve_workers
 from rtl_dist.distributed.runtime import Runtime, configure_logging
 from rtl_dist.distributed.stopping import StopRequests
 from rtl_dist.evaluation.scoring import metrics_on_every_rank, score_split
-from rtl_dist.model.classifier import Classifier
+from rtl_dist.model.classifier import Classifier, place
 from rtl_dist.model.folder import LoadedModel, load_model
 
 
@@ -48,7 +46,7 @@ def evaluate_and_write(
     """
     split = runtime.on_every_rank(lambda: dataset.split(split_name))
     runtime.from_main(lambda: check_split(dataset, split))
-    model = model.to(runtime.device, runtime.dtype, memory_format=torch.channels_last)
+    place(model, runtime.device, runtime.dtype)
     with runtime.heartbeat.phase(f"evaluating {split_name}"):
         predictions = score_split(model, dataset, split, runtime=runtime, workers=workers)
     metrics = metrics_on_every_rank(predictions, runtime)

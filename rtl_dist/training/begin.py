@@ -22,7 +22,7 @@ from rtl_dist.distributed.runtime import Runtime, configure_logging
 from rtl_dist.evaluation.scoring import KeptImages
 from rtl_dist.model.average import Average
 from rtl_dist.model.build import build_model
-from rtl_dist.model.classifier import Classifier
+from rtl_dist.model.classifier import Classifier, place
 from rtl_dist.model.parts import trainable_parts
 from rtl_dist.records.checkpoint import Snapshot
 from rtl_dist.records.checkpoint_writer import CheckpointWriter
@@ -176,7 +176,7 @@ def _place_on_device(
     """Moves the model to the device; returns its average, if it is to have one."""
     if config.batch.sync_batchnorm:
         model.trunk = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model.trunk)
-    model.to(device=runtime.device, dtype=runtime.dtype, memory_format=torch.channels_last)
+    place(model, runtime.device, runtime.dtype)
     average = Average(model, config.optim.ema) if config.optim.ema else None
     if average and restored is not None:
         average.model.load_state_dict(restored.ema)

@@ -11,7 +11,7 @@ from rtl_dist.config import Config
 from rtl_dist.core.errors import UserError
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.model.build import make_classifier
-from rtl_dist.model.classifier import Classifier
+from rtl_dist.model.classifier import Classifier, place
 
 LOG = logging.getLogger("rtl_dist")
 _LARGEST = 512  # images; beyond it no ResNet gets faster
@@ -50,7 +50,8 @@ def _largest_that_fits(config: Config, runtime: Runtime, sizes: list[int], num_c
     """The first of ``sizes`` that fits on every rank, by training steps of a network of the same
     shape, all of it trained, at the largest image size of any stage."""
     model = make_classifier(config.model, config.data, num_classes=num_classes, seed=config.seed)
-    model.to(device=runtime.device, dtype=runtime.dtype, memory_format=torch.channels_last).train()
+    place(model, runtime.device, runtime.dtype)
+    model.train()
     side = max(stage.image_size or config.data.image_size for stage in config.stages)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
     for size in sizes:

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from small_sets import packed
 
+from rtl_dist.core.keys import derive_key, derive_keys
 from rtl_dist.data.images.augment import augmentation_keys
 from rtl_dist.data.order.balanced import BalancedOrder, group_by_class
 from rtl_dist.data.order.permutation import permute_each
-from rtl_dist.core.keys import derive_key, derive_keys
 
 COUNTS = {
     "equal": [7, 7, 7, 7],

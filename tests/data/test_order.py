@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from small_sets import packed
 
+from rtl_dist.core.keys import derive_key, mix64
 from rtl_dist.data.images.augment import augmentation_keys
 from rtl_dist.data.loading.microbatches import microbatch_positions
 from rtl_dist.data.order.epochs import Order
 from rtl_dist.data.order.permutation import permute
-from rtl_dist.core.keys import derive_key, mix64
 
 SIZES = [1, 2, 3, 4, 5, 7, 15, 16, 17, 63, 64, 65, 100, 255, 256, 257, 1000, 1024, 4097]
 

@@ -16,7 +16,7 @@ from killed_runs import At, require_done, run_ranks
 from tiny_runs import make_dataset, require_equal_runs, tiny_config, write_config
 
 from rtl_dist.core.errors import DataError
-from rtl_dist.distributed import heartbeat
+from rtl_dist.distributed import watch
 from rtl_dist.distributed.heartbeat import Heartbeat
 from rtl_dist.distributed.watch import Watch, clear_heartbeats
 
@@ -275,7 +275,7 @@ def test_a_run_folder_that_not_all_hosts_see(tmp_path, capfd, monkeypatch):
 
 def test_a_disk_that_cannot_be_written_is_told_once(tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr(heartbeat.LOG, "warning", lambda *message: told.append(message))
+    monkeypatch.setattr(watch.LOG, "warning", lambda *message: told.append(message))
     watcher = Watcher(tmp_path, Heartbeat(), 1)
     (tmp_path / "heartbeats").rmdir()
     (tmp_path / "heartbeats").write_text("in the way")

@@ -104,22 +104,33 @@ def _rows(width: int, height: int, bits: int, interlaced: bool) -> Iterator[tupl
 
 
 def _check_data(data: bytes, passes: list[tuple[int, int]]) -> None:
-    inflater = zlib.decompressobj()
+    inflater, pending, fed = zlib.decompressobj(), b"", 0
 
     def inflate(most: int) -> bytes:
-        nonlocal data
-        try:
-            piece = inflater.decompress(data, most)
-        except zlib.error as error:
-            raise DataError("cannot be decoded: the PNG's data is damaged") from error
-        data = inflater.unconsumed_tail
+        """Up to ``most`` bytes more; empty where there are none."""
+        nonlocal pending, fed
+        piece = b""
+        while not (piece or inflater.eof):
+            # A block at a time: each call copies what it leaves, which of a whole file would take
+            # a time that grows with the square of its size.
+            if not pending:
+                pending = data[fed : fed + _BLOCK_BYTES]
+                fed += len(pending)
+            is_last = fed == len(data)
+            try:
+                piece = inflater.decompress(pending, most)
+            except zlib.error as error:
+                raise DataError("cannot be decoded: the PNG's data is damaged") from error
+            pending = inflater.unconsumed_tail
+            if is_last:
+                break
         return piece
 
     for rows, row_bytes in passes:
         at_once = max(1, _BLOCK_BYTES // row_bytes)
         for first in range(0, rows, at_once):
             wanted = min(at_once, rows - first) * row_bytes
-            block = b""
+            block = bytearray()
             while len(block) < wanted:
                 piece = inflate(wanted - len(block))
                 if not piece:
@@ -129,7 +140,9 @@ def _check_data(data: bytes, passes: list[tuple[int, int]]) -> None:
                 raise DataError("cannot be decoded: the PNG's data is damaged")
     # The stream must end too, with its checksum: libpng looks for input beyond the last row.
     # Some encoders leave a little too much in it.
-    surplus = inflate(_BLOCK_BYTES)
+    surplus = 0
+    while surplus < _BLOCK_BYTES and (piece := inflate(_BLOCK_BYTES - surplus)):
+        surplus += len(piece)
     if not inflater.eof:
         what = "is larger than its header says" if surplus else "ends early"
         raise DataError(f"cannot be decoded: the PNG's data {what}")
