@@ -23,7 +23,9 @@ class ViewMicrobatches:
     num_views: int
     """How many views a sample cycles through."""
     order: TrainingStream
+    """Which sample is at which position."""
     split: Split
+    """Whose samples and labels they are."""
     size: int
     """Samples of a microbatch."""
 

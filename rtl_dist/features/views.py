@@ -32,11 +32,13 @@ class ViewPlan:
     key: str
     """Its name in the store: ``key_of(content)``."""
     content: dict[str, Any]
-    """Whatever determines its features, as JSON can hold it."""
+    """Whatever determines its features, as JSON holds it."""
     shape: ViewShape
+    """How many samples, and what the frozen part makes of one."""
     frozen: FrozenPart
-    """What makes its features of images."""
+    """What makes features of images."""
     split: Split
+    """Whose images they are."""
     transform: TrainTransform | EvalTransform
     """What makes images of the split's files."""
     number: int | None

@@ -26,7 +26,9 @@ class StageReading:
     """What one rank reads to train a stage."""
 
     stage: ResolvedStage
+    """What it is to see: views, augmentation, image size."""
     config: Config
+    """The run's."""
     split: Split
     """The one trained on."""
     first_step: int
@@ -36,6 +38,7 @@ class StageReading:
     micro_batch_size: int
     """Samples of a microbatch."""
     runtime: Runtime
+    """Which rank this is, its device, and whether it is asked to stop."""
     workers: int
     """Processes that read for this rank; 0: it does so itself."""
 
@@ -64,6 +67,7 @@ class StageBatches:
     """This rank's microbatches of a stage, in order."""
 
     iterator: Iterator[Batch]
+    """On the rank's device, each lent until the next is asked for."""
     are_features: bool = False
     """They hold what the frozen part made of the images, not images."""
     bad: list[str] = field(default_factory=list)

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from remote_helpers import no_double_downloads, serving
 
+from rtl_dist.core.errors import DataError, RemoteError, RtlDistError, ShardError, UserError
 from rtl_dist.data.storage import remote
 from rtl_dist.data.storage.cache import Cache, RemoteFile
-from rtl_dist.core.errors import DataError, RemoteError, RtlDistError, ShardError, UserError
 
 SIZE = 20_000
 NAMES = [f"{letter}.tar" for letter in "abcdefgh"]

@@ -23,22 +23,26 @@ from PIL import Image, ImageOps
 from small_sets import Canary, flip_byte, packed
 
 from rtl_dist.config import AugmentConfig
-from rtl_dist.data.images.augment import EvalTransform, TrainTransform
-from rtl_dist.data.format.dataset import check_split, open_dataset
-from rtl_dist.data.images.decode import claimed_pixels, decode
-from rtl_dist.prepare.indexing.index import index
-from rtl_dist.data.loading.loader import make_loader
-from rtl_dist.data.loading.workers import resolve_workers
-from rtl_dist.data.loading.microbatches import SplitMicrobatches, TrainingMicrobatches, microbatch_positions
-from rtl_dist.data.order.epochs import Order
-from rtl_dist.prepare.packing.pack import pack
-from rtl_dist.core.processes import available_cpus
-from rtl_dist.data.format.reader import SampleReader
 from rtl_dist.core.errors import DataError, WorkerError
+from rtl_dist.core.processes import available_cpus
+from rtl_dist.data.format.dataset import check_split, open_dataset
+from rtl_dist.data.format.reader import SampleReader
+from rtl_dist.data.images.augment import EvalTransform, TrainTransform
+from rtl_dist.data.images.decode import claimed_pixels, decode
+from rtl_dist.data.loading.loader import make_loader
+from rtl_dist.data.loading.microbatches import (
+    SplitMicrobatches,
+    TrainingMicrobatches,
+    microbatch_positions,
+)
+from rtl_dist.data.loading.workers import resolve_workers
+from rtl_dist.data.order.epochs import Order
+from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.evaluation.scoring import score_split
 from rtl_dist.model.classifier import Preprocessing
 from rtl_dist.model.divided import Divided
-from rtl_dist.distributed.runtime import Runtime
+from rtl_dist.prepare.indexing.index import index
+from rtl_dist.prepare.packing.pack import pack
 
 SIDE, MICRO, BATCH, NUM = 8, 4, 16, 23
 
@@ -534,7 +538,6 @@ def test_no_worker_starts_without_a_microbatch_to_make(train):
     next(loader)  # nobody knows how many positions come
     assert len(multiprocessing.active_children()) == 2
     loader.close()
-
 
 
 def test_workers_share_the_cpus_this_process_may_use():

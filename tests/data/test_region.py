@@ -17,12 +17,12 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from rtl_dist.config import AugmentConfig
+from rtl_dist.core.errors import DataError
 from rtl_dist.data.images import augment as augment_module
 from rtl_dist.data.images import decode as decode_module
 from rtl_dist.data.images import region
 from rtl_dist.data.images.augment import TrainTransform
 from rtl_dist.data.images.decode import decode
-from rtl_dist.core.errors import DataError
 
 built = pytest.mark.skipif(
     region._native is None,

@@ -14,9 +14,9 @@ import pytest
 from remote_helpers import serving
 
 from rtl_dist.config import DataConfig
+from rtl_dist.core.errors import RemoteError, ShardError, UserError
 from rtl_dist.data.storage import remote
 from rtl_dist.data.storage.remote import read_chunks, read_url, size_of, sizes_of
-from rtl_dist.core.errors import RemoteError, ShardError, UserError
 
 CONTENT = bytes(range(251)) * 400  # 100,400 bytes
 SIZE = len(CONTENT)

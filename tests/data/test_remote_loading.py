@@ -11,14 +11,14 @@ from remote_helpers import no_double_downloads, serving
 from small_sets import flip_byte, packed
 
 from rtl_dist.config import AugmentConfig
+from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.data.format import dataset as dataset_module
-from rtl_dist.data.storage import remote
-from rtl_dist.data.images.augment import TrainTransform
 from rtl_dist.data.format.dataset import DESCRIPTION, check_split, fingerprint_of, open_dataset
+from rtl_dist.data.format.reader import SampleReader
+from rtl_dist.data.images.augment import TrainTransform
 from rtl_dist.data.loading.loader import make_loader
 from rtl_dist.data.loading.microbatches import TrainingMicrobatches
-from rtl_dist.data.format.reader import SampleReader
-from rtl_dist.core.errors import DataError, UserError
+from rtl_dist.data.storage import remote
 
 MICRO, SEED, PER_SHARD = 4, 3, 30
 

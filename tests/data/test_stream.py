@@ -15,10 +15,10 @@ from small_sets import Canary, packed
 
 from rtl_dist.commands.running import run_command
 from rtl_dist.config import AugmentConfig, DataConfig
+from rtl_dist.core.errors import DataError
 from rtl_dist.data.images.augment import TrainTransform
 from rtl_dist.data.loading.microbatches import TrainingMicrobatches
 from rtl_dist.data.loading.stream import stream_microbatches
-from rtl_dist.core.errors import DataError
 
 SIDE, SIZE = 8, 4
 PLAIN = AugmentConfig(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), hflip=0)
@@ -98,7 +98,13 @@ def test_ranks_workers_and_seeds_draw_other_streams(train):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_same_start_draws_the_same_stream(train, workers):
-    options = {"workers": workers, "augment": AugmentConfig(), "seed": 3, "first_step": 5, "rank": 1}
+    options = {
+        "workers": workers,
+        "augment": AugmentConfig(),
+        "seed": 3,
+        "first_step": 5,
+        "rank": 1,
+    }
     one = draw(shards_of(train), 12, **options)
     torch.rand(5)
     other = draw(shards_of(train), 12, **options)

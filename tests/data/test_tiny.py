@@ -8,9 +8,9 @@ from torch.nn.functional import interpolate
 
 from rtl_dist.config import AugmentConfig
 from rtl_dist.data.images.augment import TrainTransform
+from rtl_dist.data.images.tiny import TinyView, enlarge, gather_tiny
 from rtl_dist.data.loading.microbatches import TrainingMicrobatches
 from rtl_dist.data.loading.ring import Request, Ring
-from rtl_dist.data.images.tiny import TinyView, enlarge, gather_tiny
 
 SIDE, MICRO, NUM = 32, 6, 24
 

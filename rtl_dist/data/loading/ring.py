@@ -42,9 +42,11 @@ class Reply(NamedTuple):
     tiny_shapes: np.ndarray | None
     """``shapes`` of the ``TinyBatch`` that the pixels are; None: they are what the network sees."""
     labels: np.ndarray
-    """See ``Batch``; so are those below."""
+    """int64 (n,) class numbers, or float32 (n, num_classes) of 0 and 1."""
     samples: np.ndarray
+    """int64 (n,): numbers within the split of what is really in the slot."""
     bad: list[str]
+    """What each damaged sample suffers from; see ``Batch``."""
 
 
 class Ring(Dataset[Reply]):
