@@ -47,14 +47,14 @@ def undrawn(monkeypatch):
 @pytest.fixture
 def computed(monkeypatch):
     """The split of each view of features that is computed."""
-    from rtl_dist.features.maker import FeatureMaker
+    from rtl_dist.features import maker
 
     found: list[str] = []
-    write = FeatureMaker._write_blocks
+    compute = maker.compute_view
 
-    def note(self, task, folder, bar):
-        found.append(task.split.name)
-        return write(self, task, folder, bar)
+    def note(plan, store, **arguments):
+        found.append(plan.split.name)
+        compute(plan, store, **arguments)
 
-    monkeypatch.setattr(FeatureMaker, "_write_blocks", note)
+    monkeypatch.setattr(maker, "compute_view", note)
     return found

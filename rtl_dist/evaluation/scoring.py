@@ -15,11 +15,17 @@ from rtl_dist.data.format.dataset import Dataset
 from rtl_dist.data.format.split import Split
 from rtl_dist.data.images.augment import EvalTransform
 from rtl_dist.data.loading.batch import Batch, to_device
+from rtl_dist.data.loading.blocks import (
+    EVAL_BLOCK,
+    blocks_of_rank,
+    cannot_evaluate,
+    num_rounds,
+)
 from rtl_dist.data.loading.loader import make_loader
-from rtl_dist.data.loading.microbatches import EVAL_BLOCK, SplitMicrobatches, cannot_evaluate
+from rtl_dist.data.loading.microbatches import SplitMicrobatches
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.evaluation.metrics import Predictions, compute_metrics
-from rtl_dist.features.store import View
+from rtl_dist.features.view_files import View
 from rtl_dist.model.classifier import Classifier
 from rtl_dist.model.divided import Divided, divide
 
@@ -129,12 +135,14 @@ def _from_view(
 
 def _blocks_of(split: Split, runtime: Runtime) -> range:
     """The first samples of this rank's blocks."""
-    return range(0, split.num_samples, EVAL_BLOCK)[runtime.rank :: runtime.world_size]
+    return blocks_of_rank(
+        split.num_samples, EVAL_BLOCK, rank=runtime.rank, world_size=runtime.world_size
+    )
 
 
 def _rounds(split: Split, runtime: Runtime) -> int:
     """How many blocks the rank with the most of them has."""
-    return len(range(0, split.num_samples, EVAL_BLOCK)[:: runtime.world_size])
+    return num_rounds(split.num_samples, EVAL_BLOCK, world_size=runtime.world_size)
 
 
 def _from_images(
@@ -157,7 +165,7 @@ def _from_images(
         batches = make_loader(
             microbatches,
             blocks,
-            workers=min(workers, len(blocks)),
+            workers=workers,
             device=runtime.device,
             give_up=runtime.is_asked,
         )

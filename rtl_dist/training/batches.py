@@ -6,12 +6,9 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
-import torch
-
 from rtl_dist.config import Config, ResolvedStage
 from rtl_dist.data.format.split import Split
-from rtl_dist.data.images.augment import training_transform
+from rtl_dist.data.images.augment import TrainTransform, training_transform
 from rtl_dist.data.loading.batch import Batch, to_device
 from rtl_dist.data.loading.loader import make_loader
 from rtl_dist.data.loading.microbatches import TrainingMicrobatches, microbatch_positions
@@ -19,22 +16,62 @@ from rtl_dist.data.loading.stream import stream_microbatches
 from rtl_dist.data.order.base import TrainingStream
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.features.maker import FeatureMaker
-from rtl_dist.features.store import View
+from rtl_dist.features.microbatches import ViewMicrobatches, views_of_stage
 
 LOG = logging.getLogger("rtl_dist")
 
 
+@dataclass(frozen=True, kw_only=True)
+class StageReading:
+    """What one rank reads to train a stage."""
+
+    stage: ResolvedStage
+    """What it is to see: views, augmentation, image size."""
+    config: Config
+    """The run's."""
+    split: Split
+    """The one trained on."""
+    first_step: int
+    """Counted over the whole run, as ``end_step`` is."""
+    end_step: int
+    """The first step that is not read for."""
+    micro_batch_size: int
+    """Samples of a microbatch."""
+    runtime: Runtime
+    """Which rank this is, its device, and whether it is asked to stop."""
+    workers: int
+    """Processes that read for this rank; 0: it does so itself."""
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.config.batch.global_
+
+    @property
+    def transform(self) -> TrainTransform:
+        return training_transform(self.stage, channels=self.config.data.channels)
+
+    def positions(self) -> Iterator[int]:
+        """This rank's microbatches in the training stream."""
+        return microbatch_positions(
+            self.first_step,
+            self.end_step,
+            global_batch_size=self.global_batch_size,
+            micro_batch_size=self.micro_batch_size,
+            rank=self.runtime.rank,
+            world_size=self.runtime.world_size,
+        )
+
+
 @dataclass(kw_only=True)
 class StageBatches:
-    """This rank's microbatches of a stage, in order.
-
-    are_features: what the frozen part made of the images, not images. bad: damaged samples met in
-    opening it.
-    """
+    """This rank's microbatches of a stage, in order."""
 
     iterator: Iterator[Batch]
+    """On the rank's device, each lent until the next is asked for."""
     are_features: bool = False
+    """They hold what the frozen part made of the images, not images."""
     bad: list[str] = field(default_factory=list)
+    """What each damaged sample met in opening them suffers from."""
 
     def close(self) -> None:
         """Ends the workers."""
@@ -50,19 +87,9 @@ def training_order(split: Split, config: Config) -> TrainingStream:
 
 
 def open_stage_batches(
-    stage: ResolvedStage,
-    *,
-    config: Config,
-    split: Split,
-    features: FeatureMaker | None,
-    num_classes: int,
-    runtime: Runtime,
-    first_step: int,
-    end_step: int,
-    micro_batch_size: int,
-    workers: int,
+    reading: StageReading, *, features: FeatureMaker | None, num_classes: int
 ) -> StageBatches:
-    """Opens the microbatches of steps ``[first_step, end_step)`` for this rank.
+    """Opens the microbatches of a stage's steps for this rank; called by all ranks.
 
     Args:
         features: of the stage's frozen part, if it has one.
@@ -70,109 +97,79 @@ def open_stage_batches(
     Raises:
         StopRequested: while features were computed. RtlDistError: a rank's loader failed then.
     """
-    if first_step >= end_step:
+    if reading.first_step >= reading.end_step:
         return StageBatches(iterator=iter(()))
-    global_batch_size = config.batch.global_
-    positions = microbatch_positions(
-        first_step,
-        end_step,
-        global_batch_size=global_batch_size,
-        micro_batch_size=micro_batch_size,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
+    if reading.config.data.backend == "stream":
+        return _open_stream(reading, num_classes=num_classes)
+    cached = None if features is None else _open_features(reading, features)
+    return _open_images(reading) if cached is None else cached
+
+
+def _open_stream(reading: StageReading, *, num_classes: int) -> StageBatches:
+    assert reading.config.data.stream_urls is not None  # the config was checked
+    stream = stream_microbatches(
+        reading.config.data.stream_urls,
+        reading.transform,
+        size=reading.micro_batch_size,
+        seed=reading.config.seed,
+        first_step=reading.first_step,
+        rank=reading.runtime.rank,
+        num_classes=num_classes,
+        workers=reading.workers,
+        device=reading.runtime.device,
     )
-    transform = training_transform(stage, channels=config.data.channels)
-    if config.data.backend == "stream":
-        assert config.data.stream_urls is not None
-        stream = stream_microbatches(
-            config.data.stream_urls,
-            transform,
-            size=micro_batch_size,
-            seed=config.seed,
-            first_step=first_step,
-            rank=runtime.rank,
-            num_classes=num_classes,
-            workers=workers,
-            device=runtime.device,
-        )
-        return StageBatches(iterator=iter(stream))
-    order = training_order(split, config)
-    if features is not None and stage.views is not None and stage.augment.mixes:
+    return StageBatches(iterator=iter(stream))
+
+
+def _open_features(reading: StageReading, features: FeatureMaker) -> StageBatches | None:
+    """None where the stage trains on images, or had better."""
+    stage, split, config = reading.stage, reading.split, reading.config
+    if stage.views is None:
+        return None
+    if stage.augment.mixes:
         LOG.info("no cached features of %s: mixup and cutmix mix the pixels", split.name)
-    elif features is not None and stage.views is not None:
-        numbers = tuple(range(stage.views))
-        if config.data.sampling == "natural":
-            numbers = views_of_stage(
-                stage.views,
-                first_step=first_step,
-                end_step=end_step,
-                global_batch_size=global_batch_size,
-                num_samples=split.num_samples,
-            )
-        to_come = (end_step - first_step) * global_batch_size
-        views = features.training_views(split, numbers, samples_to_come=to_come)
-        if views is not None:
-            cached = _ViewBatches(
-                views=views,
-                order=order,
-                split=split,
-                num_views=stage.views,
-                size=micro_batch_size,
-            )
-            return StageBatches(
-                iterator=(to_device(batch, runtime.device) for batch in cached.at(positions)),
-                are_features=True,
-                bad=[name for view in views.values() for name in view.bad],
-            )
+        return None
+    numbers = tuple(range(stage.views))
+    if config.data.sampling == "natural":
+        numbers = views_of_stage(
+            stage.views,
+            first_step=reading.first_step,
+            end_step=reading.end_step,
+            global_batch_size=reading.global_batch_size,
+            num_samples=split.num_samples,
+        )
+    to_come = (reading.end_step - reading.first_step) * reading.global_batch_size
+    views = features.training_views(split, numbers, samples_to_come=to_come)
+    if views is None:
+        return None
+    cached = ViewMicrobatches(
+        views=views,
+        num_views=stage.views,
+        order=training_order(split, config),
+        split=split,
+        size=reading.micro_batch_size,
+    )
+    device = reading.runtime.device
+    return StageBatches(
+        iterator=(to_device(batch, device) for batch in cached.at(reading.positions())),
+        are_features=True,
+        bad=cached.bad,
+    )
+
+
+def _open_images(reading: StageReading) -> StageBatches:
     microbatches = TrainingMicrobatches(
-        split, transform, order=order, size=micro_batch_size, views=stage.views
+        reading.split,
+        reading.transform,
+        order=training_order(reading.split, reading.config),
+        size=reading.micro_batch_size,
+        views=reading.stage.views,
     )
     loader = make_loader(
         microbatches,
-        positions,
-        workers=workers,
-        device=runtime.device,
-        give_up=runtime.is_asked,
+        reading.positions(),
+        workers=reading.workers,
+        device=reading.runtime.device,
+        give_up=reading.runtime.is_asked,
     )
     return StageBatches(iterator=iter(loader))
-
-
-@dataclass(frozen=True, kw_only=True)
-class _ViewBatches:
-    """The microbatches that ``TrainingMicrobatches`` would yield, as features; see ``Batch``."""
-
-    views: dict[int, View]
-    order: TrainingStream
-    split: Split
-    num_views: int
-    size: int
-
-    def at(self, positions: Iterator[int]) -> Iterator[Batch]:
-        for position in positions:
-            samples, epochs = self.order.samples_at(position, self.size)
-            numbers = epochs % self.num_views
-            inputs: torch.Tensor | None = None
-            used = np.empty_like(samples)
-            for number in np.unique(numbers):
-                view, chosen = self.views[int(number)], numbers == number
-                rows = torch.from_numpy(samples[chosen])
-                features = view.features[rows]
-                if inputs is None:
-                    inputs = features.new_empty((self.size, *features.shape[1:]))
-                inputs[torch.from_numpy(chosen)] = features
-                used[chosen] = view.used[rows].numpy()
-            assert inputs is not None
-            labels = torch.from_numpy(self.split.labels(used))
-            if inputs.ndim == 4:
-                inputs = inputs.contiguous(memory_format=torch.channels_last)
-            yield Batch(inputs, labels, torch.from_numpy(used), [])
-
-
-def views_of_stage(
-    num_views: int, *, first_step: int, end_step: int, global_batch_size: int, num_samples: int
-) -> tuple[int, ...]:
-    """Which views of its cycle the steps of a stage touch, each sample coming once an epoch."""
-    first = first_step * global_batch_size // num_samples
-    last = (end_step * global_batch_size - 1) // num_samples
-    last = min(last, first + num_views - 1)
-    return tuple(sorted({epoch % num_views for epoch in range(first, last + 1)}))

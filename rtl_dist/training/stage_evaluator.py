@@ -14,7 +14,7 @@ from rtl_dist.data.loading.loader import make_loader
 from rtl_dist.data.loading.microbatches import TrainingMicrobatches
 from rtl_dist.evaluation.scoring import eval_transform, metrics_on_every_rank, score_split
 from rtl_dist.features.maker import FeatureMaker
-from rtl_dist.features.store import View
+from rtl_dist.features.view_files import View
 from rtl_dist.model.batchnorm import learning_layers
 from rtl_dist.model.classifier import Classifier
 from rtl_dist.model.divided import Divided, divide

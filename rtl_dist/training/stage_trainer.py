@@ -14,12 +14,13 @@ from rtl_dist.core.errors import OutOfMemory, RtlDistError
 from rtl_dist.core.keys import derive_key
 from rtl_dist.data.loading.batch import Batch
 from rtl_dist.features.maker import FeatureMaker
+from rtl_dist.features.views import ViewPlanner
 from rtl_dist.optim.counts import TrainTotals, add_counts
 from rtl_dist.optim.losses import make_loss
 from rtl_dist.optim.mixing import make_mixer
 from rtl_dist.optim.skipped import SkippedSteps
 from rtl_dist.records.ledger import Ledger
-from rtl_dist.training.batches import open_stage_batches
+from rtl_dist.training.batches import StageReading, open_stage_batches
 from rtl_dist.training.run import Run
 from rtl_dist.training.stage_network import StageNetwork
 from rtl_dist.training.stage_optimizer import OptimizerState, StageOptimizer
@@ -74,17 +75,18 @@ class StageTrainer:
         self.optimizer = StageOptimizer(self.network, stage, run, kept, lr=lr)
         self.features = self._feature_maker()
         left = state.stage_first_step + stage.num_steps - state.step
-        self._batches = open_stage_batches(
-            stage,
+        reading = StageReading(
+            stage=stage,
             config=config,
             split=run.train,
-            features=self.features,
-            num_classes=dataset.num_classes,
-            runtime=runtime,
             first_step=state.step,
             end_step=state.step + (left if num_steps is None else num_steps),
             micro_batch_size=run.micro_batch_size,
+            runtime=runtime,
             workers=run.workers,
+        )
+        self._batches = open_stage_batches(
+            reading, features=self.features, num_classes=dataset.num_classes
         )
         self._bad = list(self._batches.bad)
         self._failure: RtlDistError | None = None
@@ -229,19 +231,21 @@ class StageTrainer:
             self._data_wait_s += time.perf_counter() - asked_at
 
     def _feature_maker(self) -> FeatureMaker | None:
-        run, frozen = self._run, self.network.frozen
+        run, config, frozen = self._run, self._run.config, self.network.frozen
         if frozen is None or self._stage.cache == "off":
             return None
-        return FeatureMaker(
+        planner = ViewPlanner(
             frozen,
-            self.network.first_trained,
-            config=run.config,
+            model_name=config.model.name,
+            first_trained=self.network.first_trained,
             stage=self._stage,
             dataset=run.dataset,
-            runtime=run.runtime,
+            channels=config.data.channels,
+            seed=config.seed,
             micro_batch_size=run.micro_batch_size,
-            workers=run.workers,
+            runtime=run.runtime,
         )
+        return FeatureMaker(planner, config.features, runtime=run.runtime, workers=run.workers)
 
     def _microbatch(self, microbatch: int, per_rank: int, *, last: bool) -> None:
         """Adds one microbatch's gradient. After a failure only the step's last one is passed

@@ -528,6 +528,18 @@ def test_a_gpu_gets_the_same_batches(train, side):
         assert torch.equal(labels.cpu(), source[position].labels)
 
 
+def test_no_worker_starts_without_a_microbatch_to_make(train):
+    cpu = torch.device("cpu")
+    loader = iter(make_loader(microbatches(train), range(1), workers=2, device=cpu))
+    next(loader)
+    assert len(multiprocessing.active_children()) == 1
+    loader.close()
+    loader = iter(make_loader(microbatches(train), positions(100), workers=2, device=cpu))
+    next(loader)  # nobody knows how many positions come
+    assert len(multiprocessing.active_children()) == 2
+    loader.close()
+
+
 def test_workers_share_the_cpus_this_process_may_use():
     cpus = available_cpus()
     assert cpus == len(os.sched_getaffinity(0))

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from rtl_dist.features.store import FeatureStore, View, ViewShape, key_of, write_block
+from rtl_dist.features.store import FeatureStore
+from rtl_dist.features.view_files import View, ViewShape, write_block
+from rtl_dist.features.views import key_of
 
 MB = 10**6
 DAY = 24 * 3600.0
@@ -198,7 +200,7 @@ def test_each_rank_looks_at_blocks_of_its_own(store):
 
 def test_blocks_are_read_in_pieces(store, monkeypatch):
     key = add(store)
-    monkeypatch.setattr("rtl_dist.features.store._CHUNK", 7)
+    monkeypatch.setattr("rtl_dist.features.view_files._CHUNK", 7)
     assert is_sound(store, key)
     flip(store.root / key / "features.bin", -1)
     assert not is_sound(store, key)
@@ -347,7 +349,7 @@ def test_two_runs_may_make_the_same(store):
     assert store.open(key).bad == ["sample 3"]
 
 
-@pytest.mark.parametrize("step", ["flush_to_disk", "np.save"])
+@pytest.mark.parametrize("step", ["rtl_dist.features.store.flush_to_disk", "numpy.save"])
 def test_publishing_that_fails_leaves_nothing(store, monkeypatch, step):
     key, rows = key_of(CONTENT), features()
     folder = written(store, key, rows)
@@ -355,7 +357,7 @@ def test_publishing_that_fails_leaves_nothing(store, monkeypatch, step):
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(f"rtl_dist.features.store.{step}", fail)
+    monkeypatch.setattr(step, fail)
     with pytest.raises(OSError, match="No space left"):
         publish(store, folder, key, rows)
     assert names_in(store) == set()

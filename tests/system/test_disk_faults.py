@@ -126,8 +126,8 @@ def test_a_disk_that_fills_ends_the_run_and_it_goes_on_when_there_is_room(
 @pytest.mark.parametrize(
     ("place", "left"),
     [
-        ("rtl_dist.features.maker:FeatureMaker._compute", 0),
-        ("rtl_dist.features.store:write_block", 0),
+        ("rtl_dist.features.compute:compute_view", 0),
+        ("rtl_dist.features.view_files:write_block", 0),
         ("rtl_dist.features.store:FeatureStore.publish", 0),
     ],
 )

@@ -434,7 +434,7 @@ def test_one_of_two_ranks_killed_while_features_are_computed(tmp_path, on_featur
     config, _ = on_features
     run, features = tmp_path / "run", tmp_path / "features"
     more = f"features.cache_dir={features}"
-    fault = Kill(place="rtl_dist.features.store:write_block", call=3, rank=rank)
+    fault = Kill(place="rtl_dist.features.view_files:write_block", call=3, rank=rank)
     killed(config, run, fault, world_size=2, more=more)
     assert not [path for path in features.iterdir() if not path.name.startswith(".")]
     gone_on(config, run, world_size=2, more=more)

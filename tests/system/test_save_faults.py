@@ -40,7 +40,8 @@ from tiny_runs import make_dataset, require_equal_runs, tiny_config, write_confi
 
 from rtl_dist.core import files
 from rtl_dist.core.errors import RtlDistError
-from rtl_dist.features.store import FeatureStore, ViewShape, write_block
+from rtl_dist.features.store import FeatureStore
+from rtl_dist.features.view_files import ViewShape, write_block
 from rtl_dist.records import checkpoint
 from rtl_dist.records.checkpoint import Snapshot, load_newest_checkpoint, save_checkpoint
 from rtl_dist.records.state import TrainState

@@ -29,7 +29,6 @@ from rtl_dist.config import Config, parse_config
 from rtl_dist.config.loader import to_dict
 from rtl_dist.config.resolved_stage import resolve_stages
 from rtl_dist.core.errors import UserError
-from rtl_dist.features.maker import FeatureMaker
 from rtl_dist.training.stage_optimizer import StageOptimizer
 from rtl_dist.training.stage_trainer import StageTrainer
 
@@ -481,10 +480,12 @@ def test_a_ledger_of_cached_activations(tmp_path, dataset):
 
 def test_a_view_that_another_run_makes_meanwhile_is_taken(tmp_path, dataset, computed, monkeypatch):
     """The other run publishes both views while this one computes the first."""
-    folder = str(tmp_path / "features")
-    write, raced = FeatureMaker._write_blocks, []
+    import rtl_dist.features.compute as room
 
-    def race(self, task, place, bar):
+    folder = str(tmp_path / "features")
+    write, raced = room.write_block, []
+
+    def race(place, first, rows):
         if not raced:
             raced.append(True)
             config = tiny_config(
@@ -493,9 +494,9 @@ def test_a_view_that_another_run_makes_meanwhile_is_taken(tmp_path, dataset, com
             file = write_config(tmp_path / "other.yaml", config)
             done = subprocess.run([sys.executable, SCRIPT, "--config", file], env=environment())
             assert done.returncode == 0
-        return write(self, task, place, bar)
+        return write(place, first, rows)
 
-    monkeypatch.setattr(FeatureMaker, "_write_blocks", race)
+    monkeypatch.setattr(room, "write_block", race)
     run = train(tmp_path, dataset, **CACHED, features={"cache_dir": folder})
     assert computed == ["train"]  # the other one was there by then, and the val split's
     assert same(weights(run), weights(tmp_path / "other"))
@@ -524,7 +525,7 @@ def test_without_room_the_head_is_trained_all_the_same(
 
 
 def test_a_disk_that_fails_while_features_are_written(tmp_path, dataset, monkeypatch, capsys):
-    import rtl_dist.features.maker as room
+    import rtl_dist.features.compute as room
 
     cached = train(tmp_path, dataset, "cached", **CACHED)
     fired = []
@@ -553,7 +554,7 @@ def test_a_stop_while_features_are_computed_keeps_whole_views(
     import os
     import signal
 
-    import rtl_dist.features.maker as room
+    import rtl_dist.features.compute as room
 
     write, blocks = room.write_block, []
 

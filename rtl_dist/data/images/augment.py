@@ -21,13 +21,19 @@ _AUGMENT_STREAM = 1  # keeps these keys apart from those of the data order
 
 
 class Transform(Protocol):
-    """What becomes of an image file: its bytes and a key to uint8 (channels, image_size,
-    image_size)."""
+    """What becomes of an image file."""
 
     image_size: int
+    """Side of the square that it becomes, in pixels."""
     channels: int
+    """3: colour. 1: grey."""
 
-    def __call__(self, content: bytes, key: int) -> torch.Tensor: ...
+    def __call__(self, content: bytes, key: int) -> torch.Tensor:
+        """An image file's bytes to uint8 (channels, image_size, image_size).
+
+        Raises:
+            DataError: the bytes are not a whole, decodable image.
+        """
 
 
 class TrainTransform:
@@ -55,11 +61,7 @@ class TrainTransform:
         self._rest = v2.Compose(steps) if steps else None
 
     def __call__(self, content: bytes, key: int) -> torch.Tensor:
-        """An image file's bytes to uint8 (channels, image_size, image_size).
-
-        Raises:
-            DataError: the bytes are not a whole, decodable image.
-        """
+        """See ``Transform``; ``key`` is that of ``augmentation_keys``."""
         pixels, hflip, vflip = self._draw(content, key)
         view = _resize(pixels, self.image_size)
         if hflip:
@@ -123,12 +125,7 @@ class EvalTransform:
         self._transform = v2.Compose([resize, v2.CenterCrop(image_size)])
 
     def __call__(self, content: bytes, key: int) -> torch.Tensor:
-        """An image file's bytes to uint8 (channels, image_size, image_size); ``key`` changes
-        nothing.
-
-        Raises:
-            DataError: the bytes are not a whole, decodable image.
-        """
+        """See ``Transform``; ``key`` changes nothing."""
         image = decode(content, self.channels)
         short, long = sorted(image.shape[1:])
         if self._short_side**2 * long > MAX_PIXELS * short:

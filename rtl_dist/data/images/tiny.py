@@ -19,19 +19,23 @@ _MOST_BITS = 22
 
 
 class TinyView(NamedTuple):
-    """A crop before it is resized. pixels: uint8 (C, h, w). hflip, vflip: what is done after."""
+    """A crop before it is resized."""
 
     pixels: torch.Tensor
+    """uint8 (C, h, w)."""
     hflip: bool
+    """Whether it is mirrored afterwards, left to right."""
     vflip: bool
+    """The same, top to bottom."""
 
 
 class TinyBatch(NamedTuple):
-    """Crops of a microbatch. pixels: uint8 (n, C, H, W), each crop in its upper left corner.
-    shapes: int64 (n, 4): height, width, hflip, vflip of each."""
+    """The crops of a microbatch."""
 
     pixels: torch.Tensor
+    """uint8 (n, C, H, W), each crop in its upper left corner."""
     shapes: np.ndarray
+    """int64 (n, 4): height, width, hflip, vflip of each; the former two in pixels."""
 
 
 def is_tiny(pixels: torch.Tensor, image_size: int) -> bool:
@@ -86,11 +90,12 @@ def _enlarge_width(
 
 
 class _Taps(NamedTuple):
-    """Of each of S pixels: its first source pixel, int64 (S,), and the weights of it and the next
-    in units of 2^-bits, int32 (2, S)."""
+    """What each of S pixels is made of."""
 
     first: np.ndarray
+    """int64 (S,): its first source pixel."""
     weights: np.ndarray
+    """int32 (2, S): of that one and the next, in units of 2^-bits."""
     bits: int
 
 

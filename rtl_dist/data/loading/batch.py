@@ -10,26 +10,25 @@ from rtl_dist.data.images.tiny import TinyBatch
 
 
 class Batch(NamedTuple):
-    """One microbatch.
-
-    inputs: uint8 (n, C, S, S) images, or float32 (n, F) cached features. Images that workers made
-        are only lent: the next batch may overwrite them.
-    labels: int64 (n,) class numbers, or float32 (n, num_classes) of 0 and 1.
-    samples: int64 (n,) sample numbers within the split, of what is really in ``inputs``; on the
-        host.
-    bad: what each damaged sample that was replaced (or, in evaluation, left black) suffers from.
-    """
+    """One microbatch of n samples."""
 
     inputs: torch.Tensor
+    """uint8 (n, C, S, S) images, or cached features (n, ...) in a floating point type. Images that
+    workers made are only lent: the next batch may overwrite them."""
     labels: torch.Tensor
+    """int64 (n,) class numbers, or float32 (n, num_classes) of 0 and 1."""
     samples: torch.Tensor
+    """int64 (n,), on the host: numbers within the split of what is really in ``inputs``; -1 where
+    samples have none, as in a stream."""
     bad: list[str]
+    """What each damaged sample that was replaced (or, in evaluation, left black) suffers from."""
 
 
 class Microbatches(Protocol):
-    """What a worker is asked for. ``shape``: (n, C, S, S), the most that one holds."""
+    """What a worker is asked for."""
 
     shape: tuple[int, int, int, int]
+    """(n, C, S, S), the most that one holds."""
 
     def fill(self, position: int, out: torch.Tensor) -> Batch:
         """The microbatch at ``position``, its inputs being the first part of ``out``, uint8 of
@@ -41,6 +40,8 @@ class Microbatches(Protocol):
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its inputs and labels on ``device``; copies from pinned memory are only begun
+    when this returns."""
     return batch._replace(
         inputs=batch.inputs.to(device, non_blocking=True),
         labels=batch.labels.to(device, non_blocking=True),

@@ -1,10 +1,10 @@
-"""Microbatches made by DataLoader workers, whole ones each, and brought to the device in order."""
+"""Microbatches made by worker processes, whole ones each, and brought to the device in order."""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 
 import torch
 from torch.utils.data import DataLoader
@@ -14,8 +14,8 @@ from rtl_dist.data.loading.ring import Reply, Requests, Ring, as_it_is
 from rtl_dist.data.loading.workers import WorkerBatches, start_worker
 
 _ASK_EVERY_S = 1.0
-_PREFETCH, _LEAST_PREFETCH = 4, 2  # microbatches each worker keeps ready
-_RING_BYTES = 2**30  # of memory for all that is ready; beyond it the least is kept
+_PREFETCH, _LEAST_PREFETCH = 4, 2  # microbatches that each worker keeps ready
+_RING_BYTES = 2**30  # for all that is ready: where more would be needed, the least is kept
 
 
 def make_loader(
@@ -26,11 +26,16 @@ def make_loader(
     device: torch.device,
     give_up: Callable[[], bool] = lambda: False,
 ) -> Iterable[Batch]:
-    """The microbatches at ``positions``, in order, on ``device``; ``workers`` processes make them.
+    """The microbatches at ``positions``, in order, on ``device``.
 
-    A batch's inputs are lent until the next is asked for. ``give_up`` is asked once a second while
-    a batch is waited for: if so, StopRequested is raised.
+    A batch's inputs are lent until the next is asked for.
+
+    Args:
+        workers: processes that make them, at most; 0: this one does.
+        give_up: asked once a second while a batch is waited for: if so, StopRequested is raised.
     """
+    if isinstance(positions, Sized):  # one without a microbatch to make would start in vain
+        workers = min(workers, len(positions))
     if not workers:
         return _from_this_process(microbatches, positions, device)
     slot_bytes = math.prod(microbatches.shape)

@@ -1,7 +1,7 @@
-"""What a microbatch holds: a range of the training stream, or of a split in its own order.
+"""Images of a microbatch: a range of the training stream, or of a split in its own order.
 
-Nothing here knows of processes: the caller asks for its own microbatches, and whoever makes one
-makes the same.
+What one holds depends on its position alone: the caller asks for its own rank's, and whichever
+process makes one makes the same.
 """
 
 from __future__ import annotations
@@ -13,25 +13,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset as TorchDataset
 
-from rtl_dist.core.errors import DataError, ShardError
-from rtl_dist.core.keys import mix64
-from rtl_dist.data.format.reader import SampleReader
 from rtl_dist.data.format.split import Split
-from rtl_dist.data.images.augment import (
-    TrainTransform,
-    Transform,
-    augmentation_keys,
-)
+from rtl_dist.data.images.augment import TrainTransform, Transform, augmentation_keys
 from rtl_dist.data.images.tiny import TinyBatch, TinyView, gather_tiny
 from rtl_dist.data.loading.batch import Batch
-from rtl_dist.data.loading.prefetch import Prefetcher
+from rtl_dist.data.loading.batch_reader import BatchReader, Put
 from rtl_dist.data.order.base import TrainingStream
-
-EVAL_BLOCK = 64  # images scored at a time, with features as without
-
-Put = Callable[[int, bytes, int], None]  # (place in the batch, image file, augmentation key)
-
-_MAX_SUBSTITUTIONS = 16  # a split in which this many draws in a row are damaged is not one
 
 
 class TrainingMicrobatches(TorchDataset[Batch]):
@@ -46,7 +33,7 @@ class TrainingMicrobatches(TorchDataset[Batch]):
         size: int,
         views: int | None,
     ) -> None:
-        self._images, self._transform = _Images(split), transform
+        self._reader, self._transform = BatchReader(split), transform
         self._order, self._size, self._views = order, size, views
         self.shape = (size, transform.channels, transform.image_size, transform.image_size)
 
@@ -76,8 +63,8 @@ class TrainingMicrobatches(TorchDataset[Batch]):
     def _read(self, position: int, put: Put) -> Batch:
         samples, epochs = self._order.samples_at(position, self._size)
         keys = augmentation_keys(samples, epochs, seed=self._order.seed, views=self._views)
-        batch = self._images.read(samples, keys, put, substitute=True)
-        self._images.prefetch(position + self._size, self._order.shards_ahead)
+        batch = self._reader.read(samples, keys, put, substitute=True)
+        self._reader.prefetch(position + self._size, self._order.shards_ahead)
         return batch
 
 
@@ -97,7 +84,7 @@ class SplitMicrobatches(TorchDataset[Batch]):
         seed: int = 0,
         view: int | None = None,
     ) -> None:
-        self._images, self._transform = _Images(split), transform
+        self._reader, self._transform = BatchReader(split), transform
         self._split, self._size, self._seed, self._view = split, size, seed, view
         self.shape = (size, transform.channels, transform.image_size, transform.image_size)
 
@@ -117,8 +104,8 @@ class SplitMicrobatches(TorchDataset[Batch]):
             keys = augmentation_keys(samples, epochs, seed=self._seed, views=None)
         out[:] = 0  # what cannot be read is left black
         put = _putting(self._transform, out)
-        batch = self._images.read(samples, keys, put, substitute=self._view is not None)
-        self._images.prefetch(last, self._shards_from)
+        batch = self._reader.read(samples, keys, put, substitute=self._view is not None)
+        self._reader.prefetch(last, self._shards_from)
         return batch._replace(inputs=out[: len(samples)])
 
     def fill_tiny(self, first: int, out: torch.Tensor) -> None:
@@ -127,80 +114,6 @@ class SplitMicrobatches(TorchDataset[Batch]):
     def _shards_from(self, sample: int) -> Iterator[int]:
         first = self._split.row(min(sample, self._split.num_samples - 1))[0]
         return iter(range(first, len(self._split.shards)))
-
-
-class _NotTinyError(Exception):
-    """An image is too large to travel as it is."""
-
-
-def _putting(view: Callable[[bytes, int], Any], places: torch.Tensor | dict[int, TinyView]) -> Put:
-    """Puts the ``view`` of each image file into its place."""
-
-    def put(i: int, content: bytes, key: int) -> None:
-        places[i] = view(content, key)
-
-    return put
-
-
-class _Images:
-    """Reads samples, replacing those that are damaged; opens files in whichever process uses it."""
-
-    def __init__(self, split: Split) -> None:
-        self._split = split
-        self._reader = SampleReader(split)
-        self._prefetcher: Prefetcher | None = None
-
-    def prefetch(self, position: int, shards_ahead: Callable[[int], Iterator[int]]) -> None:
-        """Has remote shards come in the background, in the order in which they will be needed."""
-        if not self._split.is_remote:
-            return
-        if self._prefetcher is None:
-            self._prefetcher = Prefetcher(self._split, shards_ahead)
-        self._prefetcher.advance(position)
-
-    def read(self, samples: np.ndarray, keys: np.ndarray, put: Put, *, substitute: bool) -> Batch:
-        """A batch whose inputs are for the caller to add: ``put`` decodes each sample's file and
-        places it. Without ``substitute`` nothing is put for a damaged sample."""
-        if self._split.is_remote:  # several remote shards come at once
-            shards = {self._split.row(sample)[0] for sample in samples.tolist()}
-            self._split.files.fetch(sorted(shards))
-        used, bad = samples.copy(), []
-        for i, (sample, key) in enumerate(zip(samples.tolist(), keys.tolist(), strict=True)):
-            try:
-                put(i, self._reader.read(sample), key)
-            except ShardError:
-                raise  # the whole shard's fault: no other sample can stand for it
-            except DataError as error:
-                bad.append(self._name_fault(sample, error))
-                if substitute:
-                    used[i] = self._substitute(i, sample, key, put, bad)
-        labels = torch.from_numpy(self._split.labels(used))
-        return Batch(torch.empty(0), labels, torch.from_numpy(used), bad)
-
-    def _substitute(self, i: int, sample: int, key: int, put: Put, bad: list[str]) -> int:
-        """Another sample, chosen by the damaged one's number alone, so the same at any W."""
-        draw = np.array([sample], dtype=np.uint64)
-        for _ in range(_MAX_SUBSTITUTIONS):
-            draw = mix64(draw + np.uint64(0x9E3779B97F4A7C15))
-            other = int(draw[0] % np.uint64(self._split.num_samples))
-            try:
-                put(i, self._reader.read(other), key)
-            except ShardError:
-                raise
-            except DataError as error:
-                bad.append(self._name_fault(other, error))
-            else:
-                return other
-        raise DataError(
-            f"{_MAX_SUBSTITUTIONS} samples in a row cannot be read, the last: {bad[-1]}; run"
-            " `rtl-dist pack` again"
-        )
-
-    def _name_fault(self, sample: int, error: DataError) -> str:
-        text = str(error)
-        if text.startswith("sample "):
-            return text
-        return f"{self._split.describe(sample)} {text}"
 
 
 def microbatch_positions(
@@ -222,6 +135,14 @@ def microbatch_positions(
             yield step * global_batch_size + microbatch * micro_batch_size
 
 
-def cannot_evaluate(bad: list[str]) -> str:
-    more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
-    return f"cannot evaluate exactly: {bad[0]}{more}"
+class _NotTinyError(Exception):
+    """An image is too large to travel as it is."""
+
+
+def _putting(view: Callable[[bytes, int], Any], places: torch.Tensor | dict[int, TinyView]) -> Put:
+    """Puts the ``view`` of each image file into its place."""
+
+    def put(i: int, content: bytes, key: int) -> None:
+        places[i] = view(content, key)
+
+    return put

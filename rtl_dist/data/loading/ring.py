@@ -24,22 +24,29 @@ from rtl_dist.data.loading.batch import Batch, Microbatches
 
 
 class Request(NamedTuple):
-    """slot: where in the ring. position: which microbatch."""
+    """What a worker is asked for."""
 
     slot: int
+    """Where in the ring it is to be put."""
     position: int
+    """Which microbatch."""
 
 
 class Reply(NamedTuple):
-    """A batch without its pixels, which are the first bytes of the slot. shape: theirs.
-    tiny_shapes: see ``TinyBatch``; None: they are views as the network sees them."""
+    """A batch of n samples without its pixels, which are in the ring."""
 
     slot: int
+    """Where: the first bytes of this slot."""
     shape: tuple[int, ...]
+    """(n, C, H, W) of the pixels."""
     tiny_shapes: np.ndarray | None
+    """``shapes`` of the ``TinyBatch`` that the pixels are; None: they are what the network sees."""
     labels: np.ndarray
+    """int64 (n,) class numbers, or float32 (n, num_classes) of 0 and 1."""
     samples: np.ndarray
+    """int64 (n,): numbers within the split of what is really in the slot."""
     bad: list[str]
+    """What each damaged sample suffers from; see ``Batch``."""
 
 
 class Ring(Dataset[Reply]):
@@ -48,6 +55,9 @@ class Ring(Dataset[Reply]):
     Args:
         num_slots: one more than there are requests under way, for the batch in use.
         enlarge_here: tiny images are enlarged where the batch is used, not by the workers.
+
+    Attributes:
+        slots: uint8 (num_slots, n, C, S, S), in memory that workers share.
     """
 
     def __init__(

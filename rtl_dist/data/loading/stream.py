@@ -45,6 +45,11 @@ def stream_microbatches(
 
     Members are taken as bytes and decoded by ``transform``: webdataset's own decoding would
     unpickle ``.pyd``, ``.pkl`` and ``.pth`` members, so it is never asked to.
+
+    Args:
+        size: samples of a microbatch.
+        first_step: of the run, that this stream is drawn from on.
+        workers: processes that make them; 0: this one does.
     """
     import webdataset as wds
 

@@ -20,8 +20,29 @@ from rtl_dist.core.processes import available_cpus
 T = TypeVar("T")
 
 
+def resolve_workers(workers: Literal["auto"] | int, *, local_world_size: int) -> int:
+    """auto: the CPUs this process may use, shared by the ranks of this machine."""
+    if workers != "auto":
+        return workers
+    return max(1, min(16, available_cpus() // local_world_size))
+
+
+def start_worker(worker: int) -> None:
+    """A ``worker_init_fn``. A stop request is for the training process: it saves, then ends its
+    workers itself."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
 class WorkerBatches(Iterable[T]):
-    """A DataLoader whose workers end at their first error, raised here as it was there."""
+    """A DataLoader whose workers end at their first error, raised here as it was there.
+
+    Args:
+        loader: with a timeout, after each of which ``give_up`` is asked, or without.
+        give_up: if so, StopRequested is raised.
+    """
 
     def __init__(self, loader: DataLoader[T], give_up: Callable[[], bool] = lambda: False) -> None:
         self._loader, self._give_up = loader, give_up
@@ -34,13 +55,6 @@ class WorkerBatches(Iterable[T]):
         with _untouched_sigchld():
             batches = iter(self._loader)
         return _from_workers(batches, self._give_up)
-
-
-def resolve_workers(workers: Literal["auto"] | int, *, local_world_size: int) -> int:
-    """auto: the CPUs this process may use, shared by the ranks of this machine."""
-    if workers != "auto":
-        return workers
-    return max(1, min(16, available_cpus() // local_world_size))
 
 
 def _from_workers(batches: Iterator[T], give_up: Callable[[], bool]) -> Iterator[T]:
@@ -107,12 +121,3 @@ def _kill_workers() -> None:
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
-
-
-def start_worker(worker: int) -> None:
-    """A ``worker_init_fn``. A stop request is for the training process: it saves, then ends its
-    workers itself."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    torch.set_num_threads(1)

@@ -1,0 +1,163 @@
+"""Computes one view, its blocks shared among the ranks, and puts it into the store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from rtl_dist.core.errors import DataError, RtlDistError, StopRequested
+from rtl_dist.data.loading.batch import Batch
+from rtl_dist.data.loading.blocks import blocks_of_rank, cannot_evaluate, num_rounds
+from rtl_dist.data.loading.loader import make_loader
+from rtl_dist.distributed.runtime import Runtime
+from rtl_dist.features.store import FeatureStore
+from rtl_dist.features.view_files import write_block
+from rtl_dist.features.views import ViewPlan
+
+
+class NoCachedFeaturesError(RtlDistError):
+    """Features will not be had from the store, and why; known to all ranks."""
+
+
+def rounds_of(plan: ViewPlan, runtime: Runtime) -> int:
+    """How often ``compute_view`` moves its bar on: a block of each rank at a time."""
+    shape = plan.shape
+    return num_rounds(shape.num_samples, shape.block_size, world_size=runtime.world_size)
+
+
+def compute_view(
+    plan: ViewPlan,
+    store: FeatureStore,
+    *,
+    keep: set[str],
+    runtime: Runtime,
+    workers: int,
+    bar: tqdm[Any],
+) -> None:
+    """Computes a view and publishes it. Called by all ranks.
+
+    Args:
+        keep: keys of views that are not given up for it.
+
+    Raises:
+        NoCachedFeaturesError: on every rank, if the disk does not allow it.
+        StopRequested: on every rank, if one was asked to stop.
+        RtlDistError: on every rank, if the loader of one failed, or an evaluation's sample is
+            damaged.
+    """
+    with runtime.heartbeat.phase("reserving features", open_ended=runtime.is_main):
+        folder = Path(runtime.from_main(lambda: _reserve(plan, store, keep)))
+    try:
+        written = _write_blocks(plan, folder, runtime=runtime, workers=workers, bar=bar)
+        if written.bad and plan.number is None:
+            raise DataError(cannot_evaluate(written.bad))
+        with runtime.heartbeat.phase("writing features", open_ended=runtime.is_main):
+            runtime.from_main(lambda: _publish(plan, store, folder, written))
+    finally:
+        if runtime.is_main:
+            store.discard(folder)  # nothing of it is left under this name if all went well
+
+
+class _Block(NamedTuple):
+    """A block that was written."""
+
+    first: int
+    """Number of its first row."""
+    checksum: int
+    """crc32 of its rows."""
+    used: list[int]
+    """The samples that its rows really are of."""
+
+
+class _Written(NamedTuple):
+    """What all ranks have written of a view; see ``complete_view``."""
+
+    checksums: list[int]
+    used: np.ndarray
+    bad: list[str]
+
+
+def _reserve(plan: ViewPlan, store: FeatureStore, keep: set[str]) -> str:
+    if store.has(plan.key):
+        store.forget(plan.key)  # a damaged sample was met in it, which may be whole now
+    try:
+        return str(store.reserve(plan.key, plan.shape, keep=keep))
+    except OSError as error:
+        raise NoCachedFeaturesError(f"{store.root}: {error.strerror}") from error
+
+
+def _publish(plan: ViewPlan, store: FeatureStore, folder: Path, written: _Written) -> None:
+    try:
+        store.publish(
+            folder,
+            plan.key,
+            plan.shape,
+            checksums=written.checksums,
+            used=written.used,
+            bad=written.bad,
+            content=plan.content,
+        )
+    except OSError as error:
+        raise NoCachedFeaturesError(f"{store.root}: {error.strerror or error}") from error
+
+
+def _write_blocks(
+    plan: ViewPlan, folder: Path, *, runtime: Runtime, workers: int, bar: tqdm[Any]
+) -> _Written:
+    """Computes and writes this rank's blocks, in step with the other ranks."""
+    shape = plan.shape
+    mine = blocks_of_rank(
+        shape.num_samples, shape.block_size, rank=runtime.rank, world_size=runtime.world_size
+    )
+    loader = make_loader(
+        plan.microbatches(),
+        mine,
+        workers=workers,
+        device=runtime.device,
+        give_up=runtime.is_asked,
+    )
+    batches = runtime.heartbeat.while_fetching(loader, are_remote=plan.split.is_remote)
+    blocks: list[_Block] = []
+    bad: list[str] = []
+    for turn in range(rounds_of(plan, runtime)):
+        failure, disk_failed = None, False
+        try:
+            batch = next(batches) if turn < len(mine) else None
+        except RtlDistError as error:
+            batch, failure = None, error
+        if batch is not None:
+            bad += batch.bad
+            try:
+                blocks.append(_write_block(plan, folder, mine[turn], batch, runtime))
+            except OSError:
+                disk_failed = True
+        bar.update()
+        runtime.heartbeat.beat()
+        stop, num_failed = runtime.agree(bad_samples=int(disk_failed), failure=failure)
+        if stop:
+            raise StopRequested(
+                "stopped while features were computed; whole views are kept: start again to go on"
+            )
+        if num_failed:
+            raise NoCachedFeaturesError(f"{folder.parent} cannot be written by every process")
+    every = sorted(block for of_rank in runtime.gather(blocks) for block in of_rank)
+    return _Written(
+        checksums=[block.checksum for block in every],
+        used=np.array([sample for block in every for sample in block.used], dtype=np.int64),
+        bad=[name for names in runtime.gather(bad) for name in names],
+    )
+
+
+@torch.no_grad()
+def _write_block(
+    plan: ViewPlan, folder: Path, first: int, batch: Batch, runtime: Runtime
+) -> _Block:
+    with runtime.accelerator.autocast():
+        features = plan.frozen(batch.inputs)
+    count = min(plan.shape.block_size, plan.shape.num_samples - first)  # what fills it up is left
+    checksum = write_block(folder, first, features[:count].cpu())
+    return _Block(first, checksum, batch.samples[:count].tolist())
