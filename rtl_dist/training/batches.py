@@ -17,6 +17,7 @@ from rtl_dist.data.loading.loader import make_loader
 from rtl_dist.data.loading.microbatches import TrainingMicrobatches, microbatch_positions
 from rtl_dist.data.loading.stream import stream_microbatches
 from rtl_dist.data.order.base import TrainingStream
+from rtl_dist.data.order.training import training_order
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.features.maker import FeatureMaker
 from rtl_dist.features.store import View
@@ -39,14 +40,6 @@ class StageBatches:
     def close(self) -> None:
         """Ends the workers."""
         self.iterator = iter(())
-
-
-def training_order(split: Split, config: Config) -> TrainingStream:
-    """The stream that a config trains on."""
-    if config.data.sampling == "balanced":
-        return split.balanced_order(config.seed)
-    window = config.data.window if config.data.shuffle == "window" else None
-    return split.order(config.seed, window=window)
 
 
 def open_stage_batches(
@@ -95,7 +88,7 @@ def open_stage_batches(
             device=runtime.device,
         )
         return StageBatches(iterator=iter(stream))
-    order = training_order(split, config)
+    order = training_order(split, config.data, seed=config.seed)
     if features is not None and stage.views is not None and stage.augment.mixes:
         LOG.info("no cached features of %s: mixup and cutmix mix the pixels", split.name)
     elif features is not None and stage.views is not None:

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from pack_images import image_bytes
-from small_sets import Canary, packed
+from small_sets import Canary, order_of, packed
 
 from rtl_dist.commands.running import run_command
 from rtl_dist.config import AugmentConfig, DataConfig
+from rtl_dist.core.errors import DataError
 from rtl_dist.data.images.augment import TrainTransform
 from rtl_dist.data.loading.microbatches import TrainingMicrobatches
 from rtl_dist.data.loading.stream import stream_microbatches
-from rtl_dist.core.errors import DataError
 
 SIDE, SIZE = 8, 4
 PLAIN = AugmentConfig(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), hflip=0)
@@ -62,7 +62,7 @@ def test_our_shards_are_read_with_their_labels(train):
     microbatches = TrainingMicrobatches(
         train,
         TrainTransform(PLAIN, image_size=SIDE, channels=3),
-        order=train.order(0, window=None),
+        order=order_of(train),
         size=1,
         views=None,
     )
@@ -98,7 +98,13 @@ def test_ranks_workers_and_seeds_draw_other_streams(train):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_same_start_draws_the_same_stream(train, workers):
-    options = {"workers": workers, "augment": AugmentConfig(), "seed": 3, "first_step": 5, "rank": 1}
+    options = {
+        "workers": workers,
+        "augment": AugmentConfig(),
+        "seed": 3,
+        "first_step": 5,
+        "rank": 1,
+    }
     one = draw(shards_of(train), 12, **options)
     torch.rand(5)
     other = draw(shards_of(train), 12, **options)
@@ -117,7 +123,8 @@ def test_a_rank_of_a_launcher_draws_its_own_stream(train, monkeypatch):
 
 
 def test_draws_of_one_sample_are_augmented_differently(tmp_path):
-    write_tar(tmp_path / "a.tar", {"0.jpg": image_bytes(0, (30, 30)), "0.cls": b"1"})
+    # large enough that no two crops of it are the same by chance
+    write_tar(tmp_path / "a.tar", {"0.jpg": image_bytes(0, (300, 300)), "0.cls": b"1"})
     for workers in (0, 2):
         images = images_in(draw(tmp_path / "a.tar", 10, augment=AugmentConfig(), workers=workers))
         assert len(set(images)) == len(images)
