@@ -62,6 +62,7 @@ def ours(data: Path, workers: int, *, first_step: int = 0, region: bool = True) 
     from rtl_dist.data.images.augment import TrainTransform
     from rtl_dist.data.loading.loader import make_loader
     from rtl_dist.data.loading.microbatches import TrainingMicrobatches, microbatch_positions
+    from rtl_dist.data.order.epochs import EpochOrder
 
     if region and not room.available():
         raise SystemExit("the extension is not built; see README.md")
@@ -72,7 +73,7 @@ def ours(data: Path, workers: int, *, first_step: int = 0, region: bool = True) 
     microbatches = TrainingMicrobatches(
         split,
         TrainTransform(AugmentConfig(crop_scale=CROP_SCALE), image_size=SIDE, channels=3),
-        order=split.order(0, window=None),
+        order=EpochOrder(shard_sizes=split.shards.sizes(), seed=0),
         size=BATCH,
         views=None,
     )

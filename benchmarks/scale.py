@@ -32,7 +32,9 @@ from rtl_dist.core.files import write_json
 from rtl_dist.core.tasks import SINGLE_LABEL
 from rtl_dist.data.format.dataset import DESCRIPTION, FORMAT, INDEX_FOLDER, fingerprint_of
 from rtl_dist.data.format.split import INDEX_DTYPE
-from rtl_dist.data.order.epochs import Order
+from rtl_dist.data.order.base import TrainingStream
+from rtl_dist.data.order.epochs import EpochOrder
+from rtl_dist.data.order.windows import WindowOrder
 
 NUM_SHARDS, SHARD_SIZE = 10**5, 10**4
 NUM_SAMPLES = NUM_SHARDS * SHARD_SIZE
@@ -49,11 +51,13 @@ import time
 began = time.perf_counter(), time.process_time()
 import json, sys
 ask = json.loads(sys.argv[1])
+from rtl_dist.config import DataConfig
 from rtl_dist.data.format.dataset import open_dataset
+from rtl_dist.data.order.training import training_order
 marks = [("import", time.perf_counter())]
 split = open_dataset(ask["folder"]).split("train")
 marks.append(("open", time.perf_counter()))
-order = split.order(0, window=ask["window"])
+order = training_order(split, DataConfig(path=ask["folder"], **ask["data"]), seed=0)
 def locate(position):
     samples, _ = order.samples_at(position, ask["micro"])
     return [split.row(sample) for sample in samples.tolist()], split.labels(samples)
@@ -126,7 +130,7 @@ def in_fresh_process(folder: Path, rank: int, window: int | None) -> dict[str, f
     later_step = int((EPOCH + 0.618) * NUM_SAMPLES) // GLOBAL
     ask = {
         "folder": str(folder),
-        "window": window,
+        "data": {} if window is None else {"shuffle": "window", "window": window},
         "micro": MICRO,
         "first": positions_of(rank, 0)[0],
         "later": positions_of(rank, later_step)[0],
@@ -162,10 +166,15 @@ def cost_of_batches() -> None:
     for shuffle, window in (("full", None), (f"window {WINDOW}", WINDOW)):
         asked: dict[str, Callable[[], object]] = {}
         for name, (num_shards, shard_size) in sizes.items():
-            order = Order(np.full(num_shards, shard_size), 0, window)
+            shards = np.full(num_shards, shard_size)
+            order: TrainingStream = EpochOrder(shard_sizes=shards, seed=0)
+            if window is not None:
+                order = WindowOrder(shard_sizes=shards, seed=0, window=window)
             random = np.random.default_rng(0)
 
-            def locate(order: Order = order, random: np.random.Generator = random) -> object:
+            def locate(
+                order: TrainingStream = order, random: np.random.Generator = random
+            ) -> object:
                 position = EPOCH * order.num_samples + int(
                     random.integers(order.num_samples - MICRO)
                 )

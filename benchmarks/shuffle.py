@@ -33,7 +33,9 @@ from typing import Any
 
 import numpy as np
 
-from rtl_dist.data.order.epochs import Order
+from rtl_dist.data.order.base import TrainingStream
+from rtl_dist.data.order.epochs import EpochOrder
+from rtl_dist.data.order.windows import WindowOrder
 
 NUM_SHARDS, SHARD_SIZE = 128, 1000
 NUM_SAMPLES = NUM_SHARDS * SHARD_SIZE
@@ -71,7 +73,10 @@ np.save(sys.stdout.buffer, np.where(plan < 0, -1, ids[plan]))
 
 
 def ours(seed: int, epoch: int, *, window: int | None) -> list[RankBatches]:
-    order = Order(np.full(NUM_SHARDS, SHARD_SIZE), seed, window)
+    sizes = np.full(NUM_SHARDS, SHARD_SIZE)
+    order: TrainingStream = EpochOrder(shard_sizes=sizes, seed=seed)
+    if window is not None:
+        order = WindowOrder(shard_sizes=sizes, seed=seed, window=window)
     return shared_among_ranks(order.samples_at(epoch * NUM_SAMPLES, NUM_SAMPLES)[0])
 
 

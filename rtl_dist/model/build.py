@@ -10,14 +10,13 @@ from torch import nn
 
 from rtl_dist.config import DataConfig, ModelConfig
 from rtl_dist.core.errors import UserError
-from rtl_dist.core.keys import derive_key
+from rtl_dist.core.keys import Stream, stream_key
 from rtl_dist.model.basic_cnn import NUM_FEATURES, BasicCNN
 from rtl_dist.model.classifier import Classifier, Preprocessing
 from rtl_dist.model.weights import load_weights
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _TORCHVISION = "torchvision:"
-_HEAD_STREAM = 2  # keeps this key apart from those of the data order
 
 
 def build_model(
@@ -51,7 +50,7 @@ def make_classifier(
 
     mean_std: of the pixels, one number a channel; None takes those of the architecture.
     """
-    torch.manual_seed(derive_key(seed, _HEAD_STREAM) >> 1)
+    torch.manual_seed(stream_key(seed, Stream.TRUNK) >> 1)
     mean: tuple[float, ...] = _IMAGENET_MEAN
     std: tuple[float, ...] = _IMAGENET_STD
     if config.name == "basic_cnn":
@@ -70,7 +69,7 @@ def make_classifier(
         mean, std = (sum(mean) / 3,), (sum(std) / 3,)
     if mean_std is not None:
         mean, std = mean_std
-    torch.manual_seed(derive_key(seed, _HEAD_STREAM) >> 1)  # the head, whatever the trunk drew
+    torch.manual_seed(stream_key(seed, Stream.HEAD) >> 1)  # whatever the trunk drew
     return Classifier(
         trunk,
         nn.Linear(num_features, num_classes),

@@ -13,7 +13,7 @@ from rtl_dist.data.loading.batch import Batch, to_device
 from rtl_dist.data.loading.loader import make_loader
 from rtl_dist.data.loading.microbatches import TrainingMicrobatches, microbatch_positions
 from rtl_dist.data.loading.stream import stream_microbatches
-from rtl_dist.data.order.base import TrainingStream
+from rtl_dist.data.order.training import training_order
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.features.maker import FeatureMaker
 from rtl_dist.features.microbatches import ViewMicrobatches, views_of_stage
@@ -78,14 +78,6 @@ class StageBatches:
         self.iterator = iter(())
 
 
-def training_order(split: Split, config: Config) -> TrainingStream:
-    """The stream that a config trains on."""
-    if config.data.sampling == "balanced":
-        return split.balanced_order(config.seed)
-    window = config.data.window if config.data.shuffle == "window" else None
-    return split.order(config.seed, window=window)
-
-
 def open_stage_batches(
     reading: StageReading, *, features: FeatureMaker | None, num_classes: int
 ) -> StageBatches:
@@ -145,7 +137,7 @@ def _open_features(reading: StageReading, features: FeatureMaker) -> StageBatche
     cached = ViewMicrobatches(
         views=views,
         num_views=stage.views,
-        order=training_order(split, config),
+        order=training_order(split, config.data, seed=config.seed),
         split=split,
         size=reading.micro_batch_size,
     )
@@ -161,7 +153,7 @@ def _open_images(reading: StageReading) -> StageBatches:
     microbatches = TrainingMicrobatches(
         reading.split,
         reading.transform,
-        order=training_order(reading.split, reading.config),
+        order=training_order(reading.split, reading.config.data, seed=reading.config.seed),
         size=reading.micro_batch_size,
         views=reading.stage.views,
     )

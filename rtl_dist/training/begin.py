@@ -18,6 +18,7 @@ from rtl_dist.core.files import write_json
 from rtl_dist.data.format.dataset import DESCRIPTION, Dataset, check_split, open_dataset
 from rtl_dist.data.format.split import Split
 from rtl_dist.data.loading.workers import resolve_workers
+from rtl_dist.data.order.training import training_order
 from rtl_dist.distributed.runtime import Runtime, configure_logging
 from rtl_dist.evaluation.scoring import KeptImages
 from rtl_dist.model.average import Average
@@ -31,7 +32,6 @@ from rtl_dist.records.results import results_of
 from rtl_dist.records.resume import restore
 from rtl_dist.records.state import TrainState
 from rtl_dist.records.tracking import build_tracker
-from rtl_dist.training.batches import training_order
 from rtl_dist.training.run import Run
 
 LOG = logging.getLogger("rtl_dist")
@@ -151,9 +151,8 @@ def _open_splits(config: Config, runtime: Runtime, dataset: Dataset) -> tuple[Sp
         _check_classes(dataset, config.data.train, train.class_counts)
         for split in (train, val):
             runtime.from_main(functools.partial(check_split, dataset, split))
-    runtime.on_every_rank(
-        lambda: train.files.require_room(training_order(train, config).most_shards_at_once())
-    )
+    order = functools.partial(training_order, train, config.data, seed=config.seed)
+    runtime.on_every_rank(lambda: train.files.require_room(order().most_shards_at_once()))
     return train, val
 
 

@@ -12,6 +12,7 @@ from rtl_dist.config import ResolvedStage
 from rtl_dist.data.images.augment import training_transform
 from rtl_dist.data.loading.loader import make_loader
 from rtl_dist.data.loading.microbatches import TrainingMicrobatches
+from rtl_dist.data.order.training import training_order
 from rtl_dist.evaluation.scoring import eval_transform, metrics_on_every_rank, score_split
 from rtl_dist.features.maker import FeatureMaker
 from rtl_dist.features.view_files import View
@@ -19,7 +20,6 @@ from rtl_dist.model.batchnorm import learning_layers
 from rtl_dist.model.classifier import Classifier
 from rtl_dist.model.divided import Divided, divide
 from rtl_dist.model.freezing import digest, set_modes
-from rtl_dist.training.batches import training_order
 from rtl_dist.training.run import Run
 from rtl_dist.training.stage_network import StageNetwork
 
@@ -124,7 +124,7 @@ class StageEvaluator:
         microbatches = TrainingMicrobatches(
             run.train,
             training_transform(stage, channels=config.data.channels),
-            order=training_order(run.train, config),
+            order=training_order(run.train, config.data, seed=config.seed),
             size=run.micro_batch_size,
             views=stage.views,
         )

@@ -11,7 +11,7 @@ import torch
 
 from rtl_dist.config import ResolvedStage
 from rtl_dist.core.errors import OutOfMemory, RtlDistError
-from rtl_dist.core.keys import derive_key
+from rtl_dist.core.keys import Stream, stream_key
 from rtl_dist.data.loading.batch import Batch
 from rtl_dist.features.maker import FeatureMaker
 from rtl_dist.features.views import ViewPlanner
@@ -24,8 +24,6 @@ from rtl_dist.training.batches import StageReading, open_stage_batches
 from rtl_dist.training.run import Run
 from rtl_dist.training.stage_network import StageNetwork
 from rtl_dist.training.stage_optimizer import OptimizerState, StageOptimizer
-
-_FORWARD_STREAM = 3  # keys dropout and mixup apart from the data order and the augmentation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +191,7 @@ class StageTrainer:
         if self.ledger:
             self.ledger.note(run.state.step, microbatch, batch)
         torch.manual_seed(
-            derive_key(run.config.seed, _FORWARD_STREAM, run.state.step, microbatch) >> 1
+            stream_key(run.config.seed, Stream.FORWARD, run.state.step, microbatch) >> 1
         )
         # with SyncBatchNorm also the forward pass waits for the other ranks
         is_sharing = run.config.batch.sync_batchnorm and run.runtime.world_size > 1

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from small_sets import packed
 
-from rtl_dist.core.keys import derive_key, derive_keys
+from rtl_dist.config import DataConfig
+from rtl_dist.core.keys import Stream, stream_keys
 from rtl_dist.data.images.augment import augmentation_keys
 from rtl_dist.data.order.balanced import BalancedOrder, group_by_class
 from rtl_dist.data.order.permutation import permute_each
+from rtl_dist.data.order.training import training_order
 
 COUNTS = {
     "equal": [7, 7, 7, 7],
@@ -33,7 +35,9 @@ def labels_of(counts):
 
 def balanced(labels, *, seed=0, shard_sizes=None):
     members = group_by_class(labels, num_classes=int(labels.max()) + 1)
-    return BalancedOrder(np.array(shard_sizes or [len(labels)]), seed, members)
+    return BalancedOrder(
+        shard_sizes=np.array(shard_sizes or [len(labels)]), seed=seed, members=members
+    )
 
 
 @ALL_COUNTS
@@ -101,12 +105,14 @@ def test_a_class_without_samples_is_refused():
 
 def test_the_order_of_a_packed_split(tmp_path):
     split = packed(tmp_path, {"train/a": 2, "train/b": 9, "train/c": 4}).split("train")
-    order = split.balanced_order(3)
+    data = DataConfig(path="", sampling="balanced")
+    order = training_order(split, data, seed=3)
     labels = split.labels(order.samples_at(0, 30)[0]).reshape(10, 3)
     assert (np.sort(labels, axis=1) == np.arange(3)).all()
     assert order.num_samples == 15
     assert order.seed == 3
-    assert split.balanced_order(4).members is order.members
+    assert isinstance(order, BalancedOrder)
+    assert training_order(split, data, seed=4).members is order.members  # read once a process
 
 
 # --- quality -------------------------------------------------------------------------------------
@@ -179,19 +185,13 @@ def test_any_position_costs_the_same():
     assert set(cycles.tolist()) == {10**12 // 1000}
 
 
-def test_many_keys_at_once_are_those_made_one_by_one():
-    one, other = np.array([0, 7, 2**62]), np.array([3, 0, 1])
-    keys = derive_keys(derive_key(5, 6), one, other).tolist()
-    assert keys == [
-        derive_key(5, 6, *pair) for pair in zip(one.tolist(), other.tolist(), strict=True)
-    ]
-
-
 def test_permutations_of_many_sizes_at_once():
     sizes = np.array([1, 2, 3, 4, 5, 10, 17, 100, 257])
     size_of = np.repeat(sizes, sizes)
     values = np.concatenate([np.arange(size) for size in sizes])
-    permuted = permute_each(values, sizes=size_of, keys=derive_keys(derive_key(1), size_of))
+    permuted = permute_each(
+        values, sizes=size_of, keys=stream_keys(1, Stream.BALANCED_BLOCKS, size_of)
+    )
     for size in sizes:
         assert sorted(permuted[size_of == size].tolist()) == list(range(size))
 

@@ -20,7 +20,7 @@ import torch
 import webdataset as wds
 from pack_images import image_bytes
 from PIL import Image, ImageOps
-from small_sets import Canary, flip_byte, packed
+from small_sets import Canary, flip_byte, order_of, packed
 
 from rtl_dist.config import AugmentConfig
 from rtl_dist.core.errors import DataError, WorkerError
@@ -36,7 +36,7 @@ from rtl_dist.data.loading.microbatches import (
     microbatch_positions,
 )
 from rtl_dist.data.loading.workers import resolve_workers
-from rtl_dist.data.order.epochs import Order
+from rtl_dist.data.order.epochs import EpochOrder
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.evaluation.scoring import score_split
 from rtl_dist.model.classifier import Preprocessing
@@ -67,12 +67,12 @@ def damaged(dataset, tmp_path):
 
 def microbatches(split, *, seed=0, views=None, size=MICRO, channels=3, augment=None, window=None):
     transform = TrainTransform(augment or AugmentConfig(), image_size=SIDE, channels=channels)
-    order = split.order(seed, window=window)
+    order = order_of(split, seed=seed, window=window)
     return TrainingMicrobatches(split, transform, order=order, size=size, views=views)
 
 
 def samples_at(split, first, count, seed=0):
-    return split.order(seed, window=None).samples_at(first, count)[0]
+    return order_of(split, seed=seed).samples_at(first, count)[0]
 
 
 def positions(end_step, *, rank=0, world_size=1):
@@ -115,9 +115,7 @@ def test_a_microbatch_holds_what_its_positions_say(train):
     # without augmentation the pixels are the decoded image's
     whole = AugmentConfig(crop_scale=(1.0, 1.0), crop_ratio=(1.2, 1.2), hflip=0)
     transform = TrainTransform(whole, image_size=10, channels=3)
-    first = TrainingMicrobatches(
-        train, transform, order=train.order(0, window=None), size=1, views=None
-    )[0]
+    first = TrainingMicrobatches(train, transform, order=order_of(train), size=1, views=None)[0]
     image = decode(reader.read(int(first.samples[0])), 3)  # 12 x 10 pixels
     shrunk = torch.nn.functional.interpolate(image[None].float(), (10, 10), mode="bilinear")
     assert (first.inputs.float() - shrunk).abs().mean() < 16
@@ -250,7 +248,7 @@ def test_evaluation_shows_the_centre():
 
 
 def position_of(sample):
-    order = Order(np.array([NUM]), 0)
+    order = EpochOrder(shard_sizes=np.array([NUM]), seed=0)
     return order.samples_at(0, NUM)[0].tolist().index(sample)
 
 
@@ -519,7 +517,7 @@ def test_a_slot_is_lent_until_the_next_batch_is_asked_for(train):
 @pytest.mark.parametrize("side", [SIDE, 64], ids=["as they are", "enlarged on the GPU"])
 def test_a_gpu_gets_the_same_batches(train, side):
     transform = TrainTransform(AugmentConfig(), image_size=side, channels=3)
-    order = train.order(0, window=None)
+    order = order_of(train)
     source = TrainingMicrobatches(train, transform, order=order, size=MICRO, views=None)
     loader = make_loader(source, positions(20), workers=2, device=torch.device("cuda"))
     on_gpu = [(batch.inputs * 1, batch.labels * 1) for batch in loader]  # computed, not waited for

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from remote_helpers import no_double_downloads, serving
-from small_sets import flip_byte, packed
+from small_sets import flip_byte, order_of, packed
 
 from rtl_dist.config import AugmentConfig
 from rtl_dist.core.errors import DataError, UserError
@@ -58,7 +58,7 @@ def room_for(dataset, shards):
 
 
 def batches_of(split, count, *, workers, window=None, size=MICRO):
-    order = split.order(SEED, window=window)
+    order = order_of(split, seed=SEED, window=window)
     transform = TrainTransform(AugmentConfig(), image_size=8, channels=3)
     source = TrainingMicrobatches(split, transform, order=order, size=size, views=None)
     positions = range(0, count * size, size)
@@ -80,7 +80,7 @@ def first_asked(server):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_first_batch_waits_for_its_own_shards_only(local, server, tmp_path, workers):
     split = opened(server, tmp_path).split("train")
-    order = split.order(SEED, window=None)
+    order = order_of(split, seed=SEED)
     needed = {split.shards[n].path for n in order.shards_of(order.samples_at(0, MICRO)[0])}
     assert len(needed) < 12
     for shard in split.shards:
@@ -98,7 +98,7 @@ def test_the_first_batch_waits_for_its_own_shards_only(local, server, tmp_path, 
 def test_shards_come_before_they_are_needed_in_the_order_of_the_plan(server, tmp_path, workers):
     """While the first is trained on."""
     split = opened(server, tmp_path).split("train")
-    order = split.order(SEED, window=1)
+    order = order_of(split, seed=SEED, window=1)
     assert len(set(order.shards_of(order.samples_at(0, 2 * MICRO)[0]).tolist())) == 1
     batches = iter(batches_of(split, 2, workers=workers, window=1))
     next(batches)
@@ -114,7 +114,7 @@ def test_a_cache_smaller_than_the_data_fetches_each_shard_once_an_epoch(
     local, server, tmp_path, workers
 ):
     split = opened(server, tmp_path, cache_gb=room_for(local, 6)).split("train")
-    split.files.require_room(split.order(SEED, window=3).most_shards_at_once())
+    split.files.require_room(order_of(split, seed=SEED, window=3).most_shards_at_once())
     # microbatches of one, so that workers are not shards apart; two thirds of an epoch
     got = pixels(batches_of(split, 240, size=1, workers=workers, window=3))
     expected = pixels(batches_of(local.split("train"), 240, size=1, workers=0, window=3))
@@ -128,7 +128,7 @@ def test_a_cache_too_small_for_the_order_is_refused(local, server, tmp_path):
     with pytest.raises(
         UserError, match=r"data\.cache_gb: .* raise it, or set data\.shuffle=window"
     ):
-        split.files.require_room(split.order(SEED, window=None).most_shards_at_once())
+        split.files.require_room(order_of(split, seed=SEED).most_shards_at_once())
 
 
 def test_the_order_is_the_same_whatever_is_cached(local, server, tmp_path):

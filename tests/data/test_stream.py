@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from pack_images import image_bytes
-from small_sets import Canary, packed
+from small_sets import Canary, order_of, packed
 
 from rtl_dist.commands.running import run_command
 from rtl_dist.config import AugmentConfig
@@ -62,7 +62,7 @@ def test_our_shards_are_read_with_their_labels(train):
     microbatches = TrainingMicrobatches(
         train,
         TrainTransform(PLAIN, image_size=SIDE, channels=3),
-        order=train.order(0, window=None),
+        order=order_of(train),
         size=1,
         views=None,
     )
@@ -123,7 +123,8 @@ def test_a_rank_of_a_launcher_draws_its_own_stream(train, monkeypatch):
 
 
 def test_draws_of_one_sample_are_augmented_differently(tmp_path):
-    write_tar(tmp_path / "a.tar", {"0.jpg": image_bytes(0, (30, 30)), "0.cls": b"1"})
+    # large enough that no two crops of it are the same by chance
+    write_tar(tmp_path / "a.tar", {"0.jpg": image_bytes(0, (300, 300)), "0.cls": b"1"})
     for workers in (0, 2):
         images = images_in(draw(tmp_path / "a.tar", 10, augment=AugmentConfig(), workers=workers))
         assert len(set(images)) == len(images)

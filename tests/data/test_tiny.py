@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from small_sets import packed
+from small_sets import order_of, packed
 from torch.nn.functional import interpolate
 
 from rtl_dist.config import AugmentConfig
@@ -51,7 +51,7 @@ def test_enlarging_gives_the_bits_of_torchs_resize(channels, side, device):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_microbatch_that_travels_small_is_the_same_microbatch(train, channels):
     transform = TrainTransform(AugmentConfig(vflip=0.5), image_size=SIDE, channels=channels)
-    order = train.order(0, window=None)
+    order = order_of(train)
     microbatches = TrainingMicrobatches(train, transform, order=order, size=MICRO, views=None)
     ring = Ring(microbatches, 1, enlarge_here=True)
     for position in range(0, 2 * NUM, MICRO):
@@ -71,7 +71,7 @@ def test_a_microbatch_that_travels_small_is_the_same_microbatch(train, channels)
 )
 def test_what_cannot_be_enlarged_or_is_not_tiny_travels_as_it_is(train, augment, side):
     transform = TrainTransform(augment, image_size=side, channels=3)
-    order = train.order(0, window=None)
+    order = order_of(train)
     microbatches = TrainingMicrobatches(train, transform, order=order, size=MICRO, views=None)
     ring = Ring(microbatches, 1, enlarge_here=True)
     reply = ring[Request(0, 0)]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from launched_runs import finish, start_ranks
+from small_sets import order_of
 from tiny_runs import damage, make_dataset, tiny_config, write_config
 
 from rtl_dist.data.format.dataset import open_dataset
@@ -69,7 +70,7 @@ def test_a_killed_worker_of_one_rank_ends_both(dataset, tmp_path):
 def test_one_damaged_sample_too_many_ends_both_at_the_same_step(dataset, tmp_path, workers):
     (tmp_path / "data").mkdir()
     damaged = make_dataset(tmp_path / "data")
-    samples = open_dataset(damaged).split("train").order(5, window=None).samples_at(0, 48)[0]
+    samples = order_of(open_dataset(damaged).split("train"), seed=5).samples_at(0, 48)[0]
     budget_spent_by, over_at = int(samples[9]), int(samples[27])  # steps 1 and 3 of 8 images
     damage(damaged, "train", budget_spent_by)
     damage(damaged, "train", over_at)

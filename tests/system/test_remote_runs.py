@@ -10,6 +10,7 @@ import pytest
 from launched_runs import TIMEOUT_S, finish, start_ranks
 from moto.server import ThreadedMotoServer
 from remote_helpers import no_double_downloads, serving
+from small_sets import order_of
 from tiny_runs import make_dataset, tiny_config, write_config
 
 from rtl_dist.cli import main as cli
@@ -211,7 +212,7 @@ def test_a_cache_that_is_too_small_is_said_before_the_first_step(server, tmp_pat
 def hold_later_shards(server, dataset):
     """With window=1, the first step has what it needs; later ones wait."""
     split = open_dataset(dataset).split("train")
-    order = split.order(5, window=1)
+    order = order_of(split, seed=5, window=1)
     needed = set(order.shards_of(order.samples_at(0, 16)[0]).tolist())
     assert len(needed) < len(split.shards)
     for number in set(range(len(split.shards))) - needed:

@@ -4,6 +4,7 @@ import io
 import re
 import tarfile
 import zlib
+from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -45,6 +46,7 @@ def make_split(root, num_samples, num_shards=3, side=24):
         shards=Shards(shards),
         files=ShardFiles(str(root), Shards(shards), None),
         are_ours=True,
+        reopen=partial(make_split, root, num_samples, num_shards, side),
         class_counts=(),
         index=np.array(rows, dtype=INDEX_DTYPE),
         label_matrix=None,

@@ -7,6 +7,9 @@ from pack_images import class_folders
 
 from rtl_dist.data.format.dataset import Dataset, open_dataset
 from rtl_dist.data.format.split import Split
+from rtl_dist.data.order.base import TrainingStream
+from rtl_dist.data.order.epochs import EpochOrder
+from rtl_dist.data.order.windows import WindowOrder
 from rtl_dist.prepare.packing.pack import pack
 
 
@@ -24,6 +27,14 @@ def packed(
         allow_missing_classes=True,
     )
     return open_dataset(root / "packed")
+
+
+def order_of(split: Split, *, seed: int = 0, window: int | None = None) -> TrainingStream:
+    """The full shuffle of a split, or with ``window`` that within windows of its shards."""
+    sizes = split.shards.sizes()
+    if window is None:
+        return EpochOrder(shard_sizes=sizes, seed=seed)
+    return WindowOrder(shard_sizes=sizes, seed=seed, window=window)
 
 
 def flip_byte(split: Split, sample: int) -> None:

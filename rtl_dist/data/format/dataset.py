@@ -8,9 +8,11 @@ bytes are, so any sample is one ``pread`` and no tar is ever walked while traini
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import mmap
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -53,10 +55,15 @@ class Dataset:
     """A data set, opened: the description checked, splits opened on demand."""
 
     place: DatasetPlace
+    """Where it is."""
     task: Task
+    """``single_label`` or ``multi_label``."""
     classes: tuple[str, ...]
+    """Their names; a class number is a place here."""
     fingerprint: str
+    """sha256 in hex; see ``fingerprint_of``."""
     description: dict[str, Any] = field(repr=False)
+    """What ``dataset.json`` says, its splits not yet checked."""
 
     @property
     def where(self) -> str:
@@ -122,7 +129,12 @@ class Dataset:
             index=index,
             label_matrix=label_matrix,
             are_ours=self.is_ours,
+            reopen=self.reopening(name),
         )
+
+    def reopening(self, name: str) -> Callable[[], Split]:
+        """What opens a split again in another process; it can be pickled."""
+        return functools.partial(_open_split, self.place, name)
 
     def index_path(self, name: str, sha256: str | None) -> Path:
         """The local file of an index; a remote one is fetched into the cache first."""
@@ -262,6 +274,11 @@ def open_dataset(
         )
     except (KeyError, TypeError) as error:
         raise DataError(f"{where} lacks {error}; pack again") from error
+
+
+def _open_split(place: DatasetPlace, name: str) -> Split:
+    dataset = open_dataset(place.where, cache_dir=place.cache_dir, cache_gb=place.cache_gb)
+    return dataset.split(name)
 
 
 def fingerprint_of(description: dict[str, Any]) -> str:

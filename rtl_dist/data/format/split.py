@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -13,8 +13,7 @@ import numpy as np
 
 from rtl_dist.core.errors import RtlDistError, ShardError
 from rtl_dist.core.urls import is_url, join_url
-from rtl_dist.data.order.balanced import BalancedOrder, ClassMembers, group_by_class
-from rtl_dist.data.order.epochs import Order
+from rtl_dist.data.format.tar_reader import member_names
 from rtl_dist.data.storage.cache import Cache
 from rtl_dist.data.storage.shard_files import ShardFiles, Shards
 
@@ -29,11 +28,14 @@ _TAR_BLOCK = 512
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetPlace:
-    """Where a data set is: a folder or URL; and, for remote shards, ``Cache``'s arguments."""
+    """Where a data set is, and where what is fetched of it is kept."""
 
     where: str
+    """Its folder, or a URL."""
     cache_dir: str | None = None
+    """``Cache``'s folder; None for the user's own."""
     cache_gb: float | None = None
+    """How much the cache may hold, in 10^9 bytes; None for a part of what the disk has free."""
 
     @property
     def is_remote(self) -> bool:
@@ -48,27 +50,32 @@ class DatasetPlace:
         return Cache(self.cache_dir, self.cache_gb)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Split:
-    """One split: its shards, and memory-mapped index and labels.
-
-    ``index`` has dtype ``INDEX_DTYPE`` and shape (num_samples,); its rows follow the shards.
-    ``label_matrix`` is None or uint8 of shape (num_samples, num_classes). ``dataset`` says how to
-    open the data set again; ``are_ours`` that ``pack`` made the shards, not somebody else.
-    """
+    """One split: its shards, and memory-mapped index and labels."""
 
     name: str
+    """As ``dataset.json`` has it, such as ``train``."""
     dataset: DatasetPlace
+    """The data set that it is a split of."""
     shards: Shards
+    """What the description says of each tar, in the index's order."""
     files: ShardFiles
+    """The same tars, opened when they are read."""
     class_counts: tuple[int, ...]
+    """Samples of each class; in multi-label data those that have it."""
     index: np.ndarray
+    """``INDEX_DTYPE`` (num_samples,), shard after shard."""
     label_matrix: np.ndarray | None
+    """uint8 (num_samples, num_classes) of 0 and 1 in multi-label data, else None."""
     are_ours: bool
+    """``pack`` made the shards, not somebody else."""
+    reopen: Callable[[], Split]
+    """Opens it in another process, to which it is pickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a worker process maps the index again instead of receiving a copy of it
-        return _reopen_split, (self.dataset, self.name)
+        return self.reopen, ()
 
     @property
     def num_samples(self) -> int:
@@ -79,31 +86,16 @@ class Split:
         """Whether its shards are fetched before they are read."""
         return self.files.cache is not None
 
-    def order(self, seed: int, *, window: int | None) -> Order:
-        """The training stream; see ``Order``."""
-        return Order(self.shards.sizes(), seed, window)
-
-    def balanced_order(self, seed: int) -> BalancedOrder:
-        """The training stream with each class equally often; see ``BalancedOrder``. Only for
-        single-label data of which every class has a sample. Reads all labels, once a process.
-
-        Raises:
-            ShardError: a label is out of range.
-        """
-        return BalancedOrder(self.shards.sizes(), seed, self._class_members)
-
-    @cached_property
-    def _class_members(self) -> ClassMembers:
-        assert self.label_matrix is None
-        labels = self.labels(np.arange(self.num_samples))
-        return group_by_class(labels, num_classes=len(self.class_counts))
-
     def shard_path(self, number: int) -> Path:
         """The local file of a shard; a remote one is fetched into the cache first."""
         return self.files.path(number)
 
     def labels(self, samples: np.ndarray) -> np.ndarray:
-        """Class numbers, int64 (n,); or 0/1 float32 (n, num_classes) for multi-label data."""
+        """Class numbers, int64 (n,); or 0/1 float32 (n, num_classes) for multi-label data.
+
+        Raises:
+            ShardError: a class number is out of range.
+        """
         if self.label_matrix is not None:
             return np.asarray(self.label_matrix[samples], dtype=np.float32)
         labels = np.asarray(self.index["label"][samples], dtype=np.int64)
@@ -169,13 +161,6 @@ class Split:
             raise ShardError(f"cannot read {path}: {error.strerror}; is it there?") from error
 
 
-def _reopen_split(place: DatasetPlace, name: str) -> Split:
-    from rtl_dist.data.format.dataset import open_dataset
-
-    dataset = open_dataset(place.where, cache_dir=place.cache_dir, cache_gb=place.cache_gb)
-    return dataset.split(name)
-
-
 def _key_of(member: str) -> str:
     """WebDataset's rule: up to the first dot of the base name."""
     folder, slash, name = member.rpartition("/")
@@ -184,6 +169,4 @@ def _key_of(member: str) -> str:
 
 @lru_cache(maxsize=2)
 def _names_in(path: str, modified_at: int) -> dict[int, str]:
-    from rtl_dist.data.format.tar_reader import member_names
-
     return member_names(Path(path))

@@ -47,16 +47,16 @@ _NONSENSE = (
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One entry of a tar that is no folder.
-
-    ``offset`` and ``size`` are its content's, in bytes; they mean nothing unless it is a plain
-    file. ``oddity`` says what it is otherwise (``"a symbolic link"``) and is empty for a file.
-    """
+    """One entry of a tar that is no folder."""
 
     name: str
+    """Its whole path in the tar."""
     offset: int
+    """Where its content begins in the tar, in bytes; means nothing unless it is a plain file."""
     size: int
+    """Of its content, in bytes; the same holds."""
     oddity: str
+    """What it is if no plain file (``"a symbolic link"``), else empty."""
 
 
 def walk(path: Path) -> Iterator[Member]:

@@ -12,12 +12,11 @@ from torchvision.transforms import v2
 
 from rtl_dist.config import AugmentConfig, ResolvedStage
 from rtl_dist.core.errors import DataError
-from rtl_dist.core.keys import derive_key, derive_keys, mix64
-from rtl_dist.data.images.decode import MAX_PIXELS, decode
+from rtl_dist.core.keys import GOLDEN, Stream, mix64, stream_keys
+from rtl_dist.data.images.decode import decode
+from rtl_dist.data.images.foreign import MAX_PIXELS
 from rtl_dist.data.images.region import decode_region, region_size
 from rtl_dist.data.images.tiny import TinyView, is_tiny
-
-_AUGMENT_STREAM = 1  # keeps these keys apart from those of the data order
 
 
 class Transform(Protocol):
@@ -189,7 +188,7 @@ def augmentation_keys(
         int64 (n,), not negative.
     """
     cycle = epochs if views is None else epochs % views
-    bases = derive_keys(derive_key(seed, _AUGMENT_STREAM), cycle)
+    bases = stream_keys(seed, Stream.AUGMENTATION, cycle)
     numbers = samples.astype(np.uint64) + np.uint64(1)
-    keys = mix64(bases ^ mix64(numbers * np.uint64(0x9E3779B97F4A7C15)))
+    keys = mix64(bases ^ mix64(numbers * GOLDEN))
     return (keys >> np.uint64(1)).astype(np.int64)

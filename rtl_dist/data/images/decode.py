@@ -11,11 +11,8 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from rtl_dist.core.errors import DataError, WorkerError
+from rtl_dist.data.images.foreign import MAX_PIXELS
 from rtl_dist.data.images.png_check import SIGNATURE
-
-# A decoded image may hold at most this many pixels: a "decompression bomb" of a few kilobytes can
-# ask for gigabytes (Pillow's own limit is of the same size).
-MAX_PIXELS = 178_956_970
 
 _DEPRECATION = "The image decoding and encoding capabilities of TorchVision are deprecated"
 _MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}

@@ -8,8 +8,11 @@ import warnings
 from PIL import Image
 
 from rtl_dist.core.errors import DataError
-from rtl_dist.data.images.decode import MAX_PIXELS
 from rtl_dist.data.images.png_check import SIGNATURE, check_png
+
+# A decoded image may hold at most this many pixels: a "decompression bomb" of a few kilobytes can
+# ask for gigabytes (Pillow's own limit is of the same size).
+MAX_PIXELS = 178_956_970
 
 PIL_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 _FOREIGN = {

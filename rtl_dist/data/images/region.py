@@ -10,7 +10,8 @@ from functools import cache
 
 import torch
 
-from rtl_dist.data.images.decode import MAX_PIXELS, decode
+from rtl_dist.data.images.decode import decode
+from rtl_dist.data.images.foreign import MAX_PIXELS
 
 try:
     import rtl_dist.data.images._region as _native

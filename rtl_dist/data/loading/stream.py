@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
 from rtl_dist.core.errors import DataError
-from rtl_dist.core.keys import derive_key
+from rtl_dist.core.keys import Stream, stream_key
 from rtl_dist.data.images.augment import Transform
 from rtl_dist.data.images.foreign import require_decodable
 from rtl_dist.data.loading.batch import Batch, to_device
@@ -40,8 +41,9 @@ def stream_microbatches(
     """Endless microbatches of single-label samples (an image and ``.cls``) of the tars at ``urls``,
     a brace pattern.
 
-    Shards are drawn, samples shuffled and pixels augmented from (seed, first_step, rank) and the
-    worker's number, so the same start draws the same stream, and no two draw each other's.
+    Shards are drawn and pixels augmented from (seed, first_step, rank) and the worker's number,
+    samples shuffled from the first three, so the same start draws the same stream, and no two
+    starts draw each other's.
 
     Members are taken as bytes and decoded by ``transform``: webdataset's own decoding would
     unpickle ``.pyd``, ``.pkl`` and ``.pth`` members, so it is never asked to.
@@ -53,13 +55,13 @@ def stream_microbatches(
     """
     import webdataset as wds
 
-    key = derive_key(seed, first_step, rank)
+    start = _Start(seed=seed, first_step=first_step, rank=rank)
     pipeline = wds.DataPipeline(
         # wds.WebDataset(resampled=True) ignores its seed and draws from the clock
-        wds.ResampledShards(urls, deterministic=True, worker_seed=_WorkerKey(key)),
+        wds.ResampledShards(urls, deterministic=True, worker_seed=start.shards_key),
         _samples_of_shards,
-        wds.shuffle(_SHUFFLE_BUFFER, seed=key),
-        wds.map(_Decode(transform, num_classes, key)),
+        wds.shuffle(_SHUFFLE_BUFFER, seed=start.shuffle_key()),
+        wds.map(_Decode(transform, num_classes, start)),
         wds.batched(size, collation_fn=_collate, partial=False),
     )
     loader: DataLoader[Batch] = DataLoader(
@@ -73,15 +75,33 @@ def stream_microbatches(
     return (to_device(batch, device) for batch in batches)
 
 
-class _WorkerKey:
-    """A key of its own for each worker of this rank."""
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """What a rank's stream is drawn from, in whichever worker asks."""
 
-    def __init__(self, key: int) -> None:
-        self._key = key
+    seed: int
+    """The run's."""
+    first_step: int
+    """The step that the stream begins with."""
+    rank: int
+    """The rank that it is drawn for."""
 
-    def __call__(self) -> int:
-        worker = get_worker_info()
-        return derive_key(self._key, 0 if worker is None else worker.id)
+    def shards_key(self) -> int:
+        return stream_key(self.seed, Stream.STREAM_SHARDS, self.first_step, self.rank, _worker())
+
+    def shuffle_key(self) -> int:
+        return stream_key(self.seed, Stream.STREAM_SHUFFLE, self.first_step, self.rank)
+
+    def pixels_key(self, drawn: int) -> int:
+        """drawn: the number of the sample, of those that this worker drew."""
+        return stream_key(
+            self.seed, Stream.STREAM_PIXELS, self.first_step, self.rank, _worker(), drawn
+        )
+
+
+def _worker() -> int:
+    worker = get_worker_info()
+    return 0 if worker is None else int(worker.id)
 
 
 def _samples_of_shards(shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -107,10 +127,9 @@ def _refuse(error: Exception) -> NoReturn:
 
 
 class _Decode:
-    def __init__(self, transform: Transform, num_classes: int, key: int) -> None:
+    def __init__(self, transform: Transform, num_classes: int, start: _Start) -> None:
         self._transform, self._num_classes = transform, num_classes
-        self._worker_key = _WorkerKey(key)
-        self._drawn = 0
+        self._start, self._drawn = start, 0
 
     def __call__(self, sample: dict[str, Any]) -> tuple[torch.Tensor, int]:
         self._drawn += 1
@@ -128,7 +147,7 @@ class _Decode:
             raise DataError(f"{name}: label {label} out of range, 0 to {self._num_classes - 1}")
         try:
             require_decodable(content)
-            image = self._transform(content, derive_key(self._worker_key(), self._drawn) >> 1)
+            image = self._transform(content, self._start.pixels_key(self._drawn) >> 1)
         except DataError as error:
             raise DataError(f"{name} {error}") from error
         return image, label

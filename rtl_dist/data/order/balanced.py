@@ -13,25 +13,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rtl_dist.core.keys import derive_key, derive_keys
+from rtl_dist.core.keys import Stream, stream_keys
 from rtl_dist.data.order.base import TrainingStream
 from rtl_dist.data.order.permutation import permute_each
-
-# apart from those that order.py derives keys from
-_BLOCK_STREAM, _MEMBER_STREAM = 4 << 40, 5 << 40
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ClassMembers:
-    """Which samples each class has.
-
-    ``samples`` has the smallest unsigned type that holds them, so 4 bytes a sample of up to 2^32,
-    and shape (num_samples,): class after class, each in the samples' order. ``starts``, int64
-    (num_classes + 1,), is where each class starts there, and at last the end.
-    """
+    """Which samples each class has."""
 
     samples: np.ndarray
+    """(num_samples,), class after class, each in the samples' order; of the smallest unsigned type
+    that holds them, so 4 bytes a sample of up to 2^32."""
     starts: np.ndarray
+    """int64 (num_classes + 1,): where each class starts in ``samples``; at last the end."""
 
 
 def group_by_class(labels: np.ndarray, *, num_classes: int) -> ClassMembers:
@@ -56,7 +51,7 @@ def group_by_class(labels: np.ndarray, *, num_classes: int) -> ClassMembers:
     )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class BalancedOrder(TrainingStream):
     """The stream of which any C positions from a multiple of C on have each of C classes once.
 
@@ -64,6 +59,7 @@ class BalancedOrder(TrainingStream):
     """
 
     members: ClassMembers
+    """Every class has at least one."""
 
     def samples_at(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         starts = self.members.starts
@@ -71,11 +67,11 @@ class BalancedOrder(TrainingStream):
         classes = permute_each(
             slots,
             sizes=np.full(count, len(starts) - 1),
-            keys=derive_keys(derive_key(self.seed, _BLOCK_STREAM), blocks),
+            keys=stream_keys(self.seed, Stream.BALANCED_BLOCKS, blocks),
         )
         sizes = starts[classes + 1] - starts[classes]
         cycles, within = np.divmod(blocks, sizes)
-        keys = derive_keys(derive_key(self.seed, _MEMBER_STREAM), classes, cycles)
+        keys = stream_keys(self.seed, Stream.BALANCED_MEMBERS, classes, cycles)
         places = starts[classes] + permute_each(within, sizes=sizes, keys=keys)
         return self.members.samples[places].astype(np.int64), cycles
 

@@ -13,17 +13,17 @@ _MOST_LOOKS = 256
 _LOOKAHEAD = 4096  # positions looked through at a time for the shards they need
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class TrainingStream(ABC):
-    """Which sample is at which position, over a split's shards. Its epochs are as many positions
-    as there are samples.
-
-    Args:
-        shard_sizes: int64 (num_shards,), samples of each shard, which the index holds in order.
+    """Which sample is at which position, over a split's shards: a pure function, never a list, so
+    that the loader's state is one integer. Its epochs are as many positions as there are samples;
+    step ``t`` takes positions ``[t * B, (t + 1) * B)`` for a global batch of B.
     """
 
     shard_sizes: np.ndarray
+    """int64 (num_shards,): samples of each shard, which the index holds in order."""
     seed: int
+    """The run's, 0 to 2^63 - 1."""
 
     @property
     def num_samples(self) -> int:
@@ -63,6 +63,7 @@ class TrainingStream(ABC):
 
     @cached_property
     def _first_of_shard(self) -> np.ndarray:
+        """int64 (num_shards + 1,), the sample with which each shard begins; at last the end."""
         return np.concatenate([[0], np.cumsum(self.shard_sizes, dtype=np.int64)])
 
     @property
@@ -72,3 +73,20 @@ class TrainingStream(ABC):
     def _next_unseen(self, position: int, seen: np.ndarray) -> int:
         """``position``, or a later one up to which the stream needs only shards that were seen."""
         return position
+
+
+class ExactEpochs(TrainingStream):
+    """A stream that is one permutation of all samples after another, an epoch each."""
+
+    def samples_at(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        positions = np.arange(first, first + count, dtype=np.int64)
+        epochs, within = np.divmod(positions, self.num_samples)
+        samples = np.empty(count, dtype=np.int64)
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+            chosen = epochs == epoch
+            samples[chosen] = self._of_epoch(epoch, within[chosen])
+        return samples, epochs
+
+    @abstractmethod
+    def _of_epoch(self, epoch: int, within: np.ndarray) -> np.ndarray:
+        """The samples, int64 (n,), at the positions ``within``, int64 (n,), of an epoch."""

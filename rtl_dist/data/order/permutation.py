@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from rtl_dist.core.keys import _GOLDEN, mix64
+from rtl_dist.core.keys import GOLDEN, mix64
 
 _ROUNDS = 6
 
 
 def permute(positions: np.ndarray, *, num_samples: int, key: int) -> np.ndarray:
     """The images of ``positions`` under the permutation of ``[0, num_samples)`` that ``key`` names.
+
+    A keyed Feistel network over the next even power of two, with cycle walking for values outside
+    (Black & Rogaway 2002, "Ciphers with arbitrary finite domains").
 
     Args:
         positions: int64 (n,), each in ``[0, num_samples)``.
@@ -19,9 +22,7 @@ def permute(positions: np.ndarray, *, num_samples: int, key: int) -> np.ndarray:
         int64 (n,).
     """
     half_bits = max(1, (max(1, num_samples - 1).bit_length() + 1) // 2)
-    round_keys = mix64(
-        np.uint64(key) + np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    )
+    round_keys = mix64(np.uint64(key) + np.arange(1, _ROUNDS + 1, dtype=np.uint64) * GOLDEN)
     result = _feistel(positions.astype(np.uint64), half_bits, round_keys)
     outside = np.flatnonzero(result >= num_samples)
     while outside.size:  # walk each cycle until it is back inside; at most 4 rounds on average
@@ -48,7 +49,7 @@ def permute_each(values: np.ndarray, *, sizes: np.ndarray, keys: np.ndarray) -> 
     width = np.ceil(np.sqrt(limits)).astype(np.uint64)
     height = (limits + width - np.uint64(1)) // width
     rounds = np.arange(1, _ROUNDS + 1, dtype=np.uint64)[:, None]
-    round_keys = mix64(keys + rounds * _GOLDEN)
+    round_keys = mix64(keys + rounds * GOLDEN)
     result = values.astype(np.uint64)
     todo = np.arange(len(result))
     while todo.size:

@@ -114,6 +114,7 @@ def check_split(dataset: Dataset, name: str, found: DamageList) -> CheckedSplit:
             index=index,
             label_matrix=matrix,
             are_ours=dataset.is_ours,
+            reopen=dataset.reopening(name),
         ),
         has_labels=dataset.task != MULTI_LABEL or matrix is not None,
     )
