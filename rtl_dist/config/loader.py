@@ -7,7 +7,6 @@ by the type of the field they are for. Unknown keys are refused with the nearest
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
@@ -19,6 +18,7 @@ import yaml
 from rtl_dist.config.schema import Config
 from rtl_dist.core.errors import UserError
 from rtl_dist.core.intervals import Duration, Every
+from rtl_dist.core.text import did_you_mean
 
 _WRITTEN_AS_TEXT = (Every, Duration)
 
@@ -246,5 +246,4 @@ def _join(path: str, key: str) -> str:
 
 
 def _nearest(key: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}"
+    return did_you_mean(key, known) or f"; known here: {', '.join(known)}"

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rtl_dist.core.errors import StopRequested
+from rtl_dist.core.files import read_object
+from rtl_dist.core.text import and_more
 from rtl_dist.distributed.heartbeat import FOLDER, Heartbeat
 
 LOG = logging.getLogger("rtl_dist")
@@ -150,10 +152,7 @@ class Watch:
         return next(able, self._rank)
 
     def _look_at(self, rank: int, now: float) -> None:
-        try:
-            content = json.loads(self._path(rank).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            content = {}
+        content = read_object(self._path(rank))
         seen = self._seen.setdefault(rank, _Seen(content, now))
         if content.get("ticks") != seen.content.get("ticks"):
             seen.ticked_at = now
@@ -176,9 +175,7 @@ def _sentence(stalled: dict[int, dict[str, Any]], timeout_s: float, folder: Path
     who = f"rank {rank}"
     if not content:
         return f"{who} has left no sign of life in {folder}; is run.dir on a disk all hosts see?"
-    who += f" (process {content['pid']} on {content['host']})"
-    if len(stalled) > 1:
-        who += f" and {len(stalled) - 1} more"
+    who += f" (process {content['pid']} on {content['host']}){and_more(len(stalled) - 1)}"
     where = f"phase {content['phase']}"
     for key in ("stage", "step", "sample"):
         if content[key] is not None:

@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rtl_dist.config import Config, to_dict
-from rtl_dist.core.files import write_json
+from rtl_dist.core.files import read_object, write_json
 from rtl_dist.records.state import TrainState
 
 LOG = logging.getLogger("rtl_dist")
@@ -114,7 +114,5 @@ def _id_file(run: Path) -> Path:
 
 
 def _kept_id(run: Path) -> str | None:
-    try:
-        return str(json.loads(_id_file(run).read_text(encoding="utf-8"))["id"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
+    kept = read_object(_id_file(run)).get("id")
+    return None if kept is None else str(kept)

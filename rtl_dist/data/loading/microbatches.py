@@ -15,6 +15,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from rtl_dist.core.errors import DataError, ShardError
 from rtl_dist.core.keys import mix64
+from rtl_dist.core.text import and_more
 from rtl_dist.data.format.reader import SampleReader
 from rtl_dist.data.format.split import Split
 from rtl_dist.data.images.augment import (
@@ -223,5 +224,4 @@ def microbatch_positions(
 
 
 def cannot_evaluate(bad: list[str]) -> str:
-    more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
-    return f"cannot evaluate exactly: {bad[0]}{more}"
+    return f"cannot evaluate exactly: {bad[0]}{and_more(len(bad) - 1, ', and {:,} more')}"

@@ -6,14 +6,13 @@ import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
 
 from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.core.tasks import SINGLE_LABEL
-from rtl_dist.core.text import shorten
+from rtl_dist.core.text import did_you_mean, shorten
 from rtl_dist.prepare.splits import SPLIT_ORDER
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic")
@@ -109,9 +108,8 @@ def check_labels(labels: Sequence[str], known: Sequence[str], what: str) -> tupl
     """``labels`` as a tuple. Raises UserError: one of them is unknown or is given twice."""
     for label in labels:
         if label not in known:
-            near = get_close_matches(label, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are: {shorten(list(known))}"
-            raise UserError(f"--labels names {label!r}, which is no {what} of the source; {hint}")
+            hint = did_you_mean(label, known, "{!r}") or f"; there are: {shorten(known)}"
+            raise UserError(f"--labels names {label!r}, which is no {what} of the source{hint}")
         if list(labels).count(label) > 1:
             raise UserError(f"--labels names {label!r} twice; name each {what} once")
     return tuple(labels)

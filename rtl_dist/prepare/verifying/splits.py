@@ -11,6 +11,7 @@ import numpy as np
 from rtl_dist.core.errors import DataError, RtlDistError
 from rtl_dist.core.files import sha256_of
 from rtl_dist.core.tasks import MULTI_LABEL
+from rtl_dist.core.text import and_more
 from rtl_dist.data.format.dataset import INDEX_FOLDER, LOAD_ERRORS, Dataset
 from rtl_dist.data.format.split import INDEX_DTYPE, Split
 from rtl_dist.data.storage.shard_files import Shards
@@ -194,7 +195,7 @@ def _check_class_counts(split: CheckedSplit) -> Iterator[Damage]:
     wrong = [n for n, count in enumerate(counts) if count != told[n]]
     if wrong and split.has_labels:
         n = wrong[0]
-        more = f" (and of {len(wrong) - 1} more classes)" if len(wrong) > 1 else ""
+        more = and_more(len(wrong) - 1, " (and of {:,} more classes)")
         yield Damage(
             kind="totals",
             split=split.name,
