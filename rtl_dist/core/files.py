@@ -21,11 +21,15 @@ os.umask(_UMASK)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, within: Path | None = None) -> Iterator[Path]:
     """Yields a temporary path; unless the block raises, what is there then replaces ``path`` in one
-    step, flushed to disk. On an error the old file is untouched and the temporary one removed."""
+    step, flushed to disk. On an error the old file is untouched and the temporary one removed.
+
+    Args:
+        within: the folder of the temporary file, on the same disk; None: that of ``path``.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = (within or path.parent) / f".{path.name}.{os.getpid()}.tmp"
     try:
         with naming(path):
             yield temporary

@@ -20,18 +20,18 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".ti
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One image to pack.
-
-    ``name`` is unique within its source, has forward slashes and no leading one; it is the file's
-    path relative to ``Source.root`` unless ``content`` holds the image itself: an image file's
-    bytes, or uint8 pixels of shape (height, width) or (height, width, 3), which become a PNG.
-    ``labels`` are class numbers: exactly one in single-label data, any number in multi-label data.
-    """
+    """One image to pack."""
 
     name: str
+    """Unique within its source, with forward slashes and no leading one: the file's path relative
+    to ``Source.root``, unless ``content`` holds the image itself."""
     split: str
+    """``train``, ``val`` or ``test``."""
     labels: tuple[int, ...]
+    """Class numbers: exactly one in single-label data, any number in multi-label data."""
     content: bytes | np.ndarray | None = None
+    """An image file's bytes, or uint8 pixels (height, width) or (height, width, 3), which become a
+    PNG. None: the image is in the file ``name``."""
 
     def read(self, root: Path) -> bytes | np.ndarray:
         """The image file's bytes, or its pixels. Raises OSError when the file is unreadable."""
@@ -54,18 +54,25 @@ class LeftOut:
     """A file that is not packed, and why."""
 
     name: str
+    """As ``Item.name``."""
     reason: str
+    """To be put behind the name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Everything to be packed. ``root`` is where the items' files are; items are in no order."""
+    """Everything to be packed."""
 
     root: Path
+    """What the names of the items' files are relative to."""
     task: str
+    """``single_label`` or ``multi_label``."""
     classes: tuple[str, ...]
+    """Their names, in the order of their numbers."""
     items: list[Item]
+    """In no order."""
     left_out: list[LeftOut] = field(default_factory=list)
+    """What is known beforehand not to be packed, sorted by name."""
 
     @property
     def splits(self) -> tuple[str, ...]:

@@ -20,13 +20,11 @@ from rtl_dist.prepare.verifying.findings import Damage, DamageList
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedSplit:
-    """A split as far as it can be read.
-
-    ``split`` was put together without the checks of ``Dataset.split``: its index has
-    ``INDEX_DTYPE`` but any number of rows (none if it cannot be used), with anything in them.
-    """
+    """A split as far as it can be read."""
 
     split: Split
+    """Put together without the checks of ``Dataset.split``: its index has ``INDEX_DTYPE`` but any
+    number of rows (none if it cannot be used), with anything in them."""
     has_labels: bool
     """False: the label file of multi-label data cannot be used."""
 
