@@ -57,11 +57,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _unknown(command: str) -> str:
-    import difflib
+    from rtl_dist.core.text import did_you_mean
 
-    near = difflib.get_close_matches(command, COMMANDS, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(COMMANDS)}"
-    return f"no command {command!r}; {hint}"
+    hint = did_you_mean(command, COMMANDS) or f"; known: {', '.join(COMMANDS)}"
+    return f"no command {command!r}{hint}"
 
 
 def script() -> NoReturn:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 from contextlib import AbstractContextManager
@@ -14,7 +13,9 @@ from typing import Any
 from tqdm import tqdm
 
 from rtl_dist.chaos.process import Attempt, started
+from rtl_dist.core.files import read_object
 from rtl_dist.records.hashes import newest_checkpoint, rows_of
+from rtl_dist.records.results import read_results
 
 LOGS, FEATURES = "logs", "features"
 _START_UP_SHARE = 0.15  # of the kills; nothing is at stake there yet
@@ -166,11 +167,7 @@ def _command(arguments: list[str], processes: int) -> list[str]:
 
 def _is_done(run: Path) -> bool:
     """Whether all that is left to do is to draw the results."""
-    try:
-        results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return bool(results["status"] == "done")
+    return bool(read_results(run).get("status") == "done")
 
 
 def _saved_step(run: Path) -> int:
@@ -185,10 +182,7 @@ def _place(run: Path, attempt: Attempt) -> dict[str, Any]:
     logged: dict[str, Any] = {}
     if attempt.has_written(run / "metrics.jsonl") and (rows := rows_of(run)):
         logged = rows[-1]
-    told: dict[str, Any] = {}
     path = run / "heartbeats" / "rank-00000.json"
-    if attempt.has_written(path):
-        with contextlib.suppress(OSError, ValueError):
-            told = json.loads(path.read_text(encoding="utf-8"))
+    told = read_object(path) if attempt.has_written(path) else {}
     latest = max(logged, told, key=lambda row: row.get("step") or 0)
     return {"phase": told.get("phase"), "stage": latest.get("stage"), "step": latest.get("step")}

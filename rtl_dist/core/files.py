@@ -21,11 +21,15 @@ os.umask(_UMASK)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, within: Path | None = None) -> Iterator[Path]:
     """Yields a temporary path; unless the block raises, what is there then replaces ``path`` in one
-    step, flushed to disk. On an error the old file is untouched and the temporary one removed."""
+    step, flushed to disk. On an error the old file is untouched and the temporary one removed.
+
+    Args:
+        within: the folder of the temporary file, on the same disk; None: that of ``path``.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = (within or path.parent) / f".{path.name}.{os.getpid()}.tmp"
     try:
         with naming(path):
             yield temporary
@@ -61,6 +65,15 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where the file is missing or damaged, or holds none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def save_tensors(

@@ -15,10 +15,12 @@ _DURATION_UNITS = {word: unit for unit in _SECONDS for word in (unit, f"{unit}s"
 
 @dataclass(frozen=True)
 class Duration:
-    """``count`` (any positive number) of seconds, minutes, hours or days."""
+    """A span of time, in the unit it was written in."""
 
     count: float
+    """How many of the unit: any positive number."""
     unit: str
+    """``second``, ``minute``, ``hour`` or ``day``."""
 
     @classmethod
     def parse(cls, text: str) -> Duration:
@@ -48,10 +50,12 @@ class Duration:
 
 @dataclass(frozen=True)
 class Every:
-    """A recurring event: every ``count`` epochs (any positive number) or whole steps."""
+    """A recurring event."""
 
     count: Fraction
+    """How many of the unit lie between two: any positive number of epochs, or whole steps."""
     unit: str
+    """``epoch`` or ``step``."""
 
     @classmethod
     def parse(cls, text: str) -> Every:

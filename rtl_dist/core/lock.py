@@ -1,4 +1,4 @@
-"""One job in a run folder: a lock that ends with its process, and names its owner."""
+"""Locks that end with their process; and the one of a run folder, which names its owner."""
 
 from __future__ import annotations
 
@@ -9,14 +9,33 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from rtl_dist.core.errors import UserError
 
 LOG = logging.getLogger("rtl_dist")
 _NAME = ".lock"
 _WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)
-_TRIES_S = 2.0  # for an owner that is just ending, and for others that only look
+_PATIENCE_S = 2.0  # with an owner that is just ending, and with others that only look
+_POLL_S = 0.1
+
+
+def try_lock(file: IO[Any], *, patience_s: float = 0.0) -> bool:
+    """Takes an open file's lock (flock) until it is closed; False if another process still has it
+    after ``patience_s``.
+
+    Raises:
+        OSError: the disk has no locks.
+    """
+    tries_until = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= tries_until:
+                return False
+            time.sleep(_POLL_S)
 
 
 class RunLock:
@@ -72,17 +91,10 @@ def require_unlocked(run: Path) -> None:
 
 
 def _take(file: IO[str], run: Path) -> None:
-    tries_until = time.monotonic() + _TRIES_S
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() < tries_until:
-                time.sleep(0.1)
-                continue
-        file.seek(0)
-        owner = file.read().strip() or "another job"
-        raise UserError(
-            f"the run folder {run} is in use by {owner}; wait for it, or choose another run.dir"
-        )
+    if try_lock(file, patience_s=_PATIENCE_S):
+        return
+    file.seek(0)
+    owner = file.read().strip() or "another job"
+    raise UserError(
+        f"the run folder {run} is in use by {owner}; wait for it, or choose another run.dir"
+    )

@@ -15,6 +15,8 @@ from itertools import islice
 from multiprocessing import connection
 from typing import Any, TypeVar
 
+from rtl_dist.core.errors import UserError
+
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 Advance = Callable[[int], Any]
@@ -28,6 +30,12 @@ def available_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def check_workers(asked: int | None) -> None:
+    """Raises UserError: that many processes cannot be."""
+    if asked is not None and asked < 1:
+        raise UserError(f"--workers is {asked}: give 1 process or more")
 
 
 def num_workers(asked: int | None, num_jobs: int, *, alone: bool) -> int:

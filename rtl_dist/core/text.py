@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
-_MOST_SHOWN = 5
+import difflib
+from collections.abc import Iterable, Sequence
+
+_AND_MORE = " and {:,} more"
 
 
-def shorten(names: list[str]) -> str:
-    """The first few names and how many more there are, for an error message."""
-    shown = ", ".join(names[:_MOST_SHOWN])
-    return shown if len(names) <= _MOST_SHOWN else f"{shown} and {len(names) - _MOST_SHOWN} more"
+def and_more(count: int, form: str = _AND_MORE) -> str:
+    """What stands behind the shown part of a list of which ``count`` are not shown; may be nothing.
+
+    Args:
+        form: other words for it, with ``{:,}`` for the count.
+    """
+    return form.format(count) if count > 0 else ""
+
+
+def shorten(names: Sequence[str], most: int = 5, form: str = _AND_MORE) -> str:
+    """At most so many of the names and how many more there are, for an error message."""
+    return ", ".join(names[:most]) + and_more(len(names) - most, form)
+
+
+def did_you_mean(name: str, known: Iterable[str], form: str = "{}") -> str:
+    """``; did you mean X?`` for the nearest known name, upper or lower case; nothing where none is
+    near. To stand behind the message that there is no such name.
+
+    Args:
+        form: how X is written, with ``{}`` or ``{!r}`` for the name.
+    """
+    lower = {one.lower(): one for one in known}
+    near = difflib.get_close_matches(name.lower(), lower, n=1)
+    return f"; did you mean {form.format(lower[near[0]])}?" if near else ""
 
 
 def readable_size(num_bytes: float) -> str:

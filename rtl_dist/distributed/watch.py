@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rtl_dist.core.errors import RtlDistError, StopRequested
+from rtl_dist.core.files import read_object
+from rtl_dist.core.text import and_more
 from rtl_dist.distributed.heartbeat import Heartbeat
 
 LOG = logging.getLogger("rtl_dist")
@@ -178,11 +180,7 @@ class Watch:
         } or everyone
 
     def _look_at(self, rank: int, now: float) -> None:
-        """Reads a rank's file and notes what changed since the last time."""
-        try:
-            content = json.loads(self._path(rank).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            content = {}
+        content = read_object(self._path(rank))
         seen = self._seen.setdefault(rank, _Seen(content=content, ticked_at=now))
         if content.get("ticks") != seen.content.get("ticks"):
             seen.ticked_at = now
@@ -215,9 +213,7 @@ def _sentence(stalled: dict[int, dict[str, Any]], timeout_s: float, folder: Path
     who = f"rank {rank}"
     if not content:
         return f"{who} has left no sign of life in {folder}; is run.dir on a disk all hosts see?"
-    who += f" (process {content['pid']} on {content['host']})"
-    if len(stalled) > 1:
-        who += f" and {len(stalled) - 1} more"
+    who += f" (process {content['pid']} on {content['host']}){and_more(len(stalled) - 1)}"
     where = f"phase {content['phase']}"
     for key in ("stage", "step", "sample"):
         if content[key] is not None:

@@ -17,8 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from rtl_dist.core.files import flush_to_disk
 from rtl_dist.core.text import readable_size
+from rtl_dist.core.whole_folder import (
+    GONE,
+    INCOMPLETE,
+    delete_folder,
+    discard_folder,
+    incomplete_folder,
+    publish_folder,
+)
 from rtl_dist.features.view_files import (
     View,
     ViewShape,
@@ -30,8 +37,8 @@ from rtl_dist.features.view_files import (
     reserve_room,
 )
 
-_TEMPORARY, _GONE = ".incomplete-", ".gone-"
-_OURS = re.compile(r"(\.incomplete-|\.gone-)?[0-9a-f]{32}.*")  # a user's own are not touched
+# a user's own are not touched
+_OURS = re.compile(f"({re.escape(INCOMPLETE)}|{re.escape(GONE)})*[0-9a-f]{{32}}.*")
 _ABANDONED_S = 24 * 3600.0  # a temporary folder that nobody wrote to for so long
 _LEFT_FREE = 0.1  # of the disk's free space
 
@@ -78,12 +85,12 @@ class FeatureStore:
         self.root.mkdir(parents=True, exist_ok=True)
         self._require_room_beside(keep, shape.num_bytes)
         self._make_room(shape.num_bytes, keep)
-        folder = self.root / f"{_TEMPORARY}{key}.{os.getpid()}.{time.time_ns()}"
+        folder = incomplete_folder(self.root / key, shared=True)
         folder.mkdir()
         try:
             reserve_room(folder, shape)
         except OSError:
-            shutil.rmtree(folder, ignore_errors=True)
+            discard_folder(folder)
             raise
         return folder
 
@@ -106,24 +113,21 @@ class FeatureStore:
         """
         try:
             complete_view(folder, shape, checksums=checksums, used=used, bad=bad, content=content)
-            for path in (*folder.iterdir(), folder):
-                flush_to_disk(path)
-            folder.rename(self.root / key)
+            publish_folder(folder, self.root / key)
         except OSError:
-            self.discard(folder)
-            if not self.has(key):  # else another run made the same at the same time
+            # another run may have made the same at the same time
+            is_there = folder.exists() and self.has(key)
+            discard_folder(folder)
+            if not is_there:
                 raise
-        flush_to_disk(self.root)
 
     def discard(self, folder: Path) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
+        discard_folder(folder)
 
     def forget(self, key: str) -> None:
         """In one step: what is left of a folder under its key would keep a new one from it."""
-        gone = self.root / f"{_GONE}{key}.{os.getpid()}.{time.time_ns()}"
         with contextlib.suppress(OSError):
-            (self.root / key).rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+            delete_folder(self.root / key, shared=True)
 
     def is_sound(self, key: str, *, rank: int, world_size: int) -> bool:
         """Whether this rank's share of the blocks of a view is as it was written."""
@@ -182,4 +186,4 @@ class FeatureStore:
 
 def _is_being_written(folder: Path, used_at: float) -> bool:
     is_new = time.time() - used_at < _ABANDONED_S
-    return folder.name.startswith(_TEMPORARY) and is_new
+    return folder.name.startswith(INCOMPLETE) and is_new

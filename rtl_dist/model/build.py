@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 from rtl_dist.config import DataConfig, ModelConfig
 from rtl_dist.core.errors import UserError
 from rtl_dist.core.keys import Stream, stream_key
+from rtl_dist.core.text import did_you_mean
 from rtl_dist.model.basic_cnn import NUM_FEATURES, BasicCNN
 from rtl_dist.model.classifier import Classifier, Preprocessing
 from rtl_dist.model.weights import load_weights
@@ -85,8 +85,7 @@ def _timm_trunk(name: str, channels: int, download: bool) -> tuple[Any, str, int
     import timm
 
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(name, timm.list_models())
         raise UserError(f"model.name: timm has no model {name!r}{hint}")
     try:
         trunk = timm.create_model(name, pretrained=download, num_classes=0, in_chans=channels)
@@ -104,8 +103,7 @@ def _torchvision_trunk(name: str, channels: int, download: bool) -> tuple[nn.Mod
     from torchvision import models
 
     if name not in models.list_models(module=models):
-        near = difflib.get_close_matches(name, models.list_models(module=models), n=1)
-        hint = f"; did you mean torchvision:{near[0]}?" if near else ""
+        hint = did_you_mean(name, models.list_models(module=models), _TORCHVISION + "{}")
         raise UserError(f"model.name: torchvision has no classifier {name!r}{hint}")
     try:
         trunk = models.get_model(name, weights="DEFAULT" if download else None)

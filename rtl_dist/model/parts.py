@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rtl_dist.config import StageConfig
 from rtl_dist.core.errors import UserError
+from rtl_dist.core.text import did_you_mean
 from rtl_dist.model.classifier import Classifier
 
 NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm2d)
@@ -61,12 +60,10 @@ def trainable_parts(model: Classifier, stage: StageConfig, *, key: str = "traina
     for name in wanted:
         part = name.removesuffix("+")
         if part not in known:
-            near = difflib.get_close_matches(part, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
             raise UserError(
-                f"{key}: the model has no part {part!r}{hint}"
-                f" (its parts: {', '.join(known)}; all; or a part and all above it, such as"
-                f" {known[-2]}+)"
+                f"{key}: the model has no part {part!r}"
+                f"{did_you_mean(part, known)} (its parts: {', '.join(known)}; all; or a part and"
+                f" all above it, such as {known[-2]}+)"
             )
         chosen |= set(known[known.index(part) :]) if name.endswith("+") else {part}
     return chosen

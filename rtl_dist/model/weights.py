@@ -5,7 +5,6 @@ Nothing is ever unpickled beyond tensors: safetensors, or ``torch.load(weights_o
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from rtl_dist.core.errors import UserError
+from rtl_dist.core.files import read_object
+from rtl_dist.core.text import shorten
 from rtl_dist.model.classifier import Classifier
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "model_ema")
@@ -119,10 +120,9 @@ def _classes_beside(file: Path) -> tuple[str, ...] | None:
     """The classes of the head, from the description of a model folder or a checkpoint."""
     try:
         if (state := file.parent / "state.json").is_file():
-            return tuple(json.loads(state.read_text(encoding="utf-8"))["identity"]["classes"])
-        config = file.parent / "config.json"
-        return tuple(json.loads(config.read_text(encoding="utf-8"))["label_names"])
-    except (OSError, ValueError, KeyError, TypeError):
+            return tuple(read_object(state)["identity"]["classes"])
+        return tuple(read_object(file.parent / "config.json")["label_names"])
+    except (OSError, KeyError, TypeError):
         return None  # none, or somebody else's; the head is then of unknown classes
 
 
@@ -139,7 +139,7 @@ def _load_trunk(model: Classifier, state: dict[str, torch.Tensor], file: Path) -
     ]
     if missing or extra or shapes:
         complaints = [
-            f"{what}: {_name_some(keys)}"
+            f"{what}: {shorten(keys, _SHOWN)}"
             for what, keys in (
                 ("missing", missing),
                 ("not in the model", extra),
@@ -167,8 +167,3 @@ def _adapt_input_convolution(state: dict[str, torch.Tensor], own: dict[str, torc
         state[first] = state[first].sum(1, keepdim=True)
     elif (have, want) == (1, 3):
         state[first] = state[first].repeat(1, 3, 1, 1) / 3
-
-
-def _name_some(keys: list[str]) -> str:
-    more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
-    return ", ".join(keys[:_SHOWN]) + more

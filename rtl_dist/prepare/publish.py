@@ -1,73 +1,158 @@
-"""Publishing a data set: files whole or not there, dataset.json last."""
+"""A data set, published: the index of each split, what was left out, and last ``dataset.json``.
+
+Nothing in them depends on where or when the data set was made.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
+import csv
+import hashlib
 import io
-import os
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
 
-from rtl_dist.core.errors import UserError
-from rtl_dist.core.files import flush_to_disk
+from rtl_dist.core.tasks import MULTI_LABEL
+from rtl_dist.core.text import and_more
+from rtl_dist.data.format.dataset import DESCRIPTION, FORMAT, INDEX_FOLDER, fingerprint_of
+from rtl_dist.data.storage.shard_files import Shard
+from rtl_dist.prepare.work_folder import publishing
 
-WORK_FOLDER = ".pack"
 LEFT_OUT_FILE = "left_out.csv"
-_PLAN, _LOCK = "plan.json", "lock"
+_LEFT_OUT_SHOWN = 10
 
 
-@contextlib.contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Holds OUT for this process. Raises UserError: another pack is writing there."""
-    work = out / WORK_FOLDER
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = open(work / _LOCK, "ab")  # noqa: SIM115 (held, not read)
-    except OSError as error:
-        raise UserError(f"cannot write into {out}: {error.strerror}; choose another OUT") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another pack is writing {out}: wait for it, or choose another OUT"
-            ) from None
-        except OSError:  # a file system without locks: nothing to be done
-            pass
-        try:
-            yield
-        finally:
-            if not (work / _PLAN).exists():  # OUT was refused: leave no trace in it
-                with contextlib.suppress(OSError):
-                    (work / _LOCK).unlink()
-                    work.rmdir()
+@dataclass(frozen=True, kw_only=True)
+class IndexedSplit:
+    """A split, ready to be published."""
+
+    entry: dict[str, Any]
+    """What ``dataset.json`` says of it."""
+    files: dict[str, bytes]
+    """Its index files by their names in ``INDEX_FOLDER``."""
 
 
-@contextlib.contextmanager
-def publishing(out: Path, final: Path) -> Iterator[BinaryIO]:
-    """A file that appears at ``final`` whole and on disk, or not at all.
+@dataclass(frozen=True, kw_only=True)
+class LeftOutTable:
+    """What ``left_out.csv`` says."""
 
-    It is written in the work folder, under a name of this process.
+    header: Sequence[str]
+    """Names of the columns."""
+    rows: Iterable[Sequence[str]]
+    """A row each image or sample; without any there is no file."""
+
+
+def index_split(
+    name: str,
+    index: np.ndarray,
+    labels: Sequence[tuple[int, ...]],
+    shards: Sequence[Shard],
+    *,
+    task: str,
+    num_classes: int,
+    num_left_out: int,
+) -> IndexedSplit:
+    """Fills in the labels, counts the classes, and takes the sums of the index files.
+
+    Args:
+        index: ``INDEX_DTYPE`` (num_samples,), in the order of the shards; its labels are set here.
+        labels: class numbers of each sample; exactly one in single-label data.
+        num_left_out: images or samples of the split that are in no row.
     """
-    temporary = out / WORK_FOLDER / f"{final.name}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    final.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(temporary, final)
-    flush_to_disk(final.parent)
+    matrix = None
+    if task == MULTI_LABEL:
+        index["label"] = -1
+        matrix = np.zeros((len(index), num_classes), np.uint8)
+        for row, several in enumerate(labels):
+            matrix[row, list(several)] = 1
+        counts = matrix.sum(axis=0, dtype=np.int64)
+    else:
+        index["label"] = [only[0] for only in labels]
+        counts = np.bincount(index["label"], minlength=num_classes)
+    files = {f"{name}.npy": _npy_bytes(index)}
+    entry = {
+        "num_samples": len(index),
+        "class_counts": counts.tolist(),
+        "num_left_out": num_left_out,
+        "shards": [asdict(shard) for shard in shards],
+        "index_sha256": hashlib.sha256(files[f"{name}.npy"]).hexdigest(),
+    }
+    if matrix is not None:
+        files[f"{name}.labels.npy"] = _npy_bytes(matrix)
+        entry["labels_sha256"] = hashlib.sha256(files[f"{name}.labels.npy"]).hexdigest()
+    return IndexedSplit(entry=entry, files=files)
 
 
-def npy_bytes(array: np.ndarray) -> bytes:
+def publish_dataset(
+    out: Path,
+    *,
+    task: str,
+    classes: Sequence[str],
+    made_by: dict[str, Any],
+    splits: dict[str, IndexedSplit],
+    left_out: LeftOutTable,
+) -> str:
+    """Writes the index, ``left_out.csv`` if there is anything to say, and last ``dataset.json``.
+    The caller holds the lock of OUT.
+
+    Args:
+        made_by: the maker's key in the description, and its settings.
+
+    Returns:
+        The fingerprint.
+
+    Raises:
+        OSError: OUT cannot be written.
+    """
+    for split in splits.values():
+        for name, content in split.files.items():
+            _write(out, f"{INDEX_FOLDER}/{name}", content)
+    rows = list(left_out.rows)
+    if rows:
+        table = io.StringIO(newline="")
+        csv.writer(table, lineterminator="\n").writerows([left_out.header, *rows])
+        _write(out, LEFT_OUT_FILE, table.getvalue().encode("utf-8", "surrogateescape"))
+    description: dict[str, Any] = {
+        "format": FORMAT,
+        "task": task,
+        "classes": list(classes),
+        **made_by,
+        "splits": {name: split.entry for name, split in splits.items()},
+    }
+    fingerprint = description["fingerprint"] = fingerprint_of(description)
+    text = json.dumps(description, indent=1, ensure_ascii=False) + "\n"
+    _write(out, DESCRIPTION, text.encode())
+    return fingerprint
+
+
+def published_files(splits: Iterable[str]) -> list[str]:
+    """All that ``publish_dataset`` may write for these splits, relative to OUT.
+
+    The description comes first: what is half removed must not look like a data set.
+    """
+    ends = (".npy", ".labels.npy")
+    index = [f"{INDEX_FOLDER}/{name}{end}" for name in splits for end in ends]
+    return [DESCRIPTION, LEFT_OUT_FILE, *index]
+
+
+def left_out_lines(left_out: Sequence[str], out: Path) -> list[str]:
+    """What a command says of what it left out: the first few, and where all of them are."""
+    lines = [f"left out: {one}" for one in left_out[:_LEFT_OUT_SHOWN]]
+    where = f"all in {out / LEFT_OUT_FILE}"
+    more = and_more(len(left_out) - _LEFT_OUT_SHOWN, "left out: {:,} more, ")
+    return [*lines, more + where] if more else lines
+
+
+def _write(out: Path, name: str, content: bytes) -> None:
+    with publishing(out, out / name) as file:
+        file.write(content)
+
+
+def _npy_bytes(array: np.ndarray) -> bytes:
     file = io.BytesIO()
     np.lib.format.write_array(file, array, version=(1, 0), allow_pickle=False)
     return file.getvalue()

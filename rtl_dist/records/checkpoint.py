@@ -13,7 +13,6 @@ import copy
 import json
 import logging
 import re
-import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from rtl_dist.core.errors import RtlDistError, UserError, disk_refused
-from rtl_dist.core.files import flush_to_disk, save_tensors, sha256_of
+from rtl_dist.core.files import save_tensors, sha256_of
+from rtl_dist.core.whole_folder import (
+    clear_incomplete,
+    delete_folder,
+    discard_folder,
+    incomplete_folder,
+    publish_folder,
+)
 from rtl_dist.records.state import TrainState
 
 LOG = logging.getLogger("rtl_dist")
@@ -33,7 +39,6 @@ FOLDER = "checkpoints"
 _NAME = re.compile(r"step-\d{8,}")  # others may be a user's own
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
-_TEMPORARY = ".incomplete-"
 _TENSORS = ("model", "optimizer", "ema", "stage_best")
 _DAMAGED = (OSError, ValueError, KeyError, TypeError, SafetensorError)
 _CHANGING = ("model", "optimizer", "ema")  # stage_best is a copy itself, and replaced as a whole
@@ -72,9 +77,9 @@ def save_checkpoint(run: Path, snapshot: Snapshot, *, keep: int) -> Path:
         RtlDistError: it cannot be written (full disk, no permission); older ones are untouched.
     """
     final = run / FOLDER / _name(snapshot.state.step)
-    temporary = final.with_name(_TEMPORARY + final.name)
+    temporary = incomplete_folder(final)
     try:
-        clear_unfinished(run)
+        clear_incomplete(final.parent)
         temporary.mkdir(parents=True)
         for name in _TENSORS:
             save_tensors(getattr(snapshot, name), temporary / f"{name}.safetensors")
@@ -88,35 +93,23 @@ def save_checkpoint(run: Path, snapshot: Snapshot, *, keep: int) -> Path:
         names = sorted(path.name for path in temporary.iterdir())
         manifest = {name: sha256_of(temporary / name) for name in names}
         (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for path in [*temporary.iterdir(), temporary]:
-            flush_to_disk(path)
-        if final.exists():  # a damaged one of the same step, passed over when resuming
-            _delete(final)
-        temporary.rename(final)
-        flush_to_disk(final.parent)
+        # over a damaged one of the same step, passed over when resuming
+        publish_folder(temporary, final, replace=True)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        discard_folder(temporary)
         raise disk_refused(error, f"checkpoint {final}") from error
     everything = _checkpoints(run)
     # newer ones were damaged and passed over when this run resumed: they must not crowd it out
     damaged = [path for path in everything if path.name > final.name]
     for old in damaged + everything[len(damaged) :][keep:]:
         with contextlib.suppress(OSError):
-            _delete(old)
+            delete_folder(old)
     return final
 
 
 def clear_unfinished(run: Path) -> None:
     """Deletes what saves that were killed left, in the middle of writing or of deleting."""
-    for left_over in (run / FOLDER).glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(left_over, ignore_errors=True)
-
-
-def _delete(folder: Path) -> None:
-    """What is half deleted must not bear a step's name."""
-    gone = folder.with_name(f"{_TEMPORARY}gone-{folder.name}")
-    folder.rename(gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    clear_incomplete(run / FOLDER)
 
 
 def load_newest_checkpoint(run: Path) -> Snapshot | None:

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rtl_dist.core.files import sha256_of
+from rtl_dist.core.files import read_object, sha256_of
+from rtl_dist.records.results import read_results
 
 _NOT_A_RESULT = ("checkpoints", "heartbeats", "wandb")  # what a run needs on its way
 _MISSING = "missing"
@@ -20,9 +21,9 @@ def run_hashes(run: Path) -> dict[str, str]:
     files += [run / "best" / "model.safetensors", run / "ledger" / "samples.jsonl"]
     hashes = {str(path.relative_to(run)): sha256_of(path) for path in files if path.exists()}
     if newest is not None:
-        hashes["resolved config"] = _hash(_read(newest / "state.json").get("identity"))
+        hashes["resolved config"] = _hash(read_object(newest / "state.json").get("identity"))
     hashes["metrics.jsonl without times"] = _hash([_without_times(row) for row in rows_of(run)])
-    results = _read(run / "results.json")
+    results = read_results(run)
     hashes["results.json's best and test"] = _hash([results.get("best"), results.get("test")])
     hashes["names of files"] = _hash(_names(run))
     return hashes
@@ -57,14 +58,6 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content
 
 
 def _without_times(row: dict[str, Any]) -> dict[str, Any]:

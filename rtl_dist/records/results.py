@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from rtl_dist.core.files import read_object
 from rtl_dist.records.state import TrainState
 
 
 def read_results(run: Path) -> dict[str, Any]:
     """``results.json``, or {} where the run has none yet; ``status`` is done, stopped or failed."""
-    try:
-        results: dict[str, Any] = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return results
+    return read_object(run / "results.json")
 
 
 def results_of(state: TrainState, *, status: str, dataset_fingerprint: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rtl_dist.config import Config, to_dict
-from rtl_dist.core.files import write_json
+from rtl_dist.core.files import read_object, write_json
 from rtl_dist.records.state import TrainState
 
 LOG = logging.getLogger("rtl_dist")
@@ -116,7 +116,5 @@ def _id_file(run: Path) -> Path:
 
 def kept_id(run: Path) -> str | None:
     """The id under which an earlier start of the run went to W&B; None where it did not."""
-    try:
-        return str(json.loads(_id_file(run).read_text(encoding="utf-8"))["id"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
+    kept = read_object(_id_file(run)).get("id")
+    return None if kept is None else str(kept)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from rtl_dist.core.errors import DataError
-from rtl_dist.core.files import write_bytes, write_csv, write_json, write_text
+from rtl_dist.core.files import read_object, write_bytes, write_csv, write_json, write_text
 from rtl_dist.core.tasks import METRICS, MULTI_LABEL, Metric
 from rtl_dist.data.format.reader import SampleReader
 from rtl_dist.data.format.split import Split
@@ -158,11 +157,7 @@ def headline(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
     """The ``metrics.json`` of an evaluation folder; None when it is missing or damaged."""
-    try:
-        content = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
+    return read_object(folder / "metrics.json") or None
 
 
 def _summary(predictions: Predictions, metrics: dict[str, float], hits: int) -> dict[str, Any]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from rtl_dist.core.files import write_bytes
+from rtl_dist.core.files import read_object, write_bytes
 from rtl_dist.records.range_test import FOLDER
 from rtl_dist.report.figure import (
     BLUE,
@@ -60,10 +59,10 @@ def find_range_tests(run: Path) -> list[Path]:
 def read_range_test(path: Path) -> RangeTest | None:
     """What ``lr_finder/<stage>.json`` says; None when it is missing or damaged."""
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        content = read_object(path)
         points = list(zip(content["rates"], content["losses"], strict=True))
         lr = content["lr"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
     if not all(is_finite(rate) and rate > 0 and is_finite(loss) for rate, loss in points):
         return None

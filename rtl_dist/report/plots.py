@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rtl_dist.core.tasks import METRICS
+from rtl_dist.core.text import and_more
 from rtl_dist.report.figure import (
     BLUE,
     CYCLE,
@@ -249,7 +250,7 @@ def _distinct_rates(history: History) -> list[tuple[str, np.ndarray, np.ndarray]
             found.setdefault(key, ([], epochs, rates))[0].append(name.removeprefix("lr/"))
     return [
         (
-            plain(names[0], 24) + (f" and {len(names) - 1} more" if len(names) > 1 else ""),
+            plain(names[0], 24) + and_more(len(names) - 1),
             *_with_breaks(history, epochs, rates),
         )
         for names, epochs, rates in found.values()

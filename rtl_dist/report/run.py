@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from rtl_dist.core.files import write_bytes, write_text
 from rtl_dist.core.tasks import METRICS
 from rtl_dist.core.text import duration
+from rtl_dist.records.results import read_results
 from rtl_dist.report import plots
 from rtl_dist.report.evaluation import PICTURES, headline, read_summary
 from rtl_dist.report.figure import png
@@ -43,7 +43,7 @@ def draw_run(run: Path) -> Path:
         OSError: the folder cannot be written.
     """
     history = read_history(run)
-    results = _read_json(run / "results.json")
+    results = read_results(run)
     best = _best(history, results)
     figures = {
         "loss.png": plots.loss_figure(history),
@@ -67,15 +67,6 @@ def draw_run(run: Path) -> Path:
     _add_details(page, run, results)
     write_text(run / REPORT, page.render())
     return run / REPORT
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty when the file is missing or damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _best(history: History, results: dict[str, Any]) -> tuple[float, float] | None:

@@ -15,6 +15,7 @@ from rtl_dist.config import Config, ResolvedStage
 from rtl_dist.config.resolved_stage import resolve_stages
 from rtl_dist.core.errors import DataError, RtlDistError, StopRequested
 from rtl_dist.core.files import write_json
+from rtl_dist.core.text import and_more
 from rtl_dist.data.format.dataset import DESCRIPTION, Dataset, check_split, open_dataset
 from rtl_dist.data.format.split import Split
 from rtl_dist.data.loading.workers import resolve_workers
@@ -227,6 +228,6 @@ def _check_classes(dataset: Dataset, split: str, counts: tuple[int, ...]) -> Non
     if missing:
         raise DataError(
             f"split {split!r} of {dataset.where} has no image of class {missing[0]!r}"
-            f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}; add some, or pack"
+            f"{and_more(len(missing) - 1)}; add some, or pack"
             " without that class"
         )

@@ -268,6 +268,19 @@ def test_folders_that_others_are_writing_stay_and_abandoned_ones_go(store):
     assert names_in(store) == {fresh.name, new}
 
 
+def test_what_a_run_killed_while_it_cleared_up_has_left_goes_later(store, monkeypatch):
+    abandoned = written(store, key_of(numbered(0)), big(6))
+    age(store, abandoned.name, 2 * DAY)
+    with monkeypatch.context() as patch:
+        patch.setattr("rtl_dist.core.whole_folder.shutil.rmtree", lambda *_, **__: None)
+        add(store, numbered(1), big(6))
+    left = names_in(store) - {key_of(numbered(1))}
+    assert all(name.startswith(".gone-") for name in left)
+    age(store, *left, 2 * DAY)
+    new = add(store, numbered(2), big(6))
+    assert names_in(store) == {new}
+
+
 def test_what_is_not_the_store_s_is_left_alone(store):
     photos = store.root / "photos"
     photos.mkdir(parents=True)
@@ -349,7 +362,7 @@ def test_two_runs_may_make_the_same(store):
     assert store.open(key).bad == ["sample 3"]
 
 
-@pytest.mark.parametrize("step", ["rtl_dist.features.store.flush_to_disk", "numpy.save"])
+@pytest.mark.parametrize("step", ["core.whole_folder.flush_to_disk", "features.store.np.save"])
 def test_publishing_that_fails_leaves_nothing(store, monkeypatch, step):
     key, rows = key_of(CONTENT), features()
     folder = written(store, key, rows)
@@ -357,7 +370,7 @@ def test_publishing_that_fails_leaves_nothing(store, monkeypatch, step):
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(step, fail)
+    monkeypatch.setattr(f"rtl_dist.{step}", fail)
     with pytest.raises(OSError, match="No space left"):
         publish(store, folder, key, rows)
     assert names_in(store) == set()
@@ -380,7 +393,7 @@ def test_half_a_view_never_stays_under_its_key(store, monkeypatch, how):
         "given up": lambda: store.reserve(key_of(numbered(1)), shape_of(big(6)), keep=set()),
     }
     with monkeypatch.context() as killing:
-        killing.setattr("rtl_dist.features.store.shutil.rmtree", kill)
+        killing.setattr("rtl_dist.core.whole_folder.shutil.rmtree", kill)
         with pytest.raises(Killed):
             deletions[how]()
     assert not (store.root / key).exists()

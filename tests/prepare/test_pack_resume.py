@@ -15,7 +15,6 @@ import pytest
 from pack_images import class_folders, files_of, image_bytes
 
 from rtl_dist.core.errors import DataError, RtlDistError, UserError
-from rtl_dist.prepare.packing import work
 from rtl_dist.prepare.packing.pack import pack
 
 
@@ -210,7 +209,7 @@ def test_full_disk_is_said_and_leaves_no_half_file(source, tmp_path, monkeypatch
 
     real = os.fsync
     count = iter(range(100))
-    monkeypatch.setattr(work.os, "fsync", lambda fd: full(fd) if next(count) > 8 else real(fd))
+    monkeypatch.setattr(os, "fsync", lambda fd: full(fd) if next(count) > 8 else real(fd))
     with pytest.raises(RtlDistError, match=r"cannot write into .*No space left"):
         pack(str(source), tmp_path / "out", shard_size=5)
     monkeypatch.undo()

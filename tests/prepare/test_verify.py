@@ -523,7 +523,7 @@ def test_ctrl_c_ends_it_and_its_processes(data, tmp_path):
     script.write_text(
         "import sys\nimport slow\n"
         "if __name__ == '__main__':\n"
-        "    from rtl_dist.cli import main\n    from rtl_dist.data import verify\n"
+        "    from rtl_dist.cli import main\n    from rtl_dist.prepare.verifying import verify\n"
         "    verify.check_shard = slow.check\n"
         "    sys.exit(main(['verify', sys.argv[1], '--workers', '2']))\n"
     )

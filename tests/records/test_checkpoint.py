@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import rtl_dist.records.checkpoint as room
+from rtl_dist.core import whole_folder
 from rtl_dist.core.errors import RtlDistError, UserError
 from rtl_dist.optim.named_state import optimizer_tensors, restore_optimizer
 from rtl_dist.records.checkpoint import (
@@ -110,7 +111,7 @@ def test_a_full_disk_leaves_the_older_ones_untouched(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(room, "flush_to_disk", full)
+        patch.setattr(whole_folder, "flush_to_disk", full)
         with pytest.raises(RtlDistError, match="No space left on device; free space"):
             save_checkpoint(tmp_path, snapshot(2), keep=1)
     assert len(calls) == 3

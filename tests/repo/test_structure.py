@@ -92,6 +92,12 @@ def test_no_files_import_each_other():
         visit(name, ())
 
 
+@pytest.mark.parametrize(("one", "other"), [("packing", "indexing"), ("indexing", "packing")])
+def test_pack_and_index_share_only_what_lies_beside_both(one, other):
+    for path in (PACKAGE / "prepare" / one).glob("*.py"):
+        assert not any(f"prepare.{other}" in name for name in imports_of(path)), path
+
+
 def test_there_are_at_most_fourteen_wings_and_none_without_a_place():
     wings = {wing_of(path) for path in FILES} - {"__init__"}
     assert wings == set(WINGS)

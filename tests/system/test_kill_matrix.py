@@ -379,7 +379,7 @@ def test_killed_while_the_best_weights_are_written(tmp_path, config, undisturbed
         (".config.yaml.", 3),
         (".results.json.", 3),
         ("checkpoints/.incomplete-step-00000012", 9),
-        ("checkpoints/.incomplete-gone-step-00000015", 3),  # when the last one was saved
+        ("checkpoints/.gone-step-00000015", 3),  # when the last one was saved
     ],
 )
 def test_what_a_kill_left_behind_goes_when_the_run_goes_on(

@@ -6,6 +6,8 @@ computed and checked.
 
 from __future__ import annotations
 
+from rtl_dist.core.text import and_more
+
 EVAL_BLOCK = 64  # images scored at a time, with features as without
 
 
@@ -21,5 +23,4 @@ def num_rounds(num_samples: int, size: int, *, world_size: int) -> int:
 
 def cannot_evaluate(bad: list[str]) -> str:
     """What to say where every sample must count and some are damaged, by what they suffer from."""
-    more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
-    return f"cannot evaluate exactly: {bad[0]}{more}"
+    return f"cannot evaluate exactly: {bad[0]}{and_more(len(bad) - 1, ', and {:,} more')}"

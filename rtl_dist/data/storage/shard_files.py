@@ -16,6 +16,7 @@ from typing import Any, overload
 import numpy as np
 
 from rtl_dist.core.errors import DataError, ShardError, UserError
+from rtl_dist.core.text import and_more, readable_size
 from rtl_dist.core.urls import is_url, join_url
 from rtl_dist.data.storage.cache import Cache, RemoteFile
 from rtl_dist.data.storage.remote import sizes_of
@@ -169,7 +170,7 @@ class ShardFiles:
                     f"shard {where} was {what}: {size} bytes where {shard.bytes} were packed"
                 )
         if wrong:
-            more = f" (and {len(wrong) - 1:,} more shards)" if len(wrong) > 1 else ""
+            more = and_more(len(wrong) - 1, " (and {:,} more shards)")
             raise DataError(f"{wrong[0]}{more}; restore it or pack again")
 
     def forget(self, number: int) -> bool:
@@ -191,8 +192,8 @@ class ShardFiles:
         if needed > self._cache.limit:
             raise UserError(
                 f"data.cache_gb: the cache {self._cache.folder} may hold"
-                f" {self._cache.limit / 1e9:.3g} GB, this order of samples needs"
-                f" {needed / 1e9:.3g} GB at a time; raise it, or set data.shuffle=window (and a"
+                f" {readable_size(self._cache.limit)}, this order of samples needs"
+                f" {readable_size(needed)} at a time; raise it, or set data.shuffle=window (and a"
                 " smaller data.window)"
             )
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 
 from rtl_dist.core.errors import DataError, UserError
-from rtl_dist.core.text import shorten
+from rtl_dist.core.text import did_you_mean, shorten
 from rtl_dist.prepare.indexing.labels import Value
 
 _MAX_CLASSES = 1_000_000
@@ -101,8 +100,7 @@ def _number_given(values: dict[Value, str], given: Sequence[str]) -> dict[Value,
         elif value in position:
             numbered[value] = position[value]
         else:
-            near = get_close_matches(value, given, n=1)
-            hint = f"; did you mean that by {near[0]!r}?" if near else ""
+            hint = did_you_mean(value, given, "that by {!r}")
             raise UserError(f"--classes lacks {value!r}, a label in {where}{hint}; add it")
     return numbered
 

@@ -7,24 +7,17 @@ same shards give the same bytes, with however many workers they are read.
 
 from __future__ import annotations
 
-import os
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
 
 from rtl_dist.core.errors import RtlDistError, UserError
-from rtl_dist.core.processes import map_in_order, num_workers
-from rtl_dist.core.urls import is_url
+from rtl_dist.core.processes import check_workers
+from rtl_dist.prepare.holdout import check_val_fraction
 from rtl_dist.prepare.indexing.classes import read_classes
-from rtl_dist.prepare.indexing.inputs import InputShard, find_shards, splits_of
+from rtl_dist.prepare.indexing.inputs import find_shards, splits_of
 from rtl_dist.prepare.indexing.labels import PICKLED
 from rtl_dist.prepare.indexing.merge import (
     Labelling,
@@ -36,40 +29,40 @@ from rtl_dist.prepare.indexing.merge import (
     settle_label_member,
     split_samples,
 )
-from rtl_dist.prepare.indexing.publish import check_place, describe_split, description_of, publish
+from rtl_dist.prepare.indexing.publish import check_place, describe_splits, publish
 from rtl_dist.prepare.indexing.samples import IMAGE_KINDS
-from rtl_dist.prepare.indexing.scan import Chosen, ShardJob, ShardScan, scan_shard
-from rtl_dist.prepare.packing.plan import PackOptions
+from rtl_dist.prepare.indexing.scan import Chosen, scan_shards
+from rtl_dist.prepare.publish import left_out_lines
 from rtl_dist.prepare.splits import SPLIT_ORDER, TRAIN, VAL, check_classes_in_splits
-
-_LEFT_OUT_SHOWN = 10
-# Starting processes costs about as much as reading this many bytes of shards on one core.
-_ALONE_BELOW_BYTES = 128 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexReport:
-    """What was indexed. ``class_counts`` has a count a class, in the order of ``classes``."""
+    """What was indexed."""
 
     out: Path
+    """The folder of the description and the index."""
     task: str
+    """``single_label`` or ``multi_label``."""
     classes: tuple[str, ...]
+    """Their names, in the order of their numbers."""
     num_shards: int
+    """Of all splits."""
     num_samples: dict[str, int]
+    """By split."""
     class_counts: dict[str, tuple[int, ...]]
+    """Samples of each class, by split."""
     left_out: tuple[LeftOutSample, ...]
+    """By split, in the order of the shards."""
     fingerprint: str
+    """Of ``dataset.json``: a sha256 in hexadecimal."""
     seconds: float
+    """How long it took."""
 
     def __str__(self) -> str:
         """What the command says: what was indexed, what was left out, and what to type next."""
-        lines = [
-            f"left out: {one.key} in {one.shard} ({one.reason})"
-            for one in self.left_out[:_LEFT_OUT_SHOWN]
-        ]
-        if len(self.left_out) > _LEFT_OUT_SHOWN:
-            more = len(self.left_out) - _LEFT_OUT_SHOWN
-            lines.append(f"left out: {more:,} more, all in {self.out / 'left_out.csv'}")
+        left_out = [f"{one.key} in {one.shard} ({one.reason})" for one in self.left_out]
+        lines = left_out_lines(left_out, self.out)
         if len(self.left_out) > sum(self.num_samples.values()):
             lines.append("MOST SAMPLES WERE LEFT OUT: look at the reasons above")
         if all(name.isdecimal() for name in self.classes):
@@ -136,48 +129,43 @@ def index(
     started_at = time.monotonic()
     out = Path(out)
     chosen = _chosen(image, label, field)
-    PackOptions(val_fraction=val_fraction)  # refuses what pack refuses
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers is {workers}: give 1 process or more")
+    check_val_fraction(val_fraction)
+    check_workers(workers)
     names = None if classes is None else read_classes(classes)
     check_place(out, overwrite)  # before anything is read
     inputs = find_shards(shards)
     splits = splits_of(inputs)
     _check_val(val_fraction, splits)
 
-    scans = _scan(inputs, chosen, not skip_decode, workers, show_progress, out.name)
+    scans = scan_shards(
+        inputs,
+        chosen,
+        decode=not skip_decode,
+        workers=workers,
+        description=f"indexing {out.name}",
+        show_progress=show_progress,
+    )
     check_scans(scans)
     settle_label_member(scans, chosen)
     check_something_left(inputs, scans, splits)
     found = label_samples(scans, names)
     sample_splits = split_samples(inputs, scans, found.labels, found.task, val_fraction)
     by_split = left_out_samples(inputs, scans)
-    if not allow_missing_classes:
-        _check_classes(found, sample_splits, [one for split in splits for one in by_split[split]])
-
-    entries: dict[str, dict[str, Any]] = {}
-    files: dict[str, bytes] = {}
-    for split in SPLIT_ORDER:
-        its = [
-            number
-            for number, shard in enumerate(inputs)
-            if shard.split == split or split in sample_splits[number]
-        ]
-        if its:
-            entries[split], its_files = describe_split(
-                split, out, its, scans, found, sample_splits, len(by_split.get(split, []))
-            )
-            files |= its_files
-    settings = {"val_fraction": val_fraction, "decoded": not skip_decode}
     left_out = [one for split in splits for one in by_split[split]]
-    description = description_of(found, settings, entries)
+    if not allow_missing_classes:
+        _check_classes(found, sample_splits, left_out)
+
+    num_left_out = {split: len(its) for split, its in by_split.items()}
+    described = describe_splits(out, inputs, scans, found, sample_splits, num_left_out)
+    settings = {"val_fraction": val_fraction, "decoded": not skip_decode}
     try:
-        fingerprint = publish(out, description, files, left_out, overwrite)
+        fingerprint = publish(out, found, settings, described, left_out, overwrite)
     except OSError as error:
         raise RtlDistError(
             f"cannot write into {out}: {error.strerror or error}; make room and start the same"
             " command again"
         ) from error
+    entries = {name: split.entry for name, split in described.items()}
     return IndexReport(
         out=out,
         task=found.task,
@@ -219,51 +207,6 @@ def _check_val(val_fraction: float, splits: tuple[str, ...]) -> None:
         )
     if TRAIN not in splits:
         raise UserError("--val-fraction was given, but there are no train shards to take from")
-
-
-def _scan(
-    inputs: Sequence[InputShard],
-    chosen: Chosen,
-    decode: bool,
-    workers: int | None,
-    show_progress: bool,
-    name: str,
-) -> list[ShardScan]:
-    local = [shard.location for shard in inputs if not is_url(shard.location)]
-    num_bytes = sum(os.path.getsize(location) for location in local)
-    all_local = len(local) == len(inputs)
-    scans: list[ShardScan] = []
-
-    def jobs(folder: Path) -> Iterator[ShardJob]:
-        for shard in inputs:
-            # once there is damage nothing is published: only more of it is looked for
-            sound = not any(scan.damage for scan in scans)
-            yield ShardJob(
-                location=shard.location, chosen=chosen, decode=decode and sound, folder=folder
-            )
-
-    with (
-        tempfile.TemporaryDirectory(prefix="rtl-dist-index-") as folder,
-        tqdm(
-            desc=f"indexing {name}",
-            total=num_bytes if all_local else None,
-            unit="B",
-            unit_scale=True,
-            disable=None if show_progress else True,  # None: quiet when stderr is no terminal
-        ) as bar,
-    ):
-        alone = all_local and num_bytes < _ALONE_BELOW_BYTES
-        count = num_workers(workers, len(inputs), alone=alone)
-        try:
-            with closing(map_in_order(scan_shard, jobs(Path(folder)), count, bar.update)) as found:
-                for scan in found:
-                    scans.append(scan)
-        except BrokenProcessPool as error:
-            raise RtlDistError(
-                "an indexing process was killed, perhaps for want of memory: start the same command"
-                " again with fewer --workers"
-            ) from error
-    return scans
 
 
 def _check_classes(

@@ -23,10 +23,12 @@ _ASSIGNED = re.compile(r"([A-Za-z]+)=(.+)", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class InputShard:
-    """One tar. ``location`` is a local path or a URL."""
+    """One tar that was named."""
 
     location: str
+    """A local path or a URL."""
     split: str
+    """``train``, ``val`` or ``test``."""
 
 
 def find_shards(inputs: Sequence[str]) -> list[InputShard]:

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.core.tasks import MULTI_LABEL, SINGLE_LABEL
 from rtl_dist.core.text import shorten
-from rtl_dist.prepare.holdout import with_val
+from rtl_dist.prepare.holdout import held_out
 from rtl_dist.prepare.indexing.classes import all_values, number_classes
 from rtl_dist.prepare.indexing.inputs import InputShard
 from rtl_dist.prepare.indexing.labels import Value
 from rtl_dist.prepare.indexing.samples import LABEL_EXTENSIONS
 from rtl_dist.prepare.indexing.scan import Chosen, ShardScan
-from rtl_dist.prepare.sources.items import Item, Source
 from rtl_dist.prepare.splits import TRAIN, VAL
 
 
@@ -25,21 +23,30 @@ class LeftOutSample:
     """A sample that is not indexed, or a member that is none, and why."""
 
     shard: str
+    """Where its tar is: a local path or a URL."""
     key: str
+    """What webdataset would call it."""
     reason: str
+    """To be put behind the key."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Labelling:
-    """``labels`` has, a shard, the class numbers of each of its samples; ``image``, ``label`` and
-    ``field`` say where they were found, and go into ``dataset.json``."""
+    """What the label members of all shards say together."""
 
     task: str
+    """``single_label`` or ``multi_label``."""
     classes: tuple[str, ...]
+    """Their names, in the order of their numbers."""
     labels: list[list[tuple[int, ...]]]
+    """The class numbers of each sample of each shard, ascending."""
     image: list[str]
+    """Extensions of the image members, sorted; with the two below, what ``dataset.json`` says of
+    where images and labels were found."""
     label: str
+    """Extension of the label members."""
     field: str | None
+    """The label's field in JSON, dotted; None: no JSON, or all of it."""
 
 
 def check_scans(scans: Sequence[ShardScan]) -> None:
@@ -149,19 +156,19 @@ def split_samples(
     if not val_fraction:
         return splits
     seen: Counter[str] = Counter()
-    items = []
-    places = []
+    train: dict[str, tuple[int, ...]] = {}
+    places = {}
     for number, (scan, its_labels) in enumerate(zip(scans, labels, strict=True)):
         if shards[number].split != TRAIN:
             continue
         for row, (key, label) in enumerate(zip(scan.keys, its_labels, strict=True)):
             seen[key] += 1  # keys may start anew in each shard
-            items.append(Item(name=f"{key}\0{seen[key]}", split=TRAIN, labels=label))
-            places.append((number, row))
-    source = Source(root=Path(), task=task, classes=(), items=items)
-    for (number, row), item in zip(places, with_val(source, val_fraction), strict=True):
-        if item.split == VAL:
-            splits[number][row] = VAL
+            name = f"{key}\0{seen[key]}"
+            train[name] = label
+            places[name] = (number, row)
+    for name in held_out(train, task, val_fraction):
+        number, row = places[name]
+        splits[number][row] = VAL
     return splits
 
 

@@ -1,11 +1,7 @@
-"""From scans and labels to a data set: the index, ``left_out.csv`` and last ``dataset.json``."""
+"""From scans and labels to a data set: where it may be written, and what is said of each split."""
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import io
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,19 +10,22 @@ from typing import Any
 import numpy as np
 
 from rtl_dist.core.errors import DataError, UserError
-from rtl_dist.core.tasks import MULTI_LABEL
+from rtl_dist.core.files import read_object
 from rtl_dist.core.urls import is_url
-from rtl_dist.data.format.dataset import (
-    DESCRIPTION,
-    FORMAT,
-    INDEX_FOLDER,
-    INDEXER_KEY,
-    PACKER_KEY,
-    fingerprint_of,
-)
+from rtl_dist.data.format.dataset import DESCRIPTION, INDEXER_KEY, PACKER_KEY
+from rtl_dist.data.storage.shard_files import Shard
+from rtl_dist.prepare.indexing.inputs import InputShard
 from rtl_dist.prepare.indexing.merge import Labelling, LeftOutSample
 from rtl_dist.prepare.indexing.scan import ShardScan
-from rtl_dist.prepare.publish import LEFT_OUT_FILE, WORK_FOLDER, locked, npy_bytes, publishing
+from rtl_dist.prepare.publish import (
+    IndexedSplit,
+    LeftOutTable,
+    index_split,
+    publish_dataset,
+    published_files,
+)
+from rtl_dist.prepare.splits import SPLIT_ORDER
+from rtl_dist.prepare.work_folder import PLAN_FILE, WORK_FOLDER, locked
 
 
 def check_place(out: Path, overwrite: bool) -> list[Path]:
@@ -39,7 +38,7 @@ def check_place(out: Path, overwrite: bool) -> list[Path]:
         raise UserError(f"{out} is a file: the last argument, OUT, must be a folder")
     description = out / DESCRIPTION
     if not description.exists():
-        if (out / WORK_FOLDER / "plan.json").exists():
+        if (out / WORK_FOLDER / PLAN_FILE).exists():
             raise UserError(f"{out} holds an unfinished pack: finish it, or choose another OUT")
         return []
     if not overwrite:
@@ -47,20 +46,18 @@ def check_place(out: Path, overwrite: bool) -> list[Path]:
             f"{out} already holds a data set: choose another OUT, or replace its description and"
             " index with --overwrite (shards are never touched)"
         )
+    content = read_object(description)
     try:
-        content = json.loads(description.read_text(encoding="utf-8"))
         ours = INDEXER_KEY in content or PACKER_KEY in content
         names = [name for name in content["splits"] if Path(name).name == name]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         ours = False
     if not ours:
         raise UserError(
             f"{description} was not written by rtl-dist, so it is not replaced: choose another OUT,"
             " or move the file away yourself"
         )
-    ends = (".npy", ".labels.npy")
-    index = [out / INDEX_FOLDER / f"{name}{end}" for name in names for end in ends]
-    return [description, out / LEFT_OUT_FILE, *index]  # a half-removed data set is none
+    return [out / name for name in published_files(names)]
 
 
 def shard_path(location: str, out: Path) -> str:
@@ -86,112 +83,102 @@ def shard_path(location: str, out: Path) -> str:
     return name
 
 
-def describe_split(
+def describe_splits(
+    out: Path,
+    inputs: Sequence[InputShard],
+    scans: Sequence[ShardScan],
+    found: Labelling,
+    sample_splits: list[list[str]],
+    num_left_out: dict[str, int],
+) -> dict[str, IndexedSplit]:
+    """Every split that has shards or samples, ready to be published.
+
+    Args:
+        sample_splits: the split of each sample of each shard, since two splits may share shards.
+        num_left_out: samples left out, by split.
+    """
+    described = {}
+    for split in SPLIT_ORDER:
+        numbers = [
+            number
+            for number, shard in enumerate(inputs)
+            if shard.split == split or split in sample_splits[number]
+        ]
+        if numbers:
+            described[split] = _describe_split(
+                split, out, numbers, scans, found, sample_splits, num_left_out.get(split, 0)
+            )
+    return described
+
+
+def _describe_split(
     split: str,
     out: Path,
     numbers: Sequence[int],
     scans: Sequence[ShardScan],
     found: Labelling,
-    splits: list[list[str]],
+    sample_splits: list[list[str]],
     num_left_out: int,
-) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """(a split's entry in ``dataset.json``, its index files by name).
-
-    ``numbers`` are the split's shards among ``scans``, in order; ``splits`` says each sample's
-    split, since two splits may share shards.
-    """
+) -> IndexedSplit:
+    """``numbers`` are the split's shards among ``scans``, in order."""
     shards = []
     rows = []
     labels: list[tuple[int, ...]] = []
     for number, shard in enumerate(numbers):
         scan = scans[shard]
-        its = [i for i, name in enumerate(splits[shard]) if name == split]
+        its = [i for i, name in enumerate(sample_splits[shard]) if name == split]
         its_rows = scan.rows[its]
         its_rows["shard"] = number
         rows.append(its_rows)
         labels += [found.labels[shard][i] for i in its]
         shards.append(
-            {
-                "path": shard_path(scan.location, out),
-                "num_samples": len(its),
-                "bytes": scan.bytes,
-                "sha256": scan.sha256,
-            }
+            Shard(
+                path=shard_path(scan.location, out),
+                num_samples=len(its),
+                bytes=scan.bytes,
+                sha256=scan.sha256,
+            )
         )
-    index = np.concatenate(rows)
-    num_classes = len(found.classes)
-    matrix = None
-    if found.task == MULTI_LABEL:
-        index["label"] = -1
-        matrix = np.zeros((len(index), num_classes), np.uint8)
-        for row, several in enumerate(labels):
-            matrix[row, list(several)] = 1
-        counts = matrix.sum(axis=0, dtype=np.int64)
-    else:
-        index["label"] = [only[0] for only in labels]
-        counts = np.bincount(index["label"], minlength=num_classes)
-    entry: dict[str, Any] = {
-        "num_samples": len(index),
-        "class_counts": counts.tolist(),
-        "num_left_out": num_left_out,
-        "shards": shards,
-    }
-    files = {f"{split}.npy": npy_bytes(index)}
-    entry["index_sha256"] = hashlib.sha256(files[f"{split}.npy"]).hexdigest()
-    if matrix is not None:
-        files[f"{split}.labels.npy"] = npy_bytes(matrix)
-        entry["labels_sha256"] = hashlib.sha256(files[f"{split}.labels.npy"]).hexdigest()
-    return entry, files
+    return index_split(
+        split,
+        np.concatenate(rows),
+        labels,
+        shards,
+        task=found.task,
+        num_classes=len(found.classes),
+        num_left_out=num_left_out,
+    )
 
 
 def publish(
     out: Path,
-    description: dict[str, Any],
-    files: dict[str, bytes],
+    found: Labelling,
+    settings: dict[str, Any],
+    splits: dict[str, IndexedSplit],
     left_out: Sequence[LeftOutSample],
     overwrite: bool,
 ) -> str:
     """Writes everything into OUT, ``dataset.json`` last. Returns its fingerprint.
 
+    Args:
+        settings: what was asked for, beside where labels were found.
+
     Raises:
         UserError: OUT cannot be written, or holds another data set by now.
+        OSError: the disk fails.
     """
-    description["fingerprint"] = fingerprint_of(description)
+    where = {"version": 1, "image": found.image, "label": found.label, "field": found.field}
     with locked(out):
         for old in check_place(out, overwrite):
             old.unlink(missing_ok=True)
-        for name, content in files.items():
-            _write(out, out / INDEX_FOLDER / name, content)
-        if left_out:
-            table = io.StringIO(newline="")
-            rows = csv.writer(table, lineterminator="\n")
-            rows.writerow(["shard", "key", "reason"])
-            rows.writerows((shard_path(one.shard, out), one.key, one.reason) for one in left_out)
-            _write(out, out / LEFT_OUT_FILE, table.getvalue().encode("utf-8", "surrogateescape"))
-        text = json.dumps(description, indent=1, ensure_ascii=False) + "\n"
-        _write(out, out / DESCRIPTION, text.encode())
-    return str(description["fingerprint"])
-
-
-def description_of(
-    found: Labelling, settings: dict[str, Any], entries: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
-    """The whole of ``dataset.json`` but the fingerprint."""
-    return {
-        "format": FORMAT,
-        "task": found.task,
-        "classes": list(found.classes),
-        INDEXER_KEY: {
-            "version": 1,
-            "image": found.image,
-            "label": found.label,
-            "field": found.field,
-            **settings,
-        },
-        "splits": entries,
-    }
-
-
-def _write(out: Path, final: Path, content: bytes) -> None:
-    with publishing(out, final) as file:
-        file.write(content)
+        return publish_dataset(
+            out,
+            task=found.task,
+            classes=found.classes,
+            made_by={INDEXER_KEY: where | settings},
+            splits=splits,
+            left_out=LeftOutTable(
+                header=("shard", "key", "reason"),
+                rows=[(shard_path(one.shard, out), one.key, one.reason) for one in left_out],
+            ),
+        )

@@ -27,13 +27,16 @@ class ChoiceNeededError(Exception):
 
 @dataclass(slots=True)
 class Sample:
-    """Neighbouring members of one key. ``members`` maps extensions, in lower case, to files;
-    ``repeated`` names extensions that came twice, ``odd`` what is no plain file."""
+    """Neighbouring members of one key."""
 
     key: str
+    """What webdataset calls them together."""
     members: dict[str, Member] = field(default_factory=dict)
+    """By extension, in lower case; of those that came twice, the last."""
     repeated: list[str] = field(default_factory=list)
+    """Extensions that came twice."""
     odd: list[Member] = field(default_factory=list)
+    """What is no plain file."""
 
 
 def grouped(members: Iterable[Member]) -> Iterator[Sample]:

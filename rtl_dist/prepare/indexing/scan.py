@@ -1,76 +1,153 @@
-"""One shard, read once from end to end: its samples' places, checksums and labels, its faults."""
+"""Shards, each read once from end to end: samples' places, checksums and labels, and faults."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from rtl_dist.core.errors import DataError, ShardError
+from rtl_dist.core.errors import DataError, RtlDistError, ShardError
 from rtl_dist.core.files import sha256_of
+from rtl_dist.core.processes import map_in_order, num_workers
 from rtl_dist.core.urls import is_url
 from rtl_dist.data.format.split import INDEX_DTYPE
 from rtl_dist.data.format.tar_reader import Member, walk
 from rtl_dist.data.images.foreign import suffix_of
 from rtl_dist.prepare.images import MAX_FILE_BYTES, checked_image
+from rtl_dist.prepare.indexing.inputs import InputShard
 from rtl_dist.prepare.indexing.labels import MAX_LABEL_BYTES, Label, read_label
 from rtl_dist.prepare.indexing.local_copy import local_copy
 from rtl_dist.prepare.indexing.samples import ChoiceNeededError, Sample, grouped, image_of, label_of
 
+# Starting processes costs about as much as reading this many bytes of shards on one core.
+_ALONE_BELOW_BYTES = 128 << 20
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """What was asked for: image extensions in the order they are looked for (none: whichever a
-    sample has), the label's extension, and the field in its JSON."""
+    """What was asked for."""
 
     image: tuple[str, ...] = ()
+    """Extensions of the image member, in the order they are looked for; none: whichever a sample
+    has."""
     label: str | None = None
+    """Extension of the label member; None: the first of ``LABEL_EXTENSIONS`` a sample has."""
     field: str | None = None
+    """The label's field in JSON, dotted; None: the one of ``DEFAULT_FIELDS`` that is there."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardJob:
-    """A shard to be read. ``folder`` is where a remote one is put meanwhile."""
+class ScanJob:
+    """A shard to be read. Everything in it can be pickled."""
 
     location: str
+    """A local path or a URL."""
     chosen: Chosen
+    """Which members are image and label."""
     decode: bool
+    """Whether each image is decoded; else only its first bytes are looked at."""
     folder: Path
+    """Where a remote one is put meanwhile."""
 
 
 @dataclass(kw_only=True)
 class ShardScan:
-    """What is in a shard.
-
-    ``rows`` has dtype ``INDEX_DTYPE`` and shape (samples,), with offset, size and crc32 filled in;
-    ``keys``, ``labels``, ``images``, ``label_members`` and ``fields`` are as long and say each
-    sample's key, what its label member says, both members' extensions, and the JSON field.
-    ``left_out`` pairs keys with reasons. ``damage`` is empty if the tar is whole, else a sentence.
-    ``choice``, if one is needed, is a key, the option and its candidates.
-    """
+    """What is in a shard. The lists from ``keys`` to ``fields`` have an entry a row."""
 
     location: str
+    """A local path or a URL."""
     bytes: int = 0
+    """The tar's size."""
     sha256: str = ""
+    """Of the tar, in hexadecimal."""
     rows: np.ndarray = field(default_factory=lambda: np.zeros(0, INDEX_DTYPE))
+    """``INDEX_DTYPE`` (num_samples,), with offset, size and crc32 filled in."""
     keys: list[str] = field(default_factory=list)
+    """What webdataset calls each sample."""
     labels: list[Label] = field(default_factory=list)
+    """What its label member says."""
     images: list[str] = field(default_factory=list)
+    """The extension of its image member."""
     label_members: list[str] = field(default_factory=list)
+    """The extension of its label member."""
     fields: list[str | None] = field(default_factory=list)
+    """The JSON field of its label; None: no JSON, or all of it."""
     left_out: list[tuple[str, str]] = field(default_factory=list)
+    """(key, reason) of what is in no row."""
     damage: str = ""
+    """Empty if the tar is whole, else a sentence."""
     choice: tuple[str, str, tuple[str, ...]] | None = None
+    """(key, option, candidates) of the first sample that can be understood in several ways."""
 
 
-def scan_shard(job: ShardJob, advance: Callable[[int], Any]) -> ShardScan:
+def scan_shards(
+    inputs: Sequence[InputShard],
+    chosen: Chosen,
+    *,
+    decode: bool,
+    workers: int | None,
+    description: str,
+    show_progress: bool,
+) -> list[ShardScan]:
+    """Reads every shard, in processes, and says what is in it, in the order of ``inputs``.
+
+    Args:
+        decode: whether each image is decoded.
+        workers: processes; None chooses.
+        description: of the bar on stderr, where that is a terminal.
+
+    Raises:
+        RtlDistError: a process was killed, or a remote place failed. UserError: a URL's scheme is
+            unknown.
+    """
+    local = [shard.location for shard in inputs if not is_url(shard.location)]
+    num_bytes = sum(os.path.getsize(location) for location in local)
+    all_local = len(local) == len(inputs)
+    scans: list[ShardScan] = []
+
+    def jobs(folder: Path) -> Iterator[ScanJob]:
+        for shard in inputs:
+            # once there is damage nothing is published: only more of it is looked for
+            sound = not any(scan.damage for scan in scans)
+            yield ScanJob(
+                location=shard.location, chosen=chosen, decode=decode and sound, folder=folder
+            )
+
+    with (
+        tempfile.TemporaryDirectory(prefix="rtl-dist-index-") as folder,
+        tqdm(
+            desc=description,
+            total=num_bytes if all_local else None,
+            unit="B",
+            unit_scale=True,
+            disable=None if show_progress else True,  # None: quiet when stderr is no terminal
+        ) as bar,
+    ):
+        alone = all_local and num_bytes < _ALONE_BELOW_BYTES
+        count = num_workers(workers, len(inputs), alone=alone)
+        try:
+            with closing(map_in_order(scan_shard, jobs(Path(folder)), count, bar.update)) as found:
+                for scan in found:
+                    scans.append(scan)
+        except BrokenProcessPool as error:
+            raise RtlDistError(
+                "an indexing process was killed, perhaps for want of memory: start the same command"
+                " again with fewer --workers"
+            ) from error
+    return scans
+
+
+def scan_shard(job: ScanJob, advance: Callable[[int], Any]) -> ShardScan:
     """Reads a shard; ``advance(n)`` is told of n more bytes done.
 
     Damage does not raise: other shards may be damaged too, and are to be named with it.
@@ -95,7 +172,7 @@ def scan_shard(job: ShardJob, advance: Callable[[int], Any]) -> ShardScan:
     return scan
 
 
-def _read(scan: ShardScan, path: Path, job: ShardJob, advance: Callable[[int], Any]) -> None:
+def _read(scan: ShardScan, path: Path, job: ScanJob, advance: Callable[[int], Any]) -> None:
     rows: list[tuple[int, int, int]] = []
     names: dict[Any, Any] = {}  # equal labels are one object, which keeps them small when pickled
     done = 0

@@ -1,1 +1,5 @@
-"""The packer's parts: ``plan`` decides, ``images`` checks, ``shard`` writes, ``work`` resumes."""
+"""The packer: ``pack`` tells the story, from a source to ``publish``.
+
+``plan`` decides what goes where, ``shard`` writes, and ``resume`` keeps what a start that was
+killed has finished.
+"""

@@ -16,32 +16,40 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rtl_dist.core.errors import UserError
+from rtl_dist.core.processes import check_workers
 from rtl_dist.core.text import shorten
 from rtl_dist.prepare.packing.plan import PackOptions, Plan, make_plan
 from rtl_dist.prepare.packing.publish import PackedSplit, gather_split, publish
+from rtl_dist.prepare.packing.resume import check_unfinished, claim, release
 from rtl_dist.prepare.packing.shard import write_shards
-from rtl_dist.prepare.packing.work import check_unfinished, claim, release
-from rtl_dist.prepare.publish import locked
+from rtl_dist.prepare.publish import left_out_lines
 from rtl_dist.prepare.sources import LeftOut, is_path, open_source
 from rtl_dist.prepare.splits import check_classes_in_splits
-
-_LEFT_OUT_SHOWN = 10
+from rtl_dist.prepare.work_folder import locked
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackReport:
-    """What was packed. ``class_counts`` has a count a class, in the order of ``classes``."""
+    """What was packed."""
 
     out: Path
+    """The data set's folder."""
     task: str
+    """``single_label`` or ``multi_label``."""
     classes: tuple[str, ...]
+    """Their names, in the order of their numbers."""
     num_samples: dict[str, int]
+    """By split."""
     class_counts: dict[str, tuple[int, ...]]
+    """Samples of each class, by split."""
     left_out: tuple[LeftOut, ...]
+    """Images that are not in it, sorted by name."""
     fingerprint: str
+    """Of ``dataset.json``: a sha256 in hexadecimal."""
     shards_kept: int
     """Shards that an earlier, interrupted start of the same pack had finished."""
     seconds: float
+    """How long it took, this start alone."""
 
     @property
     def resumed(self) -> bool:
@@ -50,12 +58,8 @@ class PackReport:
     def __str__(self) -> str:
         """What the command says: what was packed, what was left out, and what to type next."""
         counts = ", ".join(f"{name} {count:,}" for name, count in self.num_samples.items())
-        lines = [
-            f"left out: {file.name} ({file.reason})" for file in self.left_out[:_LEFT_OUT_SHOWN]
-        ]
-        if len(self.left_out) > _LEFT_OUT_SHOWN:
-            more = len(self.left_out) - _LEFT_OUT_SHOWN
-            lines.append(f"left out: {more:,} more, all in {self.out / 'left_out.csv'}")
+        left_out = [f"{file.name} ({file.reason})" for file in self.left_out]
+        lines = left_out_lines(left_out, self.out)
         if "val" not in self.num_samples:
             lines.append("no val split to choose the best weights by: see --val-fraction")
         kept = f" ({self.shards_kept} shards were already there)" if self.resumed else ""
@@ -100,8 +104,7 @@ def pack(
     """
     started_at = time.monotonic()
     out = Path(out)
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers is {workers}: give 1 process or more")
+    check_workers(workers)
     options = PackOptions(
         val_fraction=val_fraction,
         shard_size=shard_size,
@@ -128,16 +131,17 @@ def pack(
         left_out = sorted([*plan.source.left_out, *bad])
         if not allow_missing_classes:
             _check_packed_classes(plan, splits)
-        description = publish(plan, out, splits, left_out)
+        fingerprint = publish(plan, out, splits, left_out)
         release(out)
+    entries = {name: split.indexed.entry for name, split in splits.items()}
     return PackReport(
         out=out,
         task=plan.source.task,
         classes=plan.source.classes,
-        num_samples={name: split.entry["num_samples"] for name, split in splits.items()},
-        class_counts={name: tuple(split.entry["class_counts"]) for name, split in splits.items()},
+        num_samples={name: entry["num_samples"] for name, entry in entries.items()},
+        class_counts={name: tuple(entry["class_counts"]) for name, entry in entries.items()},
         left_out=tuple(left_out),
-        fingerprint=description["fingerprint"],
+        fingerprint=fingerprint,
         shards_kept=kept,
         seconds=time.monotonic() - started_at,
     )
@@ -162,7 +166,7 @@ def _check_classes(plan: Plan) -> None:
 
 def _check_packed_classes(plan: Plan, splits: dict[str, PackedSplit]) -> None:
     counts = {
-        name: Counter(dict(enumerate(split.entry["class_counts"])))
+        name: Counter(dict(enumerate(split.indexed.entry["class_counts"])))
         for name, split in splits.items()
     }
     bad = [f"{file.name} ({file.reason})" for split in splits.values() for file in split.left_out]

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 import PIL
 
 from rtl_dist.core.errors import UserError
-from rtl_dist.data.format.dataset import DESCRIPTION, FORMAT, INDEX_FOLDER
-from rtl_dist.prepare.holdout import with_val
-from rtl_dist.prepare.publish import LEFT_OUT_FILE
+from rtl_dist.data.format.dataset import FORMAT
+from rtl_dist.prepare.holdout import check_val_fraction, held_out
+from rtl_dist.prepare.publish import published_files
 from rtl_dist.prepare.sources.items import Item, Source
-from rtl_dist.prepare.splits import scatter_key
+from rtl_dist.prepare.splits import TRAIN, VAL, scatter_key
 
 # Raised when the same options would give other bytes than before, so that old work is not reused.
 _PLAN_VERSION = 1
@@ -22,16 +22,23 @@ _PLAN_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class PackOptions:
-    """What decides the bytes. ``resize``: short side in pixels; ``shard_size``: samples."""
+    """What decides the bytes, beside the source.
+
+    Raises:
+        UserError: a value that makes no sense.
+    """
 
     val_fraction: float = 0.0
+    """The part of train, of each class alike, that becomes val; 0: none."""
     shard_size: int = 1000
+    """Samples a shard; the last of a split may have fewer."""
     resize: int | None = None
+    """Pixels: images whose short side has more are shrunk to it. None: files stay as they are."""
     labels: tuple[str, ...] | None = None
+    """A CSV's label columns, or the classes to keep, in that order. None: all there are."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.val_fraction < 1:
-            raise UserError(f"--val-fraction is {self.val_fraction}: give 0 or more, less than 1")
+        check_val_fraction(self.val_fraction)
         if self.shard_size < 1:
             raise UserError(f"--shard-size is {self.shard_size}: give 1 sample or more")
         if self.resize is not None and self.resize < 1:
@@ -42,34 +49,37 @@ class PackOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardPlan:
-    """One shard: its place, and the items it holds, in order.
-
-    ``path`` is relative to the data set. ``first`` is the first item's position in its split.
-    """
+    """One shard that is to be written."""
 
     split: str
+    """The split it is of."""
     path: str
+    """Where it goes, relative to the data set."""
     first: int
+    """The first item's position in its split."""
     items: list[Item]
+    """What it holds, in order, unless an item turns out to be broken."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The whole pack. ``digest`` is equal when source and options are, wherever they are."""
+    """The whole pack."""
 
     source: Source
+    """With val held out of train, if that was asked for."""
     options: PackOptions
+    """What was asked for."""
     shards: list[ShardPlan]
+    """In the order of the splits and within them."""
     source_bytes: int
+    """Of all images, before any is shrunk."""
     digest: str
+    """Equal when source and options are, wherever they are: a sha256 in hexadecimal."""
 
     @property
     def files(self) -> list[str]:
         """All that the pack may write into OUT besides its work folder, relative paths."""
-        names = [DESCRIPTION, LEFT_OUT_FILE, *(shard.path for shard in self.shards)]
-        for split in self.source.splits:
-            names += [f"{INDEX_FOLDER}/{split}.npy", f"{INDEX_FOLDER}/{split}.labels.npy"]
-        return names
+        return [*published_files(self.source.splits), *(shard.path for shard in self.shards)]
 
 
 def make_plan(source: Source, options: PackOptions) -> Plan:
@@ -79,7 +89,7 @@ def make_plan(source: Source, options: PackOptions) -> Plan:
         UserError: ``val_fraction`` was given for a source that has a val split, or no train split.
     """
     if options.val_fraction:
-        source = replace(source, items=with_val(source, options.val_fraction))
+        source = replace(source, items=_with_val(source, options.val_fraction))
     digest = hashlib.sha256()
     settings = {
         "version": _PLAN_VERSION,
@@ -112,6 +122,23 @@ def make_plan(source: Source, options: PackOptions) -> Plan:
         source_bytes=source_bytes,
         digest=digest.hexdigest(),
     )
+
+
+def _with_val(source: Source, fraction: float) -> list[Item]:
+    """The items with a part of train made val."""
+    if VAL in source.splits:
+        raise UserError(
+            "--val-fraction was given, but the source already has a val split: leave the option"
+            " out, or move the source's val images into train"
+        )
+    train = {item.name: item.labels for item in source.items if item.split == TRAIN}
+    if not train:
+        raise UserError("--val-fraction was given, but the source has no train split to take from")
+    chosen = held_out(train, source.task, fraction)
+    return [
+        replace(item, split=VAL) if item.split == TRAIN and item.name in chosen else item
+        for item in source.items
+    ]
 
 
 def _shuffled(split: str, items: Sequence[Item]) -> list[Item]:

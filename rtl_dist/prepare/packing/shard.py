@@ -23,9 +23,9 @@ from rtl_dist.data.format.tar import TarWriter
 from rtl_dist.data.images.foreign import suffix_of
 from rtl_dist.prepare.images import MAX_FILE_BYTES, checked_image
 from rtl_dist.prepare.packing.plan import Plan, ShardPlan
-from rtl_dist.prepare.packing.work import ShardRecord, is_finished, record_shard
-from rtl_dist.prepare.publish import publishing
+from rtl_dist.prepare.packing.resume import ShardRecord, is_finished, record_shard
 from rtl_dist.prepare.sources.items import Item
+from rtl_dist.prepare.work_folder import publishing
 
 _MAX_KEY = 80
 # Starting processes costs about as much as packing this many bytes of images on one core.
@@ -33,14 +33,19 @@ _ALONE_BELOW_BYTES = 128 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class PackContext:
     """What a worker needs to know besides the shard. Everything in it can be pickled."""
 
     out: Path
+    """The data set's folder."""
     root: Path
+    """What the items' names are relative to, absolute."""
     task: str
+    """``single_label`` or ``multi_label``."""
     classes: tuple[str, ...]
+    """Their names, in the order of their numbers."""
     resize: int | None
+    """Pixels: see ``PackOptions``."""
 
 
 def write_shards(plan: Plan, out: Path, workers: int | None, advance: Callable[[int], Any]) -> int:
@@ -56,14 +61,14 @@ def write_shards(plan: Plan, out: Path, workers: int | None, advance: Callable[[
         RtlDistError: a worker was killed or the disk is full. What is finished stays.
     """
     source = plan.source
-    job = Job(
+    context = PackContext(
         out=out,
         root=source.root.absolute(),
         task=source.task,
         classes=source.classes,
         resize=plan.options.resize,
     )
-    work = functools.partial(write_shard, job)
+    work = functools.partial(write_shard, context)
     count = num_workers(workers, len(plan.shards), alone=plan.source_bytes < _ALONE_BELOW_BYTES)
     try:
         with contextlib.closing(map_in_order(work, plan.shards, count, advance)) as kept:
@@ -80,28 +85,28 @@ def write_shards(plan: Plan, out: Path, workers: int | None, advance: Callable[[
         ) from error
 
 
-def write_shard(job: Job, shard: ShardPlan, advance: Callable[[int], Any]) -> bool:
+def write_shard(context: PackContext, shard: ShardPlan, advance: Callable[[int], Any]) -> bool:
     """Writes one shard and its sidecar, a sample in memory at a time.
 
     Returns:
         True if the shard was there already, whole.
     """
-    if is_finished(job.out, shard.path):
+    if is_finished(context.out, shard.path):
         advance(len(shard.items))
         return True
     rows: list[tuple[int, int, int, int]] = []
     left_out: list[tuple[str, str]] = []
-    with publishing(job.out, job.out / shard.path) as file:
+    with publishing(context.out, context.out / shard.path) as file:
         tar = TarWriter(file)
         for position, item in enumerate(shard.items):
             try:
-                suffix, content = checked_image(_read(item, job.root), job.resize)
+                suffix, content = checked_image(_read(item, context.root), context.resize)
             except DataError as error:
                 left_out.append((item.name, str(error)))
             else:
                 key = key_of(shard.first + position, item.name)
                 offset = tar.add(f"{key}.{suffix}", content)
-                tar.add(*_label_member(key, item, job))
+                tar.add(*_label_member(key, item, context))
                 rows.append((position, offset, len(content), zlib.crc32(content)))
             advance(1)
         tar.finish()
@@ -110,7 +115,7 @@ def write_shard(job: Job, shard: ShardPlan, advance: Callable[[int], Any]) -> bo
         )
         # Before the shard gets its name: then a shard without a sidecar cannot be. A sidecar
         # without its shard means nothing.
-        record_shard(job.out, record)
+        record_shard(context.out, record)
     return False
 
 
@@ -138,8 +143,8 @@ def _read(item: Item, root: Path) -> bytes | np.ndarray:
         raise DataError(f"cannot be read: {error.strerror}") from error
 
 
-def _label_member(key: str, item: Item, job: Job) -> tuple[str, bytes]:
-    if job.task != MULTI_LABEL:
+def _label_member(key: str, item: Item, context: PackContext) -> tuple[str, bytes]:
+    if context.task != MULTI_LABEL:
         return f"{key}.cls", str(item.labels[0]).encode()
-    labels = {"labels": [job.classes[label] for label in item.labels]}
+    labels = {"labels": [context.classes[label] for label in item.labels]}
     return f"{key}.json", json.dumps(labels, ensure_ascii=False).encode()

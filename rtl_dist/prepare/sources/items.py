@@ -6,14 +6,13 @@ import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
 
 from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.core.tasks import SINGLE_LABEL
-from rtl_dist.core.text import shorten
+from rtl_dist.core.text import did_you_mean, shorten
 from rtl_dist.prepare.splits import SPLIT_ORDER
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic")
@@ -21,18 +20,18 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".ti
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One image to pack.
-
-    ``name`` is unique within its source, has forward slashes and no leading one; it is the file's
-    path relative to ``Source.root`` unless ``content`` holds the image itself: an image file's
-    bytes, or uint8 pixels of shape (height, width) or (height, width, 3), which become a PNG.
-    ``labels`` are class numbers: exactly one in single-label data, any number in multi-label data.
-    """
+    """One image to pack."""
 
     name: str
+    """Unique within its source, with forward slashes and no leading one: the file's path relative
+    to ``Source.root``, unless ``content`` holds the image itself."""
     split: str
+    """``train``, ``val`` or ``test``."""
     labels: tuple[int, ...]
+    """Class numbers: exactly one in single-label data, any number in multi-label data."""
     content: bytes | np.ndarray | None = None
+    """An image file's bytes, or uint8 pixels (height, width) or (height, width, 3), which become a
+    PNG. None: the image is in the file ``name``."""
 
     def read(self, root: Path) -> bytes | np.ndarray:
         """The image file's bytes, or its pixels. Raises OSError when the file is unreadable."""
@@ -55,18 +54,25 @@ class LeftOut:
     """A file that is not packed, and why."""
 
     name: str
+    """As ``Item.name``."""
     reason: str
+    """To be put behind the name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Everything to be packed. ``root`` is where the items' files are; items are in no order."""
+    """Everything to be packed."""
 
     root: Path
+    """What the names of the items' files are relative to."""
     task: str
+    """``single_label`` or ``multi_label``."""
     classes: tuple[str, ...]
+    """Their names, in the order of their numbers."""
     items: list[Item]
+    """In no order."""
     left_out: list[LeftOut] = field(default_factory=list)
+    """What is known beforehand not to be packed, sorted by name."""
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -109,9 +115,8 @@ def check_labels(labels: Sequence[str], known: Sequence[str], what: str) -> tupl
     """``labels`` as a tuple. Raises UserError: one of them is unknown or is given twice."""
     for label in labels:
         if label not in known:
-            near = get_close_matches(label, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are: {shorten(list(known))}"
-            raise UserError(f"--labels names {label!r}, which is no {what} of the source; {hint}")
+            hint = did_you_mean(label, known, "{!r}") or f"; there are: {shorten(known)}"
+            raise UserError(f"--labels names {label!r}, which is no {what} of the source{hint}")
         if list(labels).count(label) > 1:
             raise UserError(f"--labels names {label!r} twice; name each {what} once")
     return tuple(labels)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rtl_dist.core.errors import DataError, UserError
+from rtl_dist.core.text import did_you_mean
 from rtl_dist.prepare.sources.items import Item, Source, single_label_source
 from rtl_dist.prepare.splits import TEST, TRAIN, VAL
 
@@ -54,10 +54,8 @@ def read_public(name: str, labels: Sequence[str] | None) -> Source:
         DataError: the download failed.
     """
     if name not in _SPLITS:
-        lower = {known.lower(): known for known in _SPLITS}
-        near = get_close_matches(name.lower(), lower, n=1)
-        hint = f"did you mean {lower[near[0]]!r}? " if near else ""
-        raise UserError(f"no data set torchvision:{name}; {hint}there are: {', '.join(_SPLITS)}")
+        hint = did_you_mean(name, _SPLITS, "{!r}") or ";"
+        raise UserError(f"no data set torchvision:{name}{hint} there are: {', '.join(_SPLITS)}")
     from torchvision import datasets  # slow to import, and only this source needs it
 
     root = downloads_folder() / name

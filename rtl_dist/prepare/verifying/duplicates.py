@@ -15,19 +15,24 @@ _CHUNK = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Samples with the same pixels: (split, sample), at most ``MOST_MEMBERS`` of ``size``."""
+    """Samples with the same pixels."""
 
     size: int
+    """How many there are."""
     members: tuple[tuple[str, int], ...]
+    """(split, sample) of each, at most the first ``MOST_MEMBERS``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """All groups of one kind: their number, how many samples are in them, and the first few."""
+    """All groups of one kind."""
 
     num_groups: int
+    """How many there are."""
     num_samples: int
+    """How many samples are in them, together."""
     listed: tuple[Group, ...]
+    """At most the first ``MOST_LISTED``."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,17 +26,20 @@ KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Damage:
-    """One thing that is not as it was packed: a key of ``KINDS``, where, and what is wrong.
-
-    ``where`` is a path relative to the data set; ``sample`` a number within the split.
-    """
+    """One thing that is not as it was packed."""
 
     kind: str
+    """A key of ``KINDS``."""
     split: str
+    """The split it is in."""
     where: str
+    """The file, relative to the data set."""
     what: str
+    """What is wrong."""
     sample: int | None = None
+    """The sample's number within the split; None: it is not about one."""
     key: str | None = None
+    """The sample's key, where that can still be read."""
 
     def __str__(self) -> str:
         name = "" if self.sample is None else f" sample {self.sample}"

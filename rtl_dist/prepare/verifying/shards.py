@@ -27,40 +27,44 @@ _MOST_LABEL_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardJob:
-    """A shard and the index rows that point into it. Everything in it can be pickled.
-
-    ``samples`` int64 (n,) are numbers within the split; ``labels`` as ``CheckedSplit.labels``.
-    """
+class CheckJob:
+    """A shard and the index rows that point into it. Everything in it can be pickled."""
 
     split: str
+    """The split it is of."""
     shard: Shard
+    """What the description says of it."""
     files: ShardFiles
     """Of this shard alone: its number 0."""
     samples: np.ndarray
+    """int64 (n,): numbers within the split."""
     rows: np.ndarray
+    """``INDEX_DTYPE`` (n,): where these samples are said to be."""
     labels: np.ndarray
+    """(n,) or (n, classes): as ``CheckedSplit.labels``."""
     classes: tuple[str, ...]
+    """Their names, in the order of their numbers."""
     check_members: bool
     """Whether a label member must follow each image, as ``rtl-dist pack`` writes it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardResult:
-    """What was found.
-
-    ``digests`` uint64 (n, 2): 128 bits of each sample's pixels; ``sizes`` uint32 (n, 2): width and
-    height. Both are 0 for samples that could not be decoded.
-    """
+    """What was found in a shard."""
 
     split: str
+    """The split it is of."""
     samples: np.ndarray
+    """int64 (n,): numbers within the split."""
     digests: np.ndarray
+    """uint64 (n, 2): 128 bits of each sample's pixels; 0 where it could not be decoded."""
     sizes: np.ndarray
+    """uint32 (n, 2): width and height in pixels; 0 where it could not be decoded."""
     damage: list[Damage]
+    """What is wrong with it."""
 
 
-def check_shard(job: ShardJob, advance: Callable[[int], Any]) -> ShardResult:
+def check_shard(job: CheckJob, advance: Callable[[int], Any]) -> ShardResult:
     """Hashes a shard, then reads, checks and decodes each of its samples."""
     torch.set_num_threads(1)  # the processes are the parallelism
     count = len(job.samples)
@@ -103,7 +107,7 @@ def digest_of(pixels: torch.Tensor) -> bytes:
     return digest.digest()
 
 
-def _check_file(job: ShardJob, path: Path, size: int) -> Iterator[Damage]:
+def _check_file(job: CheckJob, path: Path, size: int) -> Iterator[Damage]:
     def damage(kind: str, what: str) -> Damage:
         return Damage(kind=kind, split=job.split, where=job.shard.path, what=what)
 
@@ -118,7 +122,7 @@ def _check_file(job: ShardJob, path: Path, size: int) -> Iterator[Damage]:
 
 
 def _check_sample(
-    job: ShardJob, i: int, file: int, digests: np.ndarray, sizes: np.ndarray
+    job: CheckJob, i: int, file: int, digests: np.ndarray, sizes: np.ndarray
 ) -> Iterator[tuple[str, str]]:
     """What is wrong with the i-th sample, as (kind, what); fills in its digest and size."""
     yield from _check_label(job, i)
@@ -146,7 +150,7 @@ def _check_sample(
     sizes[i] = pixels.shape[2], pixels.shape[1]
 
 
-def _check_label(job: ShardJob, i: int) -> Iterator[tuple[str, str]]:
+def _check_label(job: CheckJob, i: int) -> Iterator[tuple[str, str]]:
     label = job.labels[i]
     if label.ndim:
         if label.size and label.max() > 1:
@@ -156,7 +160,7 @@ def _check_label(job: ShardJob, i: int) -> Iterator[tuple[str, str]]:
 
 
 def _check_member(
-    job: ShardJob, i: int, file: int, offset: int, size: int
+    job: CheckJob, i: int, file: int, offset: int, size: int
 ) -> Iterator[tuple[str, str]]:
     """Compares a row with the tar's headers around the image and the label member behind it."""
     behind = offset + size + -size % BLOCK
@@ -199,7 +203,7 @@ def _listed(labels: set[int | str]) -> str:
     return ", ".join(sorted(map(str, labels))) or "no label"
 
 
-def _of_sample(job: ShardJob, i: int, kind: str, what: str) -> Damage:
+def _of_sample(job: CheckJob, i: int, kind: str, what: str) -> Damage:
     return Damage(
         kind=kind,
         split=job.split,

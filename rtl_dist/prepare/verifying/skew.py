@@ -15,7 +15,9 @@ class SplitSkew:
     """One split's classes. In multi-label data a share is the part of samples with that label."""
 
     counts: tuple[int, ...]
+    """Samples of each class."""
     num_samples: int
+    """Of the split."""
     absent: tuple[int, ...]
     """Numbers of the classes without a sample."""
     ratio: float | None

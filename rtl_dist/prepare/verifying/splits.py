@@ -11,6 +11,7 @@ import numpy as np
 from rtl_dist.core.errors import DataError, RtlDistError
 from rtl_dist.core.files import sha256_of
 from rtl_dist.core.tasks import MULTI_LABEL
+from rtl_dist.core.text import and_more
 from rtl_dist.data.format.dataset import INDEX_FOLDER, LOAD_ERRORS, Dataset
 from rtl_dist.data.format.split import INDEX_DTYPE, Split
 from rtl_dist.data.storage.shard_files import Shards
@@ -19,13 +20,11 @@ from rtl_dist.prepare.verifying.findings import Damage, DamageList
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedSplit:
-    """A split as far as it can be read.
-
-    ``split`` was put together without the checks of ``Dataset.split``: its index has
-    ``INDEX_DTYPE`` but any number of rows (none if it cannot be used), with anything in them.
-    """
+    """A split as far as it can be read."""
 
     split: Split
+    """Put together without the checks of ``Dataset.split``: its index has ``INDEX_DTYPE`` but any
+    number of rows (none if it cannot be used), with anything in them."""
     has_labels: bool
     """False: the label file of multi-label data cannot be used."""
 
@@ -195,7 +194,7 @@ def _check_class_counts(split: CheckedSplit) -> Iterator[Damage]:
     wrong = [n for n, count in enumerate(counts) if count != told[n]]
     if wrong and split.has_labels:
         n = wrong[0]
-        more = f" (and of {len(wrong) - 1} more classes)" if len(wrong) > 1 else ""
+        more = and_more(len(wrong) - 1, " (and of {:,} more classes)")
         yield Damage(
             kind="totals",
             split=split.name,

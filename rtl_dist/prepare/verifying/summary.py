@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 from rtl_dist.core.tasks import MULTI_LABEL
-from rtl_dist.prepare.verifying.duplicates import Kind
+from rtl_dist.core.text import and_more, shorten
+from rtl_dist.prepare.verifying.duplicates import Group, Kind
 from rtl_dist.prepare.verifying.findings import KINDS
 from rtl_dist.prepare.verifying.sizes import EXTREME_ASPECT, SMALL_SIDE
 from rtl_dist.prepare.verifying.skew import TRAIN
@@ -88,10 +90,7 @@ def _class_table(found: Verification) -> str:
 def _damage(found: Verification) -> Iterator[str]:
     for kind, count in found.damage.counts.items():
         yield f"DAMAGED: {KINDS[kind]}: {count:,}"
-        listed = found.damage.listed[kind]
-        yield from (f"  {found.with_key(one)}" for one in listed[:_MOST_SHOWN])
-        if count > _MOST_SHOWN:
-            yield f"  ... and {count - _MOST_SHOWN:,} more"
+        yield from _examples((str(found.with_key(one)) for one in found.damage.listed[kind]), count)
 
 
 def _across(found: Verification) -> Iterator[str]:
@@ -138,15 +137,22 @@ def _within(found: Verification) -> Iterator[str]:
 
 
 def _groups(found: Verification, kind: Kind) -> Iterator[str]:
-    for group in kind.listed[:_MOST_SHOWN]:
-        members = [
-            f"{one['key']} in {one['shard']} ({', '.join(one['labels']) or 'no label'})"
-            for one in found.members(group)[:_MOST_MEMBERS]
-        ]
-        more = group.size - len(members)
-        yield "  " + " = ".join(members) + (f" = {more:,} more" if more else "")
-    if kind.num_groups > _MOST_SHOWN:
-        yield f"  ... and {kind.num_groups - _MOST_SHOWN:,} more"
+    yield from _examples((_group(found, group) for group in kind.listed), kind.num_groups)
+
+
+def _group(found: Verification, group: Group) -> str:
+    members = [
+        f"{one['key']} in {one['shard']} ({', '.join(one['labels']) or 'no label'})"
+        for one in found.members(group)[:_MOST_MEMBERS]
+    ]
+    return " = ".join(members) + and_more(group.size - len(members), " = {:,} more")
+
+
+def _examples(lines: Iterable[str], count: int) -> Iterator[str]:
+    """The first few of ``count`` findings, indented."""
+    yield from (f"  {line}" for line in islice(lines, _MOST_SHOWN))
+    if count > _MOST_SHOWN:
+        yield f"  ...{and_more(count - _MOST_SHOWN)}"
 
 
 def _skew(found: Verification) -> Iterator[str]:
@@ -155,8 +161,8 @@ def _skew(found: Verification) -> Iterator[str]:
         if absent and skew.num_samples:
             what = "cannot be learned" if name == TRAIN else "are not measured"
             yield (
-                f"warning: {len(absent):,} classes have no sample in {name} ({_some(absent)}): they"
-                f" {what}; add images of them"
+                f"warning: {len(absent):,} classes have no sample in {name} ({shorten(absent)}):"
+                f" they {what}; add images of them"
             )
         if name == TRAIN and skew.ratio is not None and skew.ratio >= _UNEQUAL:
             yield (
@@ -181,15 +187,8 @@ def _sizes(found: Verification) -> Iterator[str]:
             f"warning: {sizes.num_extreme:,} images of {name} have a side below {SMALL_SIDE} pixels"
             f" or one {EXTREME_ASPECT:g} times the other; look whether they are images at all"
         )
-        for sample, width, height in sizes.extreme[:_MOST_SHOWN]:
-            yield f"  {found.keys[name, sample]}: {width} x {height}"
-        if sizes.num_extreme > _MOST_SHOWN:
-            yield f"  ... and {sizes.num_extreme - _MOST_SHOWN:,} more"
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f", and {len(names) - 5:,} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
+        lines = (f"{found.keys[name, n]}: {width} x {height}" for n, width, height in sizes.extreme)
+        yield from _examples(lines, sizes.num_extreme)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

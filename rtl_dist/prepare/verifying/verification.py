@@ -20,14 +20,20 @@ from rtl_dist.prepare.verifying.splits import CheckedSplit
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """The findings about a data set, by split where they are dicts."""
+    """The findings about a data set."""
 
     dataset: Dataset
+    """What was looked at."""
     splits: dict[str, CheckedSplit]
+    """Its splits by name, as far as they can be read."""
     damage: DamageList
+    """What is not as it was packed; any makes the data set unsound."""
     sizes: dict[str, SizeTable]
+    """The images' sizes, by split."""
     duplicates: Duplicates
+    """Samples with the same pixels."""
     skew: dict[str, SplitSkew]
+    """How unequal the classes are, by split."""
 
     def require_sound(self, *, strict: bool) -> None:
         """Raises DataError: something is damaged; or, if strict, splits share images or labels

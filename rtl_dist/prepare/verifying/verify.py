@@ -21,14 +21,14 @@ from tqdm import tqdm
 
 from rtl_dist.core.errors import RtlDistError, UserError
 from rtl_dist.core.files import write_json
-from rtl_dist.core.processes import map_in_order, num_workers
+from rtl_dist.core.processes import check_workers, map_in_order, num_workers
 from rtl_dist.core.tasks import MULTI_LABEL
 from rtl_dist.core.urls import is_url
 from rtl_dist.data.format.dataset import Dataset, open_dataset
 from rtl_dist.data.storage.shard_files import Shards
 from rtl_dist.prepare.verifying.duplicates import Digests, Duplicates, find_duplicates
 from rtl_dist.prepare.verifying.findings import DamageList
-from rtl_dist.prepare.verifying.shards import ShardJob, check_shard
+from rtl_dist.prepare.verifying.shards import CheckJob, check_shard
 from rtl_dist.prepare.verifying.sizes import SizeTable
 from rtl_dist.prepare.verifying.skew import measure_skew
 from rtl_dist.prepare.verifying.splits import CheckedSplit, check_split
@@ -101,8 +101,7 @@ def verify(
         DataError: there is no data set, or its description cannot be read.
         RtlDistError: a worker was killed.
     """
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers is {workers}: give 1 process or more")
+    check_workers(workers)
     dataset = open_dataset(path, cache_dir=cache_dir, cache_gb=cache_gb)
     damage = DamageList()
     splits = {name: check_split(dataset, name, damage) for name in dataset.split_names}
@@ -154,14 +153,14 @@ def _report_path(dataset: str, out: Path | None) -> Path:
     return path
 
 
-def _jobs(dataset: Dataset, splits: Iterable[CheckedSplit]) -> Iterator[ShardJob]:
+def _jobs(dataset: Dataset, splits: Iterable[CheckedSplit]) -> Iterator[CheckJob]:
     """A job a shard, made when it is its turn."""
     for checked in splits:
         split = checked.split
         entries = dataset.description["splits"][split.name]["shards"]
         for number, samples in enumerate(checked.samples_by_shard()):
             entry = Shards(entries[number : number + 1])
-            yield ShardJob(
+            yield CheckJob(
                 split=split.name,
                 shard=entry[0],
                 files=dataset.shard_files(entry),

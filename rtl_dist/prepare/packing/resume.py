@@ -1,4 +1,4 @@
-"""The work folder ``OUT/.pack``: what makes a pack that was killed at any moment resumable.
+"""What makes a pack that was killed at any moment resumable: the work folder ``OUT/.pack``.
 
 It holds ``plan.json`` (the plan's digest and every file the pack may write), a sidecar for each
 finished shard, files not yet finished, and a lock. A file counts only once it was written whole,
@@ -15,24 +15,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rtl_dist.core.errors import UserError
-from rtl_dist.core.files import sha256_of
-from rtl_dist.data.format.dataset import DESCRIPTION, INDEX_FOLDER, PACKER_KEY
-from rtl_dist.prepare.publish import _LOCK, _PLAN, LEFT_OUT_FILE, WORK_FOLDER, publishing
+from rtl_dist.core.files import read_object, sha256_of
+from rtl_dist.data.format.dataset import DESCRIPTION, PACKER_KEY
+from rtl_dist.prepare.publish import published_files
+from rtl_dist.prepare.work_folder import LOCK_FILE, PLAN_FILE, WORK_FOLDER, publishing
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardRecord:
-    """What is known of a finished shard: its sidecar, and what the index is made from.
-
-    ``rows`` holds (item's position in the shard's plan, offset, size, crc32) a sample, in the order
-    of the tar; ``left_out`` holds (name, reason).
-    """
+    """What is known of a finished shard: its sidecar, and what the index is made from."""
 
     path: str
+    """Relative to the data set."""
     bytes: int
+    """The tar's size."""
     sha256: str
+    """Of the tar, in hexadecimal."""
     rows: list[tuple[int, int, int, int]]
+    """(the item's position in the shard's plan, offset, size in bytes, crc32) of each sample's
+    image, in the order of the tar."""
     left_out: list[tuple[str, str]]
+    """(name, reason) of each item that is not in it."""
 
 
 def check_unfinished(out: Path) -> None:
@@ -109,34 +112,33 @@ def _sidecar(out: Path, path: str) -> Path:
 
 
 def _read_state(work: Path) -> dict | None:
+    state = read_object(work / PLAN_FILE)
     try:
-        state = json.loads((work / _PLAN).read_text(encoding="utf-8"))
         return {"digest": state["digest"], "files": list(state["files"])}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return None  # no pack got as far as to write it, so nothing of a pack is in OUT
 
 
 def _write_state(work: Path, digest: str, files: list[str]) -> None:
-    with publishing(work.parent, work / _PLAN) as file:
+    with publishing(work.parent, work / PLAN_FILE) as file:
         file.write(json.dumps({"digest": digest, "files": files}).encode())
 
 
 def _files_of(out: Path) -> list[str]:
     """The files of the data set in OUT, the description first. Raises UserError: it is foreign."""
+    description = read_object(out / DESCRIPTION)
     try:
-        description = json.loads((out / DESCRIPTION).read_text(encoding="utf-8"))
         ours = PACKER_KEY in description
         splits = description["splits"]
         shards = [shard["path"] for split in splits.values() for shard in split["shards"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         ours = False
     if not ours:
         raise UserError(
             f"the data set in {out} was not written by `rtl-dist pack`, so it is not replaced:"
             " choose another OUT, or remove the folder yourself"
         )
-    index = [f"{INDEX_FOLDER}/{name}{end}" for name in splits for end in (".npy", ".labels.npy")]
-    return [DESCRIPTION, LEFT_OUT_FILE, *index, *shards]
+    return [*published_files(splits), *shards]
 
 
 def _clear(out: Path, files: list[str]) -> None:
@@ -150,7 +152,7 @@ def _clear(out: Path, files: list[str]) -> None:
                 (out / name).parent.rmdir()
     work = out / WORK_FOLDER
     for path in work.iterdir():
-        if path.name not in (_LOCK, _PLAN):
+        if path.name not in (LOCK_FILE, PLAN_FILE):
             path.unlink()
 
 
