@@ -23,7 +23,6 @@ from rtl_dist.distributed.launchers import COLLECTIVE_TIMEOUT
 
 LOG = logging.getLogger("rtl_dist")
 _AS_LONG_AS_IT_TAKES = timedelta(days=365)
-_MEETING_S = 600.0
 _POLL_S = 0.05
 
 
@@ -95,7 +94,7 @@ def _num_microbatches(batch: BatchConfig) -> int:
     return batch.global_ // (1 if batch.micro == "auto" else batch.micro)
 
 
-def meet(store: Any, *, rank: int, world_size: int) -> str:
+def meet(store: Any, *, rank: int, world_size: int, timeout_s: float = 600.0) -> str:
     """A name for this meeting of all ranks, which no other has, though the store still holds what
     ranks of earlier ones wrote.
 
@@ -107,7 +106,7 @@ def meet(store: Any, *, rank: int, world_size: int) -> str:
     """
     mine = uuid.uuid4().hex
     store.set(f"meet/word/{rank}", mine)
-    deadline = time.monotonic() + _MEETING_S
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if rank == 0:
             proposal = json.dumps([_read(store, f"meet/word/{r}") for r in range(world_size)])
@@ -124,7 +123,7 @@ def meet(store: Any, *, rank: int, world_size: int) -> str:
             if _read(store, "meet/settled") == name:
                 return name
         time.sleep(_POLL_S)
-    raise RtlDistError(f"not all {world_size} processes came within {_MEETING_S:.0f} s")
+    raise RtlDistError(f"not all {world_size} processes came within {timeout_s:.0f} s")
 
 
 def _read(store: Any, key: str) -> str:

@@ -20,7 +20,7 @@ from rtl_dist.report import run as report
 # What each rank runs: the command, but as ``impatient`` here.
 IMPATIENT = (
     "-c",
-    "import sys; from rtl_dist.data import remote; remote._FIRST_WAIT_S = 0.01\n"
+    "import sys; from rtl_dist.data.storage import remote; remote.FIRST_WAIT_S = 0.01\n"
     "from rtl_dist.report import run; run.draw_run = lambda run: None\n"
     "from rtl_dist.train import main; sys.exit(main())",
 )
@@ -38,7 +38,7 @@ NOISE = (
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch, undrawn):
-    monkeypatch.setattr(remote, "_FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.001)
 
 
 @pytest.fixture(scope="module")
