@@ -22,8 +22,10 @@ from safetensors.torch import load_file
 import rtl_dist.distributed.runtime
 from rtl_dist.core.errors import UserError
 from rtl_dist.distributed.launchers import launched_world_size
+from rtl_dist.distributed.runtime import resolve_precision
 from rtl_dist.prepare.packing.pack import pack
 from rtl_dist.train import main
+from rtl_dist.training.stage_trainer import StageTrainer
 
 pytestmark = pytest.mark.launch
 
@@ -167,7 +169,7 @@ class TestTwoProcesses:
 
 def test_a_stop_request_to_one_rank_stops_all_and_one_process_goes_on(config, alone, tmp_path):
     run = tmp_path / "run"
-    step = "rtl_dist.training.stage_trainer:StageTrainer.step"
+    step = StageTrainer.step
     fault = Signal(place=step, call=18, number=signal.SIGUSR1, rank=1)
     exits = run_ranks(config, f"run.dir={run}", world_size=2, fault=fault)
     assert exits[1].fired
@@ -221,9 +223,7 @@ class OtherHardware(Fault):
 
     def install(self, mark: int) -> None:
         os.write(mark, b"it has")
-        replace_everywhere(
-            "rtl_dist.distributed.runtime:resolve_precision", lambda _: lambda wanted: "bf16"
-        )
+        replace_everywhere(resolve_precision, lambda _: lambda wanted: "bf16")
 
 
 def test_machines_of_several_precisions_are_refused(config, tmp_path):

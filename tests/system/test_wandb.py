@@ -33,11 +33,12 @@ from tiny_runs import (
 from wandb_server import HangingServer, WandbServer
 
 from rtl_dist.records import wandb_copy, wandb_process
-from rtl_dist.records.wandb_process import wandb_mode
+from rtl_dist.records.tracking import Tracker
+from rtl_dist.records.wandb_process import start_wandb, wandb_mode
 
 MARK = "RTL_DIST_TEST"  # an environment variable by which a test knows its W&B's processes
 CANARY = "0123deadbeefcafe0123deadbeefcafe01234567"
-LOG = "rtl_dist.records.tracking:Tracker.log"  # of rows at steps 3, 5, 6, 9, ..., the checkpoints at 4, 6, 8
+LOG = Tracker.log  # of rows at steps 3, 5, 6, 9, ..., the checkpoints at 4, 6, 8
 STEPS = [3, 5, 6, 9, 10, 12, 15, 18, 20]
 LATER = pytest.mark.exhaustive
 BOUND_S, SLACK_S = 5.0, 1.5  # that a run may take longer; that a busy machine may need
@@ -60,8 +61,8 @@ class Times(Fault):
         if self.last_s is not None:
             wandb_process.LAST_S = self.last_s
         for place in (
-            "rtl_dist.records.wandb_process:start_wandb",
-            "rtl_dist.records.tracking:Tracker.close",
+            start_wandb,
+            Tracker.close,
         ):
             replace_everywhere(place, self._timed)
 

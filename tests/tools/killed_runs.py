@@ -69,14 +69,18 @@ class Fault:
 class At(Fault):
     """Something that happens at a place in the code.
 
-    place: ``module:function`` or ``module:Class.method``. call: which call of it, from 1. after:
-    when it returned, else before it runs. item: of a generator, before it yields this one, from 1.
+    place: the function or method; it is kept as ``module:function`` or ``module:Class.method``.
+    call: which call of it, from 1. after: when it returned, else before it runs. item: of a
+    generator, before it yields this one, from 1.
     """
 
-    place: str
+    place: Callable[..., Any] | str
     call: int = 1
     after: bool = False
     item: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "place", name_of(self.place))
 
     def happen(self) -> None:
         raise NotImplementedError
@@ -177,11 +181,16 @@ def arm(
     ctypes.CDLL(None).fault_arm(*paths, ctypes.c_long(call), action, error, mark, trace)
 
 
+def name_of(place: Callable[..., Any] | str) -> str:
+    """A function's module and its name there, by which another process finds its own."""
+    return place if isinstance(place, str) else f"{place.__module__}:{place.__qualname__}"
+
+
 def replace_everywhere(
-    place: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+    place: Callable[..., Any] | str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> None:
     """Puts ``wrap(original)`` in a function's place, also where it was imported by name."""
-    module, _, path = place.partition(":")
+    module, _, path = name_of(place).partition(":")
     owner: Any = import_module(module)
     *classes, name = path.split(".")
     for one in classes:
@@ -339,10 +348,11 @@ def _holders(names: set[str]) -> list[int]:
 
 
 def _train(arguments: list[str], fault: Fault | None, draws: bool, mark: int) -> int:
+    from rtl_dist.report.run import draw_run
     from rtl_dist.train import main
 
     if not draws:
-        replace_everywhere("rtl_dist.report.run:draw_run", lambda _: lambda *_: None)
+        replace_everywhere(draw_run, lambda _: lambda *_: None)
     if fault is not None:
         fault.install(mark)
     sys.argv = ["train.py", *arguments]
