@@ -22,12 +22,12 @@ from rtl_dist.core.errors import RtlDistError
 from rtl_dist.distributed.elastic import largest_share, meet, taking_part
 from rtl_dist.train import main
 
-STEPS = 300
+STEPS = 120
 CHANGES = {
     "precision": "fp64",
     "run__ledger": True,
     "checkpoint": {"every": "10 steps"},
-    "eval": {"every": "100 steps"},
+    "eval": {"every": "60 steps"},
     "optim": {"ema": 0.9},
     "augment": {"mixup": 0.2},
     "stages": [

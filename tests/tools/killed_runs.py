@@ -56,9 +56,9 @@ GRACE_S = 20.0  # in which the other ranks of a run must end once one has
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """Something that goes wrong in one rank of a run."""
+    """Something that goes wrong in one rank of a run, or, with ``rank=None``, in every one."""
 
-    rank: int = 0
+    rank: int | None = 0
 
     def install(self, mark: int) -> None:
         """Called in the rank's process; ``mark`` is the descriptor of the file that tells of it."""
@@ -233,8 +233,9 @@ def run_ranks(
     env: dict[str, str] | None = None,
     end_stalled: bool = False,
     draws: bool = False,
+    command: str = "train",
 ) -> list[Exit]:
-    """``train.py`` in ``world_size`` processes that were told what torchrun would tell them.
+    """A command, in ``world_size`` processes that were told what torchrun would tell them.
 
     Once one rank has failed the others must end by themselves within ``GRACE_S``, none may run
     longer than ``RUN_S``, and what they started must end with them: else all are killed and
@@ -247,13 +248,13 @@ def run_ranks(
     if world_size > 1:
         shared |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    arguments = ["--config", config, *overrides]
+    arguments = [command, "--config", config, *overrides]
     with tempfile.TemporaryDirectory() as folder:
         ranks = []
         for rank in range(world_size):
             its = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {}
-            its_fault = fault if fault is not None and fault.rank == rank else None
-            job = functools.partial(_train, arguments, its_fault, draws)
+            its_fault = fault if fault is not None and fault.rank in (rank, None) else None
+            job = functools.partial(_run, arguments, its_fault, draws)
             ranks.append(server().start(job, Path(folder, str(rank)), shared | its))
         stalled = ranks[fault.rank] if fault is not None and end_stalled else None
         _wait_for_all(ranks, stalled)
@@ -347,15 +348,15 @@ def _holders(names: set[str]) -> list[int]:
 # --- in the child -----------------------------------------------------------------------------
 
 
-def _train(arguments: list[str], fault: Fault | None, draws: bool, mark: int) -> int:
+def _run(arguments: list[str], fault: Fault | None, draws: bool, mark: int) -> int:
+    from rtl_dist.cli import main
     from rtl_dist.report.run import draw_run
-    from rtl_dist.train import main
 
     if not draws:
         replace_everywhere(draw_run, lambda _: lambda *_: None)
     if fault is not None:
         fault.install(mark)
-    sys.argv = ["train.py", *arguments]
+    sys.argv = ["rtl-dist", *arguments]
     return main(arguments)
 
 
