@@ -19,6 +19,7 @@ from rtl_dist.core.errors import DataError
 from rtl_dist.distributed import heartbeat
 from rtl_dist.distributed.heartbeat import Heartbeat
 from rtl_dist.distributed.watch import Watch, clear_heartbeats
+from rtl_dist.evaluation.scoring import logits_from_images
 from rtl_dist.model.batchnorm import StepStatistics
 from rtl_dist.model.build import build_model
 from rtl_dist.model.folder import write_model_folder
@@ -28,7 +29,7 @@ from rtl_dist.training.stage_trainer import StageTrainer
 
 STEP = StageTrainer.step
 NEXT = StageTrainer.next_batch
-EVALUATE = "rtl_dist.evaluation.scoring:_from_images"
+EVALUATE = logits_from_images
 TIMEOUT = "run.timeout=4 seconds"
 
 

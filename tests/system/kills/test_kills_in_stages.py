@@ -21,6 +21,7 @@ from kills import (
 )
 from tiny_runs import require_equal_runs, tiny_config, write_config
 
+from rtl_dist.evaluation.scoring import logits_from_images, logits_from_view
 from rtl_dist.model.freezing import freeze_for
 from rtl_dist.records.state import TrainState
 from rtl_dist.report.evaluation import write_evaluation
@@ -150,9 +151,9 @@ def test_killed_in_stages_that_judge_for_themselves(tmp_path, eventful, faults):
 # --- in an evaluation --------------------------------------------------------------------------
 
 IN_AN_EVALUATION = [
-    Kill(place=f"rtl_dist.evaluation.scoring:{blocks}", call=call, item=item, rank=rank)
+    Kill(place=blocks, call=call, item=item, rank=rank)
     for rank, items in ((0, (1, 2)), (1, (1,)))  # of three blocks of images rank 1 has the second
-    for blocks in ("_from_view", "_from_images")  # in stages that are partly frozen; in the last
+    for blocks in (logits_from_view, logits_from_images)  # in partly frozen stages; in the last
     for call in (1, 2)
     for item in items
 ]
