@@ -1,6 +1,6 @@
 """How long training waits for a checkpoint: written beside it, against written in its way.
 
-    python benchmarks/checkpoint.py [--rounds 10] [--folder DIR]
+    python benchmarks/checkpoint.py [--rounds 10] [--folder DIR] [--model resnet50]
 
 The state is that of a ResNet-50 under AdamW with an average of its weights (some 410 MB). Sides
 alternate. ``waits``: the time until the next step may begin, beside / in the way. ``step``: steps
@@ -24,8 +24,8 @@ from rtl_dist.records.checkpoint_writer import CheckpointWriter
 from rtl_dist.records.state import TrainState
 
 
-def snapshot(step: int) -> Snapshot:
-    weights = timm.create_model("resnet50").state_dict()
+def snapshot(step: int, model: str) -> Snapshot:
+    weights = timm.create_model(model).state_dict()
     moments = {f"{kind}/{k}": v.clone() for kind in ("exp_avg", "exp_avg_sq")
                for k, v in weights.items() if v.is_floating_point()}  # fmt: skip
     return Snapshot(
@@ -54,10 +54,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--model", default="resnet50")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     run = Path(tempfile.mkdtemp(dir=arguments.folder))
-    state, writer, network = snapshot(1), CheckpointWriter(), timm.create_model("resnet18")
+    state, writer = snapshot(1, arguments.model), CheckpointWriter()
+    network = timm.create_model("resnet18")
     size = sum(
         v.nbytes for part in (state.model, state.optimizer, state.ema) for v in part.values()
     )

@@ -18,8 +18,8 @@ from rtl_dist.records.hashes import newest_checkpoint, rows_of
 from rtl_dist.records.results import read_results
 
 LOGS, FEATURES = "logs", "features"
-_START_UP_SHARE = 0.15  # of the kills; nothing is at stake there yet
-_ONE_RANK_SHARE = 0.5  # of the kills of several processes; the others are of all of them
+START_UP_SHARE = 0.15  # of the kills; nothing is at stake there yet
+ONE_RANK_SHARE = 0.5  # of the kills of several processes; the others are of all of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ def draw_moment(
 ) -> Moment:
     """When to kill next a run that goes on from a step: the first of ``kills_left`` moments spread
     evenly over what remains, now and then a moment of its start-up instead."""
-    if random.random() < _START_UP_SHARE:
+    if random.random() < START_UP_SHARE:
         return Moment(in_start_up=True, after_s=random.uniform(0, pace.start_s))
     first = 1 - random.random() ** (1 / kills_left)
     return Moment(in_start_up=False, after_s=earlier * first * pace.left_s(step))
@@ -129,7 +129,7 @@ class Trial:
             return None
         age_s, work_s = attempt.age_s, attempt.work_s
         several = self._processes > 1 and work_s is not None
-        one_rank = several and self._random.random() < _ONE_RANK_SHARE
+        one_rank = several and self._random.random() < ONE_RANK_SHARE
         if not (attempt.kill_rank(self._random) if one_rank else attempt.kill()):
             return None
         return {

@@ -28,7 +28,6 @@ from rtl_dist.distributed.launchers import COLLECTIVE_TIMEOUT
 
 LOG = logging.getLogger("rtl_dist")
 _AS_LONG_AS_IT_TAKES = timedelta(days=365)  # the store wants some limit
-_MEETING_TIMEOUT_S = 600.0  # for all processes to come
 _POLL_S = 0.05  # between two looks into the store
 
 
@@ -120,7 +119,7 @@ def _num_microbatches(batch: BatchConfig) -> int:
     return batch.global_ // (1 if batch.micro == "auto" else batch.micro)
 
 
-def meet(store: Any, *, rank: int, world_size: int) -> str:
+def meet(store: Any, *, rank: int, world_size: int, timeout_s: float = 600.0) -> str:
     """Waits until all ranks of this start are there, and gives them a name in common.
 
     The difficulty is that the store may still hold what the ranks of an earlier start wrote under
@@ -130,16 +129,17 @@ def meet(store: Any, *, rank: int, world_size: int) -> str:
 
     Args:
         store: torchrun's, or any with its methods.
+        timeout_s: for all ranks to come.
 
     Returns:
         A hash of the list: the same on all ranks, and another at every start.
 
     Raises:
-        RtlDistError: not all ranks came within 10 minutes.
+        RtlDistError: not all ranks came in time.
     """
     mine = uuid.uuid4().hex
     store.set(f"meet/word/{rank}", mine)
-    deadline = time.monotonic() + _MEETING_TIMEOUT_S
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if rank == 0:
             proposal = json.dumps([_read(store, f"meet/word/{r}") for r in range(world_size)])
@@ -156,7 +156,7 @@ def meet(store: Any, *, rank: int, world_size: int) -> str:
             if _read(store, "meet/settled") == name:
                 return name
         time.sleep(_POLL_S)
-    raise RtlDistError(f"not all {world_size} processes came within {_MEETING_TIMEOUT_S:.0f} s")
+    raise RtlDistError(f"not all {world_size} processes came within {timeout_s:.0f} s")
 
 
 def _read(store: Any, key: str) -> str:

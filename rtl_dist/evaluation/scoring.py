@@ -29,7 +29,7 @@ from rtl_dist.features.view_files import View
 from rtl_dist.model.classifier import Classifier
 from rtl_dist.model.divided import Divided, divide
 
-_KEPT_BYTES = 2**30
+KEPT_BYTES = 2**30
 
 
 @dataclass(kw_only=True)
@@ -87,9 +87,11 @@ def score_split(
     with torch.inference_mode():
         if view is None:
             transform = eval_transform(model)
-            blocks = _from_images(divided, split, transform, kept, runtime=runtime, workers=workers)
+            blocks = logits_from_images(
+                divided, split, transform, kept, runtime=runtime, workers=workers
+            )
         else:
-            blocks = _from_view(divided, split, view, runtime=runtime)
+            blocks = logits_from_view(divided, split, view, runtime=runtime)
         for samples, logits in blocks:
             scores = logits.float()
             scores = scores.sigmoid() if dataset.task == MULTI_LABEL else scores.softmax(1)
@@ -117,13 +119,13 @@ def metrics_on_every_rank(predictions: Predictions | None, runtime: Runtime) -> 
     return metrics
 
 
-def _from_view(
+def logits_from_view(
     divided: Divided, split: Split, view: View, *, runtime: Runtime
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """Sample numbers and logits of this rank's blocks, from what the frozen part made of them."""
-    blocks = _blocks_of(split, runtime)
+    blocks = blocks_of(split, runtime)
     for first in runtime.in_rounds(
-        blocks, _rounds(split, runtime), what=f"evaluating {split.name}"
+        blocks, rounds_of(split, runtime), what=f"evaluating {split.name}"
     ):
         if first is None:
             continue
@@ -133,19 +135,19 @@ def _from_view(
             yield samples, divided.trained(inputs)
 
 
-def _blocks_of(split: Split, runtime: Runtime) -> range:
+def blocks_of(split: Split, runtime: Runtime) -> range:
     """The first samples of this rank's blocks."""
     return blocks_of_rank(
         split.num_samples, EVAL_BLOCK, rank=runtime.rank, world_size=runtime.world_size
     )
 
 
-def _rounds(split: Split, runtime: Runtime) -> int:
+def rounds_of(split: Split, runtime: Runtime) -> int:
     """How many blocks the rank with the most of them has."""
     return num_rounds(split.num_samples, EVAL_BLOCK, world_size=runtime.world_size)
 
 
-def _from_images(
+def logits_from_images(
     divided: Divided,
     split: Split,
     transform: EvalTransform,
@@ -156,7 +158,7 @@ def _from_images(
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """Sample numbers and logits of this rank's blocks, from the evaluation's view of each image."""
     assert divided.frozen is not None
-    blocks = _blocks_of(split, runtime)
+    blocks = blocks_of(split, runtime)
     microbatches = SplitMicrobatches(split, transform, size=EVAL_BLOCK)
     batches: Iterable[Batch]
     if kept is not None and kept.is_whole:
@@ -169,13 +171,13 @@ def _from_images(
             device=runtime.device,
             give_up=runtime.is_asked,
         )
-        if kept is not None and len(blocks) * math.prod(microbatches.shape) <= _KEPT_BYTES:
+        if kept is not None and len(blocks) * math.prod(microbatches.shape) <= KEPT_BYTES:
             batches = _keeping(kept, batches)
     bad: list[str] = []
     what = f"evaluating {split.name}"
     with runtime.progress(total=len(blocks), what=what, unit="batch") as bar:
         batches = runtime.heartbeat.while_fetching(batches, are_remote=split.is_remote)
-        for batch in runtime.in_rounds(batches, _rounds(split, runtime), what=what):
+        for batch in runtime.in_rounds(batches, rounds_of(split, runtime), what=what):
             if batch is None:
                 continue
             bar.update()

@@ -20,7 +20,7 @@ import torch
 from rtl_dist.data.loading.blocks import blocks_of_rank
 
 _FEATURES, _USED, _DESCRIPTION = "features.bin", "used.npy", "description.json"
-_CHUNK = 2**24  # bytes read at a time
+CHUNK_BYTES = 2**24  # bytes read at a time
 _DTYPES = {str(t): t for t in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 
 
@@ -192,6 +192,6 @@ def _crc32(file: BinaryIO, start: int, end: int) -> int:
     """Of a file's bytes from start to end, or to where it ends."""
     file.seek(start)
     crc = 0
-    while chunk := file.read(min(_CHUNK, end - file.tell())):
+    while chunk := file.read(min(CHUNK_BYTES, end - file.tell())):
         crc = zlib.crc32(chunk, crc)
     return crc

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 FOLDER = "lr_finder"  # in the run folder: one file a stage
-_SMOOTHING = 0.8  # of the moving average of losses
+SMOOTHING = 0.8  # of the moving average of losses
 _NEAR = 1.05  # times the lowest smoothed loss: as good as that
 
 
@@ -11,8 +11,8 @@ def smoothed(losses: list[float]) -> list[float]:
     """Exponential moving average, corrected for its start."""
     average, result = 0.0, []
     for i, loss in enumerate(losses, start=1):
-        average = _SMOOTHING * average + (1 - _SMOOTHING) * loss
-        result.append(average / (1 - _SMOOTHING**i))
+        average = SMOOTHING * average + (1 - SMOOTHING) * loss
+        result.append(average / (1 - SMOOTHING**i))
     return result
 
 

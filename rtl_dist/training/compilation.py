@@ -17,7 +17,7 @@ LOG = logging.getLogger("rtl_dist")
 # a CPU it does not pay at all: a ResNet-18 in bfloat16 took 145 s to compile and was then no faster
 # (0.25 to 0.94 times as fast, two EPYC vCPUs, torch 2.15, 2026-11-21).
 _LEAST_IMAGES = 1_200_000
-_LEAST_S = 20 * 60.0  # of work left, so that a trial that was in vain costs a few percent
+LEAST_S = 20 * 60.0  # of work left, so that a trial that was in vain costs a few percent
 _WARMUPS, _REPEATS = 2, 3
 
 
@@ -42,15 +42,15 @@ def compiling_pays(
     def judge() -> bool:
         inputs = make_inputs()
         try:
-            eager_s = _time_passes(copy.deepcopy(trained), inputs, runtime)
+            eager_s = time_passes(copy.deepcopy(trained), inputs, runtime)
         except torch.OutOfMemoryError:  # two of them are too many, or the microbatch is too large
             return False
         passes = num_images / len(inputs) / runtime.world_size
-        if eager_s * passes < _LEAST_S:
+        if eager_s * passes < LEAST_S:
             return False
         started_at = time.perf_counter()
         try:
-            compiled_s = _time_passes(torch.compile(copy.deepcopy(trained)), inputs, runtime)
+            compiled_s = time_passes(torch.compile(copy.deepcopy(trained)), inputs, runtime)
         except Exception as error:  # noqa: BLE001 - a compiler fails in any way; eager always works
             LOG.warning("compile: %s cannot be compiled (%r); it runs as it is", what, error)
             return False
@@ -73,7 +73,7 @@ def compiling_pays(
     return verdict
 
 
-def _time_passes(network: nn.Module, inputs: torch.Tensor, runtime: Runtime) -> float:
+def time_passes(network: nn.Module, inputs: torch.Tensor, runtime: Runtime) -> float:
     """Seconds of a forward and a backward pass, the best of some."""
     best = float("inf")
     for turn in range(_WARMUPS + _REPEATS):

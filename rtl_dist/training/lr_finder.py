@@ -21,7 +21,7 @@ from rtl_dist.training.stage_trainer import StageTrainer
 
 LOG = logging.getLogger("rtl_dist")
 _LOWEST, _HIGHEST = 1e-6, 1.0
-_STEPS = 80
+STEPS = 80
 _HOPELESS = 3.0  # times the lowest loss: the test ends
 
 
@@ -33,13 +33,13 @@ def find_learning_rate(stage: ResolvedStage, run: Run) -> float:
         StopRequested: on every rank. RtlDistError: a rank's loader failed, or the loss is never a
             number.
     """
-    LOG.info("stage %s: looking for its learning rate in up to %d steps", stage.name, _STEPS)
+    LOG.info("stage %s: looking for its learning rate in up to %d steps", stage.name, STEPS)
     models = [run.model] + ([run.average.model] if run.average else [])
     weights = [{k: v.clone() for k, v in model.state_dict().items()} for model in models]
     state = copy.deepcopy(vars(run.state))
     scaler = run.runtime.accelerator.scaler
     scale = scaler.state_dict() if scaler else {}
-    trainer = StageTrainer(stage, run, lr=1.0, num_steps=_STEPS)
+    trainer = StageTrainer(stage, run, lr=1.0, num_steps=STEPS)
     try:
         rates, losses = _measure(trainer, run, stage)
     finally:
@@ -68,12 +68,12 @@ def _measure(
     runtime = run.runtime
     rates: list[float] = []
     losses: list[float] = []
-    growth = math.log(_HIGHEST / _LOWEST) / (_STEPS - 1)
+    growth = math.log(_HIGHEST / _LOWEST) / (STEPS - 1)
     with (
         runtime.heartbeat.phase("looking for a learning rate"),
-        runtime.progress(total=_STEPS, what=f"lr of {stage.name}", unit="step") as bar,
+        runtime.progress(total=STEPS, what=f"lr of {stage.name}", unit="step") as bar,
     ):
-        for number in range(_STEPS):
+        for number in range(STEPS):
             rate = _LOWEST * math.exp(growth * number)
             outcome = trainer.step(rate)
             stop = outcome.abandoned

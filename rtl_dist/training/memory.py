@@ -16,7 +16,7 @@ from rtl_dist.model.classifier import Classifier, place
 LOG = logging.getLogger("rtl_dist")
 _LARGEST = 512  # images; beyond it no ResNet gets faster
 _CPU_LIMIT = 32  # a CPU's speed does not grow beyond, its memory's use does
-_USABLE = 0.9  # of the memory: what a run meets later may be a little more than the probe
+USABLE = 0.9  # of the memory: what a run meets later may be a little more than the probe
 
 
 def resolve_micro_batch_size(config: Config, runtime: Runtime, *, num_classes: int) -> int:
@@ -40,13 +40,13 @@ def resolve_micro_batch_size(config: Config, runtime: Runtime, *, num_classes: i
     divisors = [size for size in range(share, 0, -1) if share % size == 0]
     if runtime.device.type == "cuda":
         sizes = [size for size in divisors if size <= _LARGEST]
-        return _largest_that_fits(config, runtime, sizes, num_classes)
+        return largest_that_fits(config, runtime, sizes, num_classes)
     # 1 only if there is nothing else: BatchNorm cannot learn from one image
     small = [size for size in divisors if 1 < size <= _CPU_LIMIT]
     return small[0] if small else min(size for size in divisors if size > 1 or share == 1)
 
 
-def _largest_that_fits(config: Config, runtime: Runtime, sizes: list[int], num_classes: int) -> int:
+def largest_that_fits(config: Config, runtime: Runtime, sizes: list[int], num_classes: int) -> int:
     """The first of ``sizes`` that fits on every rank, by training steps of a network of the same
     shape, all of it trained, at the largest image size of any stage."""
     model = make_classifier(config.model, config.data, num_classes=num_classes, seed=config.seed)
@@ -88,7 +88,7 @@ def _fits(
         return True
     free, of_device = torch.cuda.mem_get_info(runtime.device)
     others = of_device - free - torch.cuda.memory_reserved(runtime.device)
-    return torch.cuda.max_memory_reserved(runtime.device) + others <= _USABLE * of_device
+    return torch.cuda.max_memory_reserved(runtime.device) + others <= USABLE * of_device
 
 
 def _free(device: torch.device) -> None:

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from launched_runs import finish, start_ranks
+from killed_runs import require_done, run_ranks
 from report_helpers import assert_drawn, assert_no_leftovers, assert_self_contained
 from tiny_runs import make_dataset, tiny_config, write_config
 
@@ -24,7 +24,7 @@ def config(tmp_path, dataset):
 
 @pytest.fixture
 def few_steps(monkeypatch):
-    monkeypatch.setattr("rtl_dist.training.lr_finder._STEPS", 8)
+    monkeypatch.setattr("rtl_dist.training.lr_finder.STEPS", 8)
 
 
 def content_of(folder):
@@ -89,7 +89,7 @@ def test_a_loss_that_is_never_a_number_is_told(tmp_path, config, capsys, monkeyp
     results = tmp_path / "run-find-lr" / "results.json"
     assert json.loads(results.read_text())["status"] == "failed"
     monkeypatch.undo()
-    monkeypatch.setattr("rtl_dist.training.lr_finder._STEPS", 8)
+    monkeypatch.setattr("rtl_dist.training.lr_finder.STEPS", 8)
     assert main(["find-lr", "--config", config, "run.resume=never"]) == 0
     assert not results.exists()
 
@@ -113,14 +113,11 @@ def test_a_folder_of_a_training_is_refused(tmp_path, config, capsys):
 def test_two_processes_find_the_rate_of_one(tmp_path, config, capsys):
     assert main(["find-lr", "--config", config, "precision=fp64"]) == 0
     line = capsys.readouterr().out.strip().splitlines()[-1]
-    arguments = ["find-lr", "--config", config, "precision=fp64", f"run.dir={tmp_path / 'two'}"]
-    ranks = start_ranks(arguments, 2, program=("-m", "rtl_dist"))
-    outputs = []
-    for code, output in [finish(process) for process in ranks]:
-        assert code == 0, output
-        outputs.append(output)
-    assert outputs[0].splitlines()[-1] == line.replace(str(tmp_path / "run"), str(tmp_path / "two"))
-    assert "stages.0.lr" not in outputs[1]
+    run = f"run.dir={tmp_path / 'two'}"
+    exits = run_ranks(config, "precision=fp64", run, command="find-lr", world_size=2)
+    require_done(exits)
+    assert exits[0].last_line == line.replace(str(tmp_path / "run"), str(tmp_path / "two"))
+    assert "stages.0.lr" not in exits[1].output
     one, two = (found_in(tmp_path / f"{name}-find-lr", "head") for name in ("run", "two"))
     assert two["rates"] == one["rates"]
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)

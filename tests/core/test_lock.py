@@ -135,3 +135,27 @@ def test_it_is_given_up_within_seconds(held, monkeypatch):
 )
 def test_who_may_leave_before_the_processes_have_met(env, may):
     assert may_end_alone(env) is may
+
+
+def test_a_forked_worker_does_not_hold_the_lock_on(tmp_path):
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    forked, child_forked = os.pipe()
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:  # a worker that outlives this process's hold
+        os.close(writing)
+        os.write(child_forked, b".")
+        os.read(reading, 1)
+        os._exit(0)
+    try:
+        os.read(forked, 1)
+        lock.release()
+        again = RunLock(tmp_path)
+        again.acquire()
+        again.release()
+    finally:
+        os.close(writing)
+        os.waitpid(child, 0)
+        for pipe in (forked, child_forked, reading):
+            os.close(pipe)

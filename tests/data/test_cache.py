@@ -25,10 +25,10 @@ NAMES = [f"{letter}.tar" for letter in "abcdefgh"]
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(remote, "_FIRST_WAIT_S", 0.001)
-    monkeypatch.setattr(remote, "_ATTEMPTS", 4)
-    monkeypatch.setattr(remote, "_CHUNK", 4_000)
-    monkeypatch.setattr(remote, "_SMALLEST_CHUNK", 1_000)
+    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(remote, "ATTEMPTS", 4)
+    monkeypatch.setattr(remote, "CHUNK", 4_000)
+    monkeypatch.setattr(remote, "SMALLEST_CHUNK", 1_000)
 
 
 @pytest.fixture
@@ -159,8 +159,8 @@ def test_without_waiting_what_another_fetches_is_left_to_it(server, files, cache
 
 def start_fetch(cache, file, wait_s=0.001):
     code = (
-        "import sys; from rtl_dist.data import remote; from rtl_dist.data.storage.cache import *\n"
-        f"remote._CHUNK = 4000; remote._FIRST_WAIT_S = {wait_s}\n"
+        "import sys; from rtl_dist.data.storage import remote; from rtl_dist.data.storage.cache import *\n"
+        f"remote.CHUNK = 4000; remote.FIRST_WAIT_S = {wait_s}\n"
         f"print(Cache({str(cache.folder)!r}, {cache.limit / 1e9!r}).fetch({file!r}))"
     )
     return subprocess.Popen(
@@ -345,7 +345,7 @@ def test_wrong_bytes_are_asked_for_once_more(server, files, cache):
 
 def test_who_waited_for_a_failure_fails_with_it(server, files, cache, monkeypatch):
     """Else a hundred processes would each find out for a minute that the server is gone."""
-    monkeypatch.setattr(remote, "_FIRST_WAIT_S", 0.1)
+    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.1)
     server.fail(NAMES[0], "status", 503)
     errors = []
 

@@ -147,7 +147,7 @@ def test_a_large_index_is_not_read_ahead(tmp_path, monkeypatch):
     dataset = packed(tmp_path, {"train/a": 5, "train/b": 5})
     split = dataset.split("train")
     assert not is_mapped_for_random_reads(split)
-    monkeypatch.setattr("rtl_dist.data.format.dataset._CHECKED_INDEX_BYTES", 100)
+    monkeypatch.setattr("rtl_dist.data.format.dataset.CHECKED_INDEX_BYTES", 100)
     large = dataset.split("train")
     assert is_mapped_for_random_reads(large)
     assert large.index.tolist() == split.index.tolist()

@@ -100,7 +100,7 @@ def test_a_large_file_is_never_copied_as_a_whole_again_and_again(monkeypatch):
         def __getattr__(self, name):
             return getattr(self._real, name)
 
-    monkeypatch.setattr("rtl_dist.data.images.png_check._BLOCK_BYTES", 1000)
+    monkeypatch.setattr("rtl_dist.data.images.png_check.BLOCK_BYTES", 1000)
     monkeypatch.setattr("rtl_dist.data.images.png_check.zlib.decompressobj", Inflater)
     noise = np.random.default_rng(0).bytes(300 * 100)
     rows = b"".join(b"\0" + noise[i : i + 300] for i in range(0, len(noise), 300))

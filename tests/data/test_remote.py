@@ -25,10 +25,10 @@ NAME = "a.tar"
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(remote, "_FIRST_WAIT_S", 0.001)
-    monkeypatch.setattr(remote, "_CHUNK", 16_000)
-    monkeypatch.setattr(remote, "_SMALLEST_CHUNK", 1_000)
-    monkeypatch.setattr(remote, "_said_at", [-remote._SILENCE_S])
+    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(remote, "CHUNK", 16_000)
+    monkeypatch.setattr(remote, "SMALLEST_CHUNK", 1_000)
+    monkeypatch.setattr(remote, "SILENCE_S", 0)
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_a_broken_connection_is_taken_up_where_it_broke(server, url):
 
 
 def test_a_slow_line_gets_smaller_pieces(server, url, monkeypatch):
-    monkeypatch.setattr(remote, "_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(remote, "TIMEOUT_S", 0.2)
     server.fail("*", "slow", 50_000)  # 16,000 bytes take 0.32 s
     assert read(url, 0, 30_000) == CONTENT[:30_000]
     lengths = [end - start for start, end in (r.range for r in server.gets())]
@@ -134,7 +134,7 @@ def test_a_slow_line_gets_smaller_pieces(server, url, monkeypatch):
 
 
 def test_a_server_that_says_nothing_is_asked_again(server, url, monkeypatch):
-    monkeypatch.setattr(remote, "_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(remote, "TIMEOUT_S", 0.2)
     server.fail("*", "hang", times=2)
     assert read(url) == CONTENT
     assert server.fired["hang"] == 2
@@ -144,7 +144,7 @@ def test_a_server_that_says_nothing_is_asked_again(server, url, monkeypatch):
 
 
 def test_a_server_that_is_gone_is_not_asked_for_ever(server, url, monkeypatch):
-    monkeypatch.setattr(remote, "_ATTEMPTS", 3)
+    monkeypatch.setattr(remote, "ATTEMPTS", 3)
     assert read(url) == CONTENT
     server.stop()
     for ask in (lambda: read(url), lambda: size_of(url), lambda: sizes_of([url])):
@@ -154,7 +154,7 @@ def test_a_server_that_is_gone_is_not_asked_for_ever(server, url, monkeypatch):
 
 def test_waits_grow_and_end(server, url, monkeypatch):
     waits = []
-    monkeypatch.setattr(remote, "_FIRST_WAIT_S", 0.5)
+    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.5)
     monkeypatch.setattr(remote.time, "sleep", waits.append)
     server.fail("*", "status", 503)
     with pytest.raises(RemoteError, match="503"):
@@ -215,7 +215,7 @@ def test_a_password_in_a_url_is_refused(url):
 
 
 def test_a_forked_process_reads_and_leaves_its_parents_connections_alone(server, url, monkeypatch):
-    monkeypatch.setattr(remote, "_TIMEOUT_S", 3)
+    monkeypatch.setattr(remote, "TIMEOUT_S", 3)
     assert read(url) == CONTENT
     context = multiprocessing.get_context("fork")
     for _ in range(2):

@@ -25,7 +25,7 @@ MICRO, SEED, PER_SHARD = 4, 3, 30
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(remote, "_FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.001)
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,17 @@ from rtl_dist.core.errors import DataError
 from rtl_dist.distributed import watch
 from rtl_dist.distributed.heartbeat import Heartbeat
 from rtl_dist.distributed.watch import Watch, clear_heartbeats
+from rtl_dist.evaluation.scoring import logits_from_images
+from rtl_dist.model.batchnorm import StepStatistics
+from rtl_dist.model.build import build_model
+from rtl_dist.model.folder import write_model_folder
+from rtl_dist.records.checkpoint import save_checkpoint
+from rtl_dist.training.stage_optimizer import StageOptimizer
+from rtl_dist.training.stage_trainer import StageTrainer
 
-STEP = "rtl_dist.training.stage_trainer:StageTrainer.step"
-NEXT = "rtl_dist.training.stage_trainer:StageTrainer.next_batch"
-EVALUATE = "rtl_dist.evaluation.scoring:_from_images"
+STEP = StageTrainer.step
+NEXT = StageTrainer.next_batch
+EVALUATE = logits_from_images
 TIMEOUT = "run.timeout=4 seconds"
 
 
@@ -82,7 +89,7 @@ def survivors_last_line(config: str, fault: At, *overrides: str) -> str:
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_a_stalled_rank_ends_the_job_and_is_named(config, tmp_path, dataset, rank):
     line = survivors_last_line(config, Stall(place=STEP, call=8, rank=rank))
     found = re.fullmatch(
@@ -108,7 +115,7 @@ def test_a_rank_that_stalls_in_an_evaluation(config):
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_a_loader_that_stalls(config, world_size):
     """Its rank lives, and waits for no other."""
     fault = StopWorkers(place=NEXT, call=5, rank=world_size - 1)
@@ -126,9 +133,9 @@ def test_a_loader_that_stalls(config, world_size):
 @pytest.mark.launch
 @pytest.mark.parametrize(
     "place",
-    ["rtl_dist.training.stage_trainer:StageTrainer.learn_from",
-     "rtl_dist.training.stage_optimizer:StageOptimizer.step",
-     "rtl_dist.model.batchnorm:StepStatistics.fold"],
+    [StageTrainer.learn_from,
+     StageOptimizer.step,
+     StepStatistics.fold],
 )  # fmt: skip
 def test_of_two_ranks_that_live_the_one_that_holds_the_other_up_is_named(config, place):
     fault = Hold(place=place, call=15, rank=1, seconds=60.0)
@@ -158,9 +165,9 @@ def test_a_stop_while_a_loader_stalls_saves_the_last_whole_step(config, tmp_path
 @pytest.mark.launch
 @pytest.mark.parametrize(
     "place",
-    ["rtl_dist.training.begin:build_model",
-     "rtl_dist.records.checkpoint:save_checkpoint",  # in its thread: the next one waits for it
-     "rtl_dist.training.saving:write_model_folder"],
+    [build_model,
+     save_checkpoint,  # in its thread: the next one waits for it
+     write_model_folder],
 )  # fmt: skip
 def test_a_rank_that_works_for_long_is_waited_for(config, place):
     """Twice the time-out in a phase that may take any time; in any other it would be ended."""

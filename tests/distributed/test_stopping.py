@@ -13,15 +13,18 @@ from killed_runs import At, Exit, require_done, run_ranks
 from tiny_runs import make_dataset, require_equal_runs, results, tiny_config, write_config
 
 from rtl_dist.distributed.stopping import StopRequests
+from rtl_dist.evaluation.scoring import logits_from_images
+from rtl_dist.training.begin import open_data
+from rtl_dist.training.stage_trainer import StageTrainer
 
 pytestmark = pytest.mark.launch
 
 MICROBATCH = (
-    "rtl_dist.training.stage_trainer:StageTrainer.learn_from"  # 4 a step, shared by the ranks
+    StageTrainer.learn_from  # 4 a step, shared by the ranks
 )
-STEP = "rtl_dist.training.stage_trainer:StageTrainer.step"
-IMAGES = "rtl_dist.evaluation.scoring:_from_images"
-OPEN = "rtl_dist.training.begin:open_data"
+STEP = StageTrainer.step
+IMAGES = logits_from_images
+OPEN = open_data
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,13 +52,13 @@ def test_the_scores_are_in_the_order_of_the_index(dataset, runtime):
 
 @pytest.mark.parametrize("change", ["left out", "twice"])
 def test_a_block_that_does_not_come_once_is_no_result(dataset, runtime, monkeypatch, change):
-    blocks_of = room._blocks_of
+    blocks_of = room.blocks_of
 
     def other_blocks(*given):
         blocks = list(blocks_of(*given))
         return blocks[1:] if change == "left out" else [*blocks, blocks[0]]
 
-    monkeypatch.setattr(room, "_blocks_of", other_blocks)
-    monkeypatch.setattr(room, "_rounds", lambda *given: len(other_blocks(*given)))
+    monkeypatch.setattr(room, "blocks_of", other_blocks)
+    monkeypatch.setattr(room, "rounds_of", lambda *given: len(other_blocks(*given)))
     with pytest.raises(RuntimeError, match=r"split 'val': \d+ of 300 samples were not counted"):
         score(dataset, runtime)

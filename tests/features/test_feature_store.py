@@ -200,7 +200,7 @@ def test_each_rank_looks_at_blocks_of_its_own(store):
 
 def test_blocks_are_read_in_pieces(store, monkeypatch):
     key = add(store)
-    monkeypatch.setattr("rtl_dist.features.view_files._CHUNK", 7)
+    monkeypatch.setattr("rtl_dist.features.view_files.CHUNK_BYTES", 7)
     assert is_sound(store, key)
     flip(store.root / key / "features.bin", -1)
     assert not is_sound(store, key)

@@ -145,7 +145,7 @@ class SlowDisk(At):
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 SAVED_AT = 3
-SAVE = "rtl_dist.records.checkpoint:save_checkpoint"
+SAVE = save_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,63 @@
-"""Benchmarks that a decision rests on still run, here with as little as they take."""
+"""Benchmarks run: those that can in seconds at their smallest, of the others the arguments."""
 
 import re
+import runpy
 import subprocess
 import sys
-from pathlib import Path
 
+import pytest
 from pack_images import class_folders
+from tiny_runs import ROOT
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
+SMALLEST = {
+    "checkpoint.py": "--rounds 1 --model test_resnet",
+    "loader.py": "--images {images} --sides ours --repeats 1 --batches 1 --workers 1",
+    "scale.py": "--shards 5000",
+    "shuffle.py": "",
+}
+# They start others, are of others, train for minutes, or (``sides.py``) are what the others import.
+TOO_LONG = {
+    "fastai_loop.py",
+    "finetune_step.py",
+    "frozen_loop.py",
+    "head_stage.py",
+    "hymenoptera.py",
+    "lightning_loop.py",
+    "sides.py",
+    "startup.py",
+    "time_to_accuracy.py",
+    "tutorial_loop.py",
+}
+OF_OTHERS = {"fastai_loop.py": "fastai", "lightning_loop.py": "lightning"}
+
+
+def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
+
+
+def test_each_benchmark_is_here():
+    own_test = {"png_decoders.py", "png_files.py"}
+    assert SMALLEST.keys() | TOO_LONG | own_test == {path.name for path in BENCHMARKS.glob("*.py")}
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_it_runs(tmp_path, monkeypatch, capsys, name):
+    class_folders(tmp_path / "images", {"ants": 4, "bees": 4}, "JPEG")
+    run(name, monkeypatch, *SMALLEST[name].format(images=tmp_path / "images").split())
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(TOO_LONG - {"sides.py"}))
+def test_it_says_how_it_is_called(monkeypatch, capsys, name):
+    if name in OF_OTHERS:
+        pytest.importorskip(OF_OTHERS[name])
+    with pytest.raises(SystemExit) as left:
+        run(name, monkeypatch, "--help")
+    assert left.value.code == 0
+    assert "--" in capsys.readouterr().out
 
 
 def test_png_decoders(tmp_path):

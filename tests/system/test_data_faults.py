@@ -1,19 +1,22 @@
 """What goes wrong with data in a run of two processes ends both, together, with the same words."""
 
 import json
+import multiprocessing
 import os
+import re
 import signal
-import time
-from pathlib import Path
+from dataclasses import dataclass
 
 import pytest
-from launched_runs import finish, start_ranks
+from killed_runs import At, Exit, run_ranks
 from small_sets import order_of
 from tiny_runs import damage, make_dataset, tiny_config, write_config
 
 from rtl_dist.data.format.dataset import open_dataset
+from rtl_dist.training.stage_trainer import StageTrainer
 
 pytestmark = pytest.mark.launch
+STEP = StageTrainer.step
 
 
 @pytest.fixture(scope="module")
@@ -29,45 +32,48 @@ def long_run(dataset, folder, **changes):
     return write_config(folder / "config.yaml", tiny_config(dataset, folder / "run", **changes))
 
 
-def children_of(pid: int) -> list[int]:
-    return [
-        int(child)
-        for task in Path(f"/proc/{pid}/task").iterdir()
-        for child in (task / "children").read_text().split()
-    ]
+def last_words(exits: list[Exit]) -> str:
+    """What all of them say, which is the same."""
+    (said,) = {
+        next(line for line in reversed(one.output.splitlines()) if line.startswith("rtl-dist:"))
+        for one in exits
+    }
+    return said
 
 
-def last_words(outputs: list[str]) -> list[str]:
-    return [
-        next(line for line in reversed(output.splitlines()) if line.startswith("rtl-dist:"))
-        for output in outputs
-    ]
+@dataclass(frozen=True, kw_only=True)
+class KillWorker(At):
+    """SIGKILL for the loader's process."""
+
+    def happen(self) -> None:
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, signal.SIGKILL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmptyShard(At):
+    """A shard that loses all it holds."""
+
+    path: str
+
+    def happen(self) -> None:
+        os.truncate(self.path, 0)
 
 
 def test_a_killed_worker_of_one_rank_ends_both(dataset, tmp_path):
     config = long_run(dataset, tmp_path, data__workers=1)
-    ranks = start_ranks(["--config", config], 2)
-    log = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 100
-    while not (log.exists() and log.read_text().count("\n") >= 2):
-        assert time.monotonic() < deadline, [finish(rank) for rank in ranks]
-        time.sleep(0.1)
-    (victim,) = children_of(ranks[1].pid)
-    os.kill(victim, signal.SIGKILL)
-    killed_at = time.monotonic()
-    codes, outputs = zip(*(finish(rank) for rank in ranks), strict=True)
-    assert time.monotonic() - killed_at < 60
-    assert codes == (1, 1), outputs
-    first, second = last_words(outputs)
-    assert first == second
-    assert f"loader process {victim} was killed" in first
+    exits = run_ranks(config, world_size=2, fault=KillWorker(place=STEP, call=8, rank=1))
+    assert exits[1].fired
+    assert [one.code for one in exits] == [1, 1], exits
+    worker = re.search(r"loader process \d+ was killed", last_words(exits))
+    assert worker, last_words(exits)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["status"] == "failed"
-    assert f"loader process {victim}" in results["reason"]
+    assert worker[0] in results["reason"]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_one_damaged_sample_too_many_ends_both_at_the_same_step(dataset, tmp_path, workers):
+def test_one_damaged_sample_too_many_ends_both_at_the_same_step(tmp_path, workers):
     (tmp_path / "data").mkdir()
     damaged = make_dataset(tmp_path / "data")
     samples = order_of(open_dataset(damaged).split("train"), seed=5).samples_at(0, 48)[0]
@@ -75,12 +81,9 @@ def test_one_damaged_sample_too_many_ends_both_at_the_same_step(dataset, tmp_pat
     damage(damaged, "train", budget_spent_by)
     damage(damaged, "train", over_at)
     config = long_run(damaged, tmp_path, data__workers=workers, data__bad_samples=1)
-    ranks = start_ranks(["--config", config], 2)
-    codes, outputs = zip(*(finish(rank) for rank in ranks), strict=True)
-    assert codes == (3, 3), outputs
-    first, second = last_words(outputs)
-    assert first == second
-    assert f"sample {over_at} of split 'train'" in first
+    exits = run_ranks(config, world_size=2)
+    assert [one.code for one in exits] == [3, 3], exits
+    assert f"sample {over_at} of split 'train'" in last_words(exits)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["steps"] == 4
     assert results["bad_samples"]["count"] == 2
@@ -90,19 +93,11 @@ def test_one_damaged_sample_too_many_ends_both_at_the_same_step(dataset, tmp_pat
     ] == [True, True]
 
 
-def test_a_shard_lost_in_mid_run_ends_both(dataset, tmp_path):
+def test_a_shard_lost_in_mid_run_ends_both(tmp_path):
     """A whole shard is no damaged sample: the budget does not cover it."""
     damaged = make_dataset(tmp_path / "data")
     config = long_run(damaged, tmp_path, data__workers=0, data__bad_samples=1000)
-    ranks = start_ranks(["--config", config], 2)
-    log = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 100
-    while not log.exists():
-        assert time.monotonic() < deadline, [finish(rank) for rank in ranks]
-        time.sleep(0.05)
     shard = open_dataset(damaged).split("train").shard_path(0)
-    os.truncate(shard, 0)
-    codes, outputs = zip(*(finish(rank) for rank in ranks), strict=True)
-    first, second = last_words(outputs)
-    assert (codes, first == second) == ((3, 3), True), outputs
-    assert shard.name in first
+    exits = run_ranks(config, world_size=2, fault=EmptyShard(place=STEP, call=5, path=str(shard)))
+    assert [one.code for one in exits] == [3, 3], exits
+    assert shard.name in last_words(exits)

@@ -1,11 +1,12 @@
 """Disks that fill up or turn read-only under a run: real ones, small, mounted for it, which needs
 root; and disks that fail from any call of the run on, the whole of which is
-``pytest -m exhaustive tests/test_disk_faults.py`` (some 15 minutes).
+``pytest -m exhaustive tests/system/test_disk_faults.py`` (some 15 minutes).
 
 What a disk may do at each single call of a save: ``test_save_faults.py``.
 """
 
 import errno
+import itertools
 import os
 import shutil
 import subprocess
@@ -15,15 +16,25 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from grids import one_of_each
 from killed_runs import FAIL_ON, FULL, At, DiskFault, Kill, require_killed, require_shim, run_ranks
 from tiny_runs import make_dataset, newest_checkpoint, require_equal_runs, tiny_config, write_config
+
+from rtl_dist.features.compute import compute_view
+from rtl_dist.features.store import FeatureStore
+from rtl_dist.features.view_files import write_block
+from rtl_dist.model.folder import write_model_folder
+from rtl_dist.records.checkpoint import save_checkpoint
+from rtl_dist.records.environment import describe_run
+from rtl_dist.records.tracking import Tracker
+from rtl_dist.training.finish import finish
 
 pytestmark = pytest.mark.launch
 
 CHANGES = {"run__ledger": True, "optim": {"ema": 0.9}, "stages__0__views": 1}
 ADVICE = "free space or correct the permissions, then start the same command again"
-SAVE = "rtl_dist.records.checkpoint:save_checkpoint"
-LOG = "rtl_dist.records.tracking:Tracker.log"
+SAVE = save_checkpoint
+LOG = Tracker.log
 BALLAST = "ballast"
 
 
@@ -94,19 +105,24 @@ class Fill(At):
             os.posix_fallocate(file.fileno(), 0, pages * stat.f_bsize)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+FULL_AT = [
+    (SAVE, 1, 0, ""),  # while it is written the next row or line may be the first to fail
+    (SAVE, 3, 600_000, ""),  # in the middle of the optimizer's file
+    (SAVE, 9, 4096, "checkpoints/step-00000020"),  # the last one
+    (LOG, 1, 0, "metrics.jsonl"),
+    (write_model_folder, 1, 100_000, "best"),
+    (describe_run, 1, 0, "config.yaml"),
+    (finish, 1, 0, "results.json"),
+]
+
+
 @pytest.mark.parametrize(
-    ("place", "call", "left", "said"),
-    [
-        (SAVE, 1, 0, ""),  # while it is written the next row or line may be the first to fail
-        (SAVE, 3, 600_000, ""),  # in the middle of the optimizer's file
-        (SAVE, 9, 4096, "checkpoints/step-00000020"),  # the last one
-        (LOG, 1, 0, "metrics.jsonl"),
-        ("rtl_dist.model.folder:write_model_folder", 1, 100_000, "best"),
-        ("rtl_dist.records.environment:describe_run", 1, 0, "config.yaml"),
-        ("rtl_dist.training.finish:finish", 1, 0, "results.json"),
-    ],
-    ids=lambda value: value.partition(":")[2] if ":" in str(value) else str(value),
+    ("place", "call", "left", "said", "world_size"),
+    one_of_each(
+        [(*one, world_size) for one in FULL_AT for world_size in (1, 2)],
+        kind=lambda case: case[:2] if case[4] == 1 else "two ranks",
+        name=lambda case: f"{case[0].__name__} {case[1]}, {case[4]} ranks",
+    ),
 )
 def test_a_disk_that_fills_ends_the_run_and_it_goes_on_when_there_is_room(
     tmp_path, disk, config, undisturbed, place, call, left, said, world_size
@@ -126,9 +142,9 @@ def test_a_disk_that_fills_ends_the_run_and_it_goes_on_when_there_is_room(
 @pytest.mark.parametrize(
     ("place", "left"),
     [
-        ("rtl_dist.features.compute:compute_view", 0),
-        ("rtl_dist.features.view_files:write_block", 0),
-        ("rtl_dist.features.store:FeatureStore.publish", 0),
+        (compute_view, 0),
+        (write_block, 0),
+        (FeatureStore.publish, 0),
     ],
 )
 def test_a_disk_that_fills_with_features_costs_only_time(
@@ -145,8 +161,14 @@ def test_a_disk_that_fills_with_features_costs_only_time(
 # --- read-only ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("is_there", [False, True], ids=["a new run", "a run to go on with"])
+@pytest.mark.parametrize(
+    ("is_there", "world_size"),
+    one_of_each(
+        itertools.product([False, True], [1, 2]),
+        kind=lambda case: case[0],
+        name=lambda case: f"{'a run to go on with' if case[0] else 'a new run'}, {case[1]} ranks",
+    ),
+)
 def test_a_disk_that_is_read_only_at_the_start_is_refused(
     tmp_path, disk, config, undisturbed, is_there, world_size
 ):
@@ -179,10 +201,18 @@ class TurnReadOnly(At):
         mount("-o", "remount,ro,bind", self.folder)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize(("name", "place"), [
-    ("checkpoints", SAVE), ("best", "rtl_dist.model.folder:write_model_folder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "place", "world_size"),
+    one_of_each(
+        [
+            (name, place, world_size)
+            for name, place in (("checkpoints", SAVE), ("best", write_model_folder))
+            for world_size in (1, 2)
+        ],
+        kind=lambda case: case[0],
+        name=lambda case: f"{case[0]}, {case[2]} ranks",
+    ),
+)
 def test_a_folder_that_turns_read_only_ends_the_run(
     tmp_path, disk, config, undisturbed, name, place, world_size
 ):
@@ -205,8 +235,7 @@ HOW = {"read-only": (FAIL_ON, errno.EROFS), "full": (FULL, errno.ENOSPC)}
 SHARES = 40
 
 
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("call", [12, 60, 150])
+@pytest.mark.parametrize(("call", "how"), [(12, "full"), (60, "read-only"), (150, "full")])
 def test_a_whole_disk_that_fails_ends_the_run(tmp_path, config, undisturbed, call, how):
     """Read-only as a kernel makes it that met an error: files that are open are of no use, either."""
     require_shim()

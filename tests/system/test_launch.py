@@ -15,20 +15,23 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from killed_runs import Fault, Signal, replace_everywhere, run_ranks
+from killed_runs import Fault, Signal, replace_everywhere, require_done, run_ranks
 from launched_runs import ROOT, SCRIPT, environment, finish, start
 from safetensors.torch import load_file
+from tiny_runs import make_dataset
 
 import rtl_dist.distributed.runtime
 from rtl_dist.core.errors import UserError
 from rtl_dist.distributed.launchers import launched_world_size
-from rtl_dist.prepare.packing.pack import pack
+from rtl_dist.distributed.runtime import resolve_precision
 from rtl_dist.train import main
+from rtl_dist.training.stage_trainer import StageTrainer
 
 pytestmark = pytest.mark.launch
 
 LAUNCH_FILES = sorted((ROOT / "launch").glob("*.yaml"))
-NUM_VAL, NUM_TEST = 270, 269  # of digits; odd or not, neither divides into equal batches
+NUM_STEPS = 24
+NUM_VAL, NUM_TEST = 150, 15  # neither divides into equal batches
 
 
 # --- the runs ---
@@ -36,31 +39,35 @@ NUM_VAL, NUM_TEST = 270, 269  # of digits; odd or not, neither divides into equa
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> str:
-    """Three stages, 50 steps of 32 images in 4 microbatches, with all that could depend on how the
+    """Three stages, 24 steps of 32 images in 4 microbatches, with all that could depend on how the
     microbatches are shared: BatchNorm, dropout, mixup, an average of the weights."""
     folder = tmp_path_factory.mktemp("launch")
-    pack("digits", folder / "digits", workers=1, show_progress=False)
     content = {
         "seed": 3,
         "run": {"ledger": True},
-        "data": {"path": str(folder / "digits"), "image_size": 32, "crop_pct": 1.0, "workers": 0},
+        "data": {
+            "path": str(make_dataset(folder, val=NUM_VAL)),
+            "image_size": 32,
+            "crop_pct": 1.0,
+            "workers": 0,
+        },
         "augment": {"crop_scale": [0.7, 1.0], "mixup": 0.2},
         "model": {"name": "test_resnet", "weights": "none", "dropout": 0.1},
         "stages": [
-            {"name": "head", "steps": 10, "trainable": "head", "lr": 1e-2, "views": 2},
+            {"name": "head", "steps": 6, "trainable": "head", "lr": 1e-2, "views": 2},
             {
                 "name": "top",
-                "steps": 20,
+                "steps": 8,
                 "trainable": ["layer4", "head"],
                 "lr": 3e-3,
                 "batchnorm": "train",
             },
-            {"name": "all", "steps": 20, "trainable": "all", "lr": 3e-3, "batchnorm": "train"},
+            {"name": "all", "steps": 10, "trainable": "all", "lr": 3e-3, "batchnorm": "train"},
         ],
         "optim": {"ema": 0.9},
         "batch": {"global": 32, "micro": 8},
         "precision": "fp64",
-        "checkpoint": {"every": "12 steps"},
+        "checkpoint": {"every": "9 steps"},
         "track": {"wandb": "off"},
     }
     path = folder / "config.yaml"
@@ -87,14 +94,14 @@ class Outcome:
         return (self.run / "ledger" / "samples.jsonl").read_bytes()
 
     def tensors(self, name: str) -> dict:
-        (checkpoint,) = (self.run / "checkpoints").glob("step-*50")
+        (checkpoint,) = (self.run / "checkpoints").glob(f"step-*{NUM_STEPS}")
         return load_file(checkpoint / f"{name}.safetensors")
 
 
 @pytest.fixture(scope="module")
 def alone(config, tmp_path_factory) -> Outcome:
     run = tmp_path_factory.mktemp("alone") / "run"
-    assert main(["--config", config, f"run.dir={run}"]) == 0
+    require_done(run_ranks(config, f"run.dir={run}"))
     return Outcome(run, "")
 
 
@@ -144,14 +151,14 @@ class TestTwoProcesses:
 
     def test_they_see_the_samples_of_one_process(self, launcher, launched, alone):
         assert launched(launcher).ledger == alone.ledger
-        assert len(alone.ledger.splitlines()) == 50 * 4
+        assert len(alone.ledger.splitlines()) == NUM_STEPS * 4
 
     def test_they_end_with_the_weights_of_one_process(self, launcher, launched, alone):
         outcome = launched(launcher)
         assert largest_difference(outcome, alone, "model") < 1e-10  # BatchNorm statistics too
         assert largest_difference(outcome, alone, "ema") < 1e-10
         assert outcome.results["frozen_ok"] is True
-        assert outcome.results["samples_seen"] == alone.results["samples_seen"] == 50 * 32
+        assert outcome.results["samples_seen"] == alone.results["samples_seen"] == NUM_STEPS * 32
 
     def test_they_count_every_evaluated_sample_once(self, launcher, launched, alone):
         outcome = launched(launcher)
@@ -167,14 +174,14 @@ class TestTwoProcesses:
 
 def test_a_stop_request_to_one_rank_stops_all_and_one_process_goes_on(config, alone, tmp_path):
     run = tmp_path / "run"
-    step = "rtl_dist.training.stage_trainer:StageTrainer.step"
-    fault = Signal(place=step, call=18, number=signal.SIGUSR1, rank=1)
+    step = StageTrainer.step
+    fault = Signal(place=step, call=11, number=signal.SIGUSR1, rank=1)
     exits = run_ranks(config, f"run.dir={run}", world_size=2, fault=fault)
     assert exits[1].fired
     assert [one.code for one in exits] == [75, 75], exits
     assert "saved; start the same command to go on" in exits[0].output  # rank 0 speaks for all
     assert Outcome(run, "").results["status"] == "stopped"
-    assert main(["--config", config, f"run.dir={run}"]) == 0
+    require_done(run_ranks(config, f"run.dir={run}"))
     resumed = Outcome(run, "")
     assert resumed.ledger == alone.ledger
     assert largest_difference(resumed, alone, "model") < 1e-10
@@ -221,9 +228,7 @@ class OtherHardware(Fault):
 
     def install(self, mark: int) -> None:
         os.write(mark, b"it has")
-        replace_everywhere(
-            "rtl_dist.distributed.runtime:resolve_precision", lambda _: lambda wanted: "bf16"
-        )
+        replace_everywhere(resolve_precision, lambda _: lambda wanted: "bf16")
 
 
 def test_machines_of_several_precisions_are_refused(config, tmp_path):

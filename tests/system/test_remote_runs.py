@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import boto3
 import pytest
+from killed_runs import Fault, run_ranks
 from launched_runs import TIMEOUT_S, finish, start_ranks
 from moto.server import ThreadedMotoServer
 from remote_helpers import no_double_downloads, serving
@@ -18,10 +21,10 @@ from rtl_dist.data.format.dataset import open_dataset
 from rtl_dist.data.storage import remote
 from rtl_dist.report import run as report
 
-# What each rank runs: the command, but as ``impatient`` here.
+# The command, but as ``impatient`` here.
 IMPATIENT = (
     "-c",
-    "import sys; from rtl_dist.data import remote; remote._FIRST_WAIT_S = 0.01\n"
+    "import sys; from rtl_dist.data.storage import remote; remote.FIRST_WAIT_S = 0.01\n"
     "from rtl_dist.report import run; run.draw_run = lambda run: None\n"
     "from rtl_dist.train import main; sys.exit(main())",
 )
@@ -37,9 +40,19 @@ NOISE = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Impatient(Fault):
+    """No fault: every rank of a job is as ``impatient`` here."""
+
+    rank: int | None = None
+
+    def install(self, mark: int) -> None:
+        remote.FIRST_WAIT_S = 0.01
+
+
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch, undrawn):
-    monkeypatch.setattr(remote, "_FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.001)
 
 
 @pytest.fixture(scope="module")
@@ -143,9 +156,9 @@ def test_a_bad_line_changes_nothing_but_the_time(local, server, tmp_path):
 
 def test_two_processes_share_one_cache(local, server, tmp_path):
     config = config_of(tmp_path, server.url, data__workers=1)
-    for code, output in map(finish, start_ranks(["--config", config], 2, program=IMPATIENT)):
-        assert code == 0, output
-        assert not noise_in(output), output
+    for one in run_ranks(config, world_size=2, fault=Impatient()):
+        assert one.code == 0, one.output
+        assert not noise_in(one.output), one.output
     assert outcome(tmp_path / "run")[0] == local["full"][0]
     assert no_double_downloads(server, "*.tar")
     assert no_double_downloads(server, "*.npy")
@@ -225,18 +238,25 @@ WINDOW_1 = {"data__shuffle": "window", "data__window": 1, "stages": [ALL]}
 def test_a_server_that_goes_ends_every_rank_with_one_line(dataset, server, tmp_path):
     hold_later_shards(server, dataset)
     config = config_of(tmp_path, server.url, data__workers=1, **WINDOW_1)
-    ranks = start_ranks(["--config", config], 2, program=IMPATIENT)
-    wait_for(lambda: server.fired["hold"])
-    server.stop()
-    begun = time.monotonic()
-    for code, output in map(finish, ranks):
-        assert code == 1, output
-        lines = output.splitlines()
-        assert [line for line in lines if line.startswith("rtl-dist:")] == lines[-1:], output
+    stopped_at = []
+
+    def stop() -> None:
+        wait_for(lambda: server.fired["hold"])
+        server.stop()
+        stopped_at.append(time.monotonic())
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    exits = run_ranks(config, world_size=2, fault=Impatient())
+    stopper.join()
+    assert time.monotonic() - stopped_at[0] < 60
+    for one in exits:
+        assert one.code == 1, one.output
+        lines = one.output.splitlines()
+        assert [line for line in lines if line.startswith("rtl-dist:")] == lines[-1:], one.output
         assert "cannot read http" in lines[-1]
         assert "(8 attempts)" in lines[-1]
-        assert not noise_in(output), output
-    assert time.monotonic() - begun < 60
+        assert not noise_in(one.output), one.output
 
 
 def test_a_run_that_ends_does_not_wait_for_what_it_no_longer_needs(dataset, server, tmp_path):

@@ -19,6 +19,7 @@ from tiny_runs import (
     make_dataset,
     metric_rows,
     newest_checkpoint,
+    require_equal_runs,
     tiny_config,
     train_process,
     write_config,
@@ -31,6 +32,7 @@ from rtl_dist.records import checkpoint
 from rtl_dist.train import main
 from rtl_dist.training import saving
 from rtl_dist.training.stage_trainer import StageTrainer
+from rtl_dist.training.step_boundary import StepBoundary
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 FILES = ("model.safetensors", "optimizer.safetensors", "ema.safetensors")
@@ -56,49 +58,7 @@ def undisturbed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder / "run"
 
 
-def require_equal_runs(one: Path, other: Path) -> None:
-    assert newest_checkpoint(one).name == newest_checkpoint(other).name
-    for name in FILES:
-        assert filecmp.cmp(newest_checkpoint(one) / name, newest_checkpoint(other) / name, False)
-    for name in ("best/model.safetensors", "ledger/samples.jsonl"):
-        assert filecmp.cmp(one / name, other / name, False), name
-    assert metric_rows(one) == metric_rows(other)
-    results = [json.loads((run / "results.json").read_text()) for run in (one, other)]
-    assert results[0]["weights_sha256"] == results[1]["weights_sha256"]
-    assert results[0]["best"] == results[1]["best"]
-
-
-@pytest.mark.parametrize("step", [1, 5, 6, 7, 12, 14, 20])
-@pytest.mark.parametrize("where", ["before the boundary", "after the boundary"])
-def test_ended_at_any_step_it_goes_on_to_the_same_bytes(
-    tmp_path, dataset, undisturbed, monkeypatch, step, where
-):
-    """Steps 5 and 6 lie before and at a stage's end, 12 at a stage's end with a checkpoint that
-    precedes its evaluation, 20 at the end of the run."""
-    import rtl_dist.training.step_boundary as room
-
-    config = write_config(tmp_path / "c.yaml", tiny_config(dataset, tmp_path / "run", **CHANGES))
-    cross = room.Boundary.cross
-
-    def cross_and_die(self):
-        if self._run.state.step == step - 1 and where == "before the boundary":
-            raise Killed
-        cross(self)
-        if self._run.state.step == step:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(room.Boundary, "cross", cross_and_die)
-        with pytest.raises(Killed):
-            main(["--config", config])
-    assert not (tmp_path / "run" / "results.json").exists()
-    assert main(["--config", config]) == 0
-    require_equal_runs(undisturbed, tmp_path / "run")
-
-
 def test_ended_between_saving_and_evaluating(tmp_path, dataset, undisturbed, monkeypatch):
-    import rtl_dist.training.step_boundary as room
-
     config = write_config(tmp_path / "c.yaml", tiny_config(dataset, tmp_path / "run", **CHANGES))
 
     def die(self):
@@ -106,7 +66,7 @@ def test_ended_between_saving_and_evaluating(tmp_path, dataset, undisturbed, mon
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(room.Boundary, "evaluate_if_due", die)
+        patch.setattr(StepBoundary, "evaluate_if_due", die)
         with pytest.raises(Killed):
             main(["--config", config])
     saved = json.loads((newest_checkpoint(tmp_path / "run") / "state.json").read_text())["state"]
@@ -119,15 +79,13 @@ def test_ended_between_saving_and_evaluating(tmp_path, dataset, undisturbed, mon
     assert rows == [12, 15, 20]
 
 
-@pytest.mark.parametrize("step", [3, 9, 12, 14, 20])
+@pytest.mark.parametrize("step", [9, 12, 14, 20])
 def test_asked_to_stop_at_any_step_it_goes_on_to_the_same_bytes(
     tmp_path, dataset, undisturbed, monkeypatch, step
 ):
     """Step 9 is due for a row of metrics, 12 ends a stage."""
-    import rtl_dist.training.step_boundary as room
-
     config = write_config(tmp_path / "c.yaml", tiny_config(dataset, tmp_path / "run", **CHANGES))
-    cross = room.Boundary.cross
+    cross = StepBoundary.cross
 
     def ask_and_cross(self):
         if self._run.state.step == step - 1:  # the step counts once the ranks have agreed
@@ -135,7 +93,7 @@ def test_asked_to_stop_at_any_step_it_goes_on_to_the_same_bytes(
         cross(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(room.Boundary, "cross", ask_and_cross)
+        patch.setattr(StepBoundary, "cross", ask_and_cross)
         assert main(["--config", config]) == 75
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["status"] == "stopped"
@@ -172,53 +130,9 @@ def test_asked_to_stop_while_evaluating(tmp_path, dataset, undisturbed, monkeypa
     require_equal_runs(undisturbed, tmp_path / "run")
 
 
-def test_a_forked_worker_does_not_hold_the_lock_on(tmp_path):
-    from rtl_dist.core.lock import RunLock
-
-    lock = RunLock(tmp_path)
-    lock.acquire()
-    forked, child_forked = os.pipe()
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:  # a worker that outlives this process's hold
-        os.close(writing)
-        os.write(child_forked, b".")
-        os.read(reading, 1)
-        os._exit(0)
-    try:
-        os.read(forked, 1)
-        lock.release()
-        again = RunLock(tmp_path)
-        again.acquire()
-        again.release()
-    finally:
-        os.close(writing)
-        os.waitpid(child, 0)
-        for pipe in (forked, child_forked, reading):
-            os.close(pipe)
-
-
 @pytest.mark.launch
-def test_sigkill_in_mid_epoch(tmp_path, dataset, undisturbed):
-    run = tmp_path / "run"
-    config = write_config(tmp_path / "c.yaml", tiny_config(dataset, run, **CHANGES))
-    process = train_process(config, "data.workers=1")
-    deadline = time.monotonic() + 120
-    while not (run / "checkpoints" / "step-00000004").exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.kill()
-    output = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL, output
-    assert not (run / "results.json").exists(), "the kill came too late to prove anything"
-    assert main(["--config", config]) == 0
-    require_equal_runs(undisturbed, run)
-
-
-@pytest.mark.launch
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_stop_request_saves_and_leaves_with_75(tmp_path, dataset, undisturbed, name):
+def test_a_stop_request_saves_and_leaves_with_75(tmp_path, dataset, undisturbed):
+    """The same in a process of its own; other signals and moments: ``test_stopping.py``."""
     run = tmp_path / "run"
     config = write_config(tmp_path / "c.yaml", tiny_config(dataset, run, **CHANGES))
     process = train_process(config, "data.workers=1")
@@ -227,7 +141,7 @@ def test_a_stop_request_saves_and_leaves_with_75(tmp_path, dataset, undisturbed,
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    os.kill(process.pid, getattr(signal, name))
+    os.kill(process.pid, signal.SIGUSR1)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors
     assert "start the same command to go on" in errors.splitlines()[-1]

@@ -145,7 +145,10 @@ def test_two_nodes_train_what_one_process_does(undisturbed, alone):
 # --- what they make of faults ---
 
 
-@pytest.mark.parametrize("partition", ["grace", "batch"])
+# without a grace time SLURM requeues by itself, as it does when a node is lost
+@pytest.mark.parametrize(
+    "partition", ["grace", pytest.param("batch", marks=pytest.mark.exhaustive)]
+)
 def test_a_preempted_run_goes_on(partition, cluster, config, undisturbed, tmp_path):
     run = tmp_path / "run"
     cluster.wait_until_idle()  # it takes what is free

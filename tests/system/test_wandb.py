@@ -4,7 +4,6 @@ import gc
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -30,14 +29,16 @@ from tiny_runs import (
     weights,
     write_config,
 )
+from wandb_packages import make_package
 from wandb_server import HangingServer, WandbServer
 
 from rtl_dist.records import wandb_copy, wandb_process
-from rtl_dist.records.wandb_process import wandb_mode
+from rtl_dist.records.tracking import Tracker
+from rtl_dist.records.wandb_process import start_wandb
 
 MARK = "RTL_DIST_TEST"  # an environment variable by which a test knows its W&B's processes
 CANARY = "0123deadbeefcafe0123deadbeefcafe01234567"
-LOG = "rtl_dist.records.tracking:Tracker.log"  # of rows at steps 3, 5, 6, 9, ..., the checkpoints at 4, 6, 8
+LOG = Tracker.log  # of rows at steps 3, 5, 6, 9, ..., the checkpoints at 4, 6, 8
 STEPS = [3, 5, 6, 9, 10, 12, 15, 18, 20]
 LATER = pytest.mark.exhaustive
 BOUND_S, SLACK_S = 5.0, 1.5  # that a run may take longer; that a busy machine may need
@@ -60,8 +61,8 @@ class Times(Fault):
         if self.last_s is not None:
             wandb_process.LAST_S = self.last_s
         for place in (
-            "rtl_dist.records.wandb_process:start_wandb",
-            "rtl_dist.records.tracking:Tracker.close",
+            start_wandb,
+            Tracker.close,
         ):
             replace_everywhere(place, self._timed)
 
@@ -491,16 +492,6 @@ def test_wandb_stopped_in_mid_run_costs_seconds_and_is_ended(tmp_path, run, undi
     assert (run / "wandb" / "copy.log").read_text().endswith("gave up, as W&B hangs\n")
 
 
-def make_package(tmp_path: Path, code: str) -> Path:
-    """A folder with a package wandb of this code."""
-    package = tmp_path / "package" / "wandb"
-    (package / "proto").mkdir(parents=True)
-    (package / "__init__.py").write_text(code)
-    (package / "proto" / "__init__.py").touch()
-    (package / "proto" / "wandb_internal_pb2.py").write_text("Record = None\n")
-    return package.parent
-
-
 IMPORTED = "open(__file__ + '.imported', 'w').close()\n"
 
 
@@ -553,156 +544,6 @@ def test_what_cannot_be_written_is_told_and_the_run_goes_on(tmp_path, dataset, c
     stages = [{"name": "head", "steps": 2, "trainable": "head", "lr": 1e-2}]
     train(tmp_path, dataset, track={"wandb": "offline"}, stages=stages)
     assert "W&B is not available" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", "7", "{}"])
-def test_an_id_file_that_is_damaged_is_no_id(tmp_path, content):
-    (tmp_path / "wandb").mkdir()
-    (tmp_path / "wandb" / "id.json").write_text(content)
-    assert wandb_process.kept_id(tmp_path) is None
-
-
-# --- the copying itself --------------------------------------------------------------------------
-
-
-def test_rows_are_taken_whole_and_a_file_that_was_cut_is_read_anew(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n{"step": 2, "what": "more"}\n{"st')
-    with open(path, "rb") as file:
-        assert [row["step"] for row in wandb_copy._whole_rows(file)] == [1, 2]
-        with open(path, "ab") as more:
-            more.write(b'ep": 3}\n')
-        assert [row["step"] for row in wandb_copy._whole_rows(file)] == [3]
-        os.truncate(path, 12)
-        assert list(wandb_copy._whole_rows(file)) == []
-        with open(path, "ab") as more:
-            for step in (2, 3, 4, 5):
-                more.write(f'{{"step": {step}, "w": 12}}\n'.encode())
-        read = [row["step"] for _ in range(3) for row in wandb_copy._whole_rows(file)]
-        assert read[-5:] == [1, 2, 3, 4, 5]
-
-
-def test_the_copy_ends_with_training_although_a_worker_of_it_holds_the_pipe_open(tmp_path):
-    training = subprocess.Popen(["sleep", "1000"])
-    package = make_package(tmp_path, "import time\ntime.sleep(1000)")
-    settings = {"folder": str(tmp_path), "mode": "offline"}
-    settings |= {"parent": training.pid, "finish_s": 0.5}
-    training.kill()
-    training.wait()
-    began = time.monotonic()
-    with subprocess.Popen(
-        [sys.executable, "-P", wandb_copy.__file__, json.dumps(settings)],
-        env={**os.environ, "PYTHONPATH": str(package)},
-        stdin=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    ) as copy:
-        assert copy.wait(timeout=30) == 1
-    assert time.monotonic() - began > 0.5
-
-
-RECORDING = """
-import atexit, os, time, types
-Settings = dict
-log = open(os.environ["LOGGED"], "a", buffering=1)
-atexit.register(lambda: (time.sleep(0.5), log.write("gone\\n")))  # with files that are whole
-def init(**options):
-    log.write("begins\\n")
-    time.sleep(1.0)
-    run = types.SimpleNamespace(summary={}, starting_step=0)
-    run.log = lambda row, step, commit: log.write(f"{step}\\n")
-    run.finish = lambda exit_code: log.write("ends\\n")
-    return run
-"""
-
-
-def test_the_copy_waits_for_that_of_the_run_that_was_killed(tmp_path):
-    package = make_package(tmp_path, RECORDING)
-    (tmp_path / "wandb").mkdir()
-    (tmp_path / "wandb" / "config.json").write_text("{}")
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
-    settings = {"folder": str(tmp_path), "id": "a", "project": "p", "mode": "offline"}
-    settings |= {"parent": os.getpid(), "finish_s": 60, "connect_s": 60}
-    logged = tmp_path / "logged"
-    env = {**os.environ, "PYTHONPATH": str(package), "LOGGED": str(logged)}
-    copies = [
-        subprocess.Popen(
-            [sys.executable, "-P", wandb_copy.__file__, json.dumps(settings)],
-            env=env,
-            stdin=subprocess.DEVNULL,
-        )
-        for _ in range(2)
-    ]
-    assert [copy.wait(timeout=60) for copy in copies] == [0, 0]
-    assert logged.read_text().split() == ["begins", "1", "2", "ends", "gone"] * 2
-
-
-# --- the mode ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def logged_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("NETRC", raising=False)
-
-
-def test_what_the_config_says_outright_is_obeyed(logged_out, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    assert [wandb_mode(said) for said in ("off", "online", "offline")] == [
-        "disabled",
-        "online",
-        "offline",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("said", "mode"),
-    [
-        ("online", "online"),
-        ("offline", "offline"),
-        ("disabled", "disabled"),
-        ("run", "online"),
-        ("dryrun", "offline"),
-        ("", "offline"),
-        ("nonsense", "offline"),
-    ],
-)
-def test_auto_does_as_the_environment_says(logged_out, monkeypatch, said, mode):
-    monkeypatch.setenv("WANDB_MODE", said)
-    assert wandb_mode("auto") == mode
-
-
-def test_auto_is_online_with_a_key(logged_out, monkeypatch):
-    assert wandb_mode("auto") == "offline"
-    monkeypatch.setenv("WANDB_API_KEY", CANARY)
-    assert wandb_mode("auto") == "online"
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    assert wandb_mode("auto") == "offline"
-
-
-@pytest.mark.parametrize(
-    ("content", "url", "mode"),
-    [
-        (b"machine api.wandb.ai\n  login user\n  password k\n", "", "online"),
-        (b"machine api.forge.coreweave.com\n  login user\n  password k\n", "", "online"),
-        (b"machine example.com\n  login user\n  password k\n", "", "offline"),
-        (b"machine w.example.com\n  login user\n  password k\n", "https://w.example.com", "online"),
-        (b"machine api.wandb.ai\n  login user\n  password k\n", "https://w.example.com", "offline"),
-        (b"machine api.wandb.ai login\n", "", "offline"),
-        (b"\xff\xfe\x00", "", "offline"),
-        (b"machine api.wandb.ai\n  login user\n  password k\n", "http://[", "offline"),
-    ],
-)
-def test_auto_is_online_with_a_key_in_netrc(tmp_path, logged_out, monkeypatch, content, url, mode):
-    (tmp_path / ".netrc").write_bytes(content)
-    (tmp_path / ".netrc").chmod(0o644)  # W&B does not mind, either
-    monkeypatch.setenv("WANDB_BASE_URL", url)
-    assert wandb_mode("auto") == mode
-    shutil.move(tmp_path / ".netrc", tmp_path / "elsewhere")
-    assert wandb_mode("auto") == "offline"
-    monkeypatch.setenv("NETRC", str(tmp_path / "elsewhere"))
-    assert wandb_mode("auto") == mode
 
 
 def test_off_starts_nothing(tmp_path, dataset, monkeypatch):

@@ -1,21 +1,15 @@
-"""A run with a fault in it: ``python faulty_run.py FAULT --config ...``; says ``fault fired``.
-
-FAULT is ``kind:step:microbatch``; whichever rank has that microbatch of that step meets it. Runs of
-``killed_runs`` take it as ``Injected``.
+"""A step whose gradient is no number, or for which there is not enough memory, in this process or,
+as ``Injected``, in a run of ``killed_runs``. Whichever rank has the microbatch meets it.
 """
 
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from killed_runs import Fault
 
-from rtl_dist.train import main
 from rtl_dist.training.stage_trainer import StageTrainer
 
 learn_from = StageTrainer.learn_from
@@ -68,9 +62,3 @@ def inject(kind: str, step: int, microbatch: int, *, tell: Callable[[], object] 
             accelerator.backward = backward
 
     StageTrainer.learn_from = learn
-
-
-if __name__ == "__main__":
-    kind, step, microbatch = sys.argv[1].split(":")
-    inject(kind, int(step), int(microbatch))
-    sys.exit(main(sys.argv[2:]))

@@ -56,9 +56,9 @@ GRACE_S = 20.0  # in which the other ranks of a run must end once one has
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """Something that goes wrong in one rank of a run."""
+    """Something that goes wrong in one rank of a run, or, with ``rank=None``, in every one."""
 
-    rank: int = 0
+    rank: int | None = 0
 
     def install(self, mark: int) -> None:
         """Called in the rank's process; ``mark`` is the descriptor of the file that tells of it."""
@@ -69,14 +69,18 @@ class Fault:
 class At(Fault):
     """Something that happens at a place in the code.
 
-    place: ``module:function`` or ``module:Class.method``. call: which call of it, from 1. after:
-    when it returned, else before it runs. item: of a generator, before it yields this one, from 1.
+    place: the function or method; it is kept as ``module:function`` or ``module:Class.method``.
+    call: which call of it, from 1. after: when it returned, else before it runs. item: of a
+    generator, before it yields this one, from 1.
     """
 
-    place: str
+    place: Callable[..., Any] | str
     call: int = 1
     after: bool = False
     item: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "place", name_of(self.place))
 
     def happen(self) -> None:
         raise NotImplementedError
@@ -177,11 +181,16 @@ def arm(
     ctypes.CDLL(None).fault_arm(*paths, ctypes.c_long(call), action, error, mark, trace)
 
 
+def name_of(place: Callable[..., Any] | str) -> str:
+    """A function's module and its name there, by which another process finds its own."""
+    return place if isinstance(place, str) else f"{place.__module__}:{place.__qualname__}"
+
+
 def replace_everywhere(
-    place: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+    place: Callable[..., Any] | str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> None:
     """Puts ``wrap(original)`` in a function's place, also where it was imported by name."""
-    module, _, path = place.partition(":")
+    module, _, path = name_of(place).partition(":")
     owner: Any = import_module(module)
     *classes, name = path.split(".")
     for one in classes:
@@ -224,8 +233,9 @@ def run_ranks(
     env: dict[str, str] | None = None,
     end_stalled: bool = False,
     draws: bool = False,
+    command: str = "train",
 ) -> list[Exit]:
-    """``train.py`` in ``world_size`` processes that were told what torchrun would tell them.
+    """A command, in ``world_size`` processes that were told what torchrun would tell them.
 
     Once one rank has failed the others must end by themselves within ``GRACE_S``, none may run
     longer than ``RUN_S``, and what they started must end with them: else all are killed and
@@ -238,13 +248,13 @@ def run_ranks(
     if world_size > 1:
         shared |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    arguments = ["--config", config, *overrides]
+    arguments = [command, "--config", config, *overrides]
     with tempfile.TemporaryDirectory() as folder:
         ranks = []
         for rank in range(world_size):
             its = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {}
-            its_fault = fault if fault is not None and fault.rank == rank else None
-            job = functools.partial(_train, arguments, its_fault, draws)
+            its_fault = fault if fault is not None and fault.rank in (rank, None) else None
+            job = functools.partial(_run, arguments, its_fault, draws)
             ranks.append(server().start(job, Path(folder, str(rank)), shared | its))
         stalled = ranks[fault.rank] if fault is not None and end_stalled else None
         _wait_for_all(ranks, stalled)
@@ -338,14 +348,15 @@ def _holders(names: set[str]) -> list[int]:
 # --- in the child -----------------------------------------------------------------------------
 
 
-def _train(arguments: list[str], fault: Fault | None, draws: bool, mark: int) -> int:
-    from rtl_dist.train import main
+def _run(arguments: list[str], fault: Fault | None, draws: bool, mark: int) -> int:
+    from rtl_dist.cli import main
+    from rtl_dist.report.run import draw_run
 
     if not draws:
-        replace_everywhere("rtl_dist.report.run:draw_run", lambda _: lambda *_: None)
+        replace_everywhere(draw_run, lambda _: lambda *_: None)
     if fault is not None:
         fault.install(mark)
-    sys.argv = ["train.py", *arguments]
+    sys.argv = ["rtl-dist", *arguments]
     return main(arguments)
 
 

@@ -73,7 +73,7 @@ def passes_take(monkeypatch, clock):
                 return compiled_s
             return eager_s
 
-        monkeypatch.setattr(compilation, "_time_passes", time_passes)
+        monkeypatch.setattr(compilation, "time_passes", time_passes)
         return timed
 
     return set_times
@@ -155,7 +155,7 @@ def test_the_verdict_is_rank_0_s(passes_take):
 
 
 def test_trying_leaves_the_network_as_it_was(monkeypatch):
-    monkeypatch.setattr(compilation, "_LEAST_S", 0.0)
+    monkeypatch.setattr(compilation, "LEAST_S", 0.0)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch, "compile", Compiled)
     trained = network()
@@ -176,5 +176,5 @@ def test_a_pass_takes_as_long_as_the_fastest_after_the_first_two(clock):
             out.register_hook(lambda gradient: passed_back.append(True))
             return out
 
-    assert compilation._time_passes(Slow(3, 2), torch.ones(1, 3), Ranks(device="cpu")) == 2.0
+    assert compilation.time_passes(Slow(3, 2), torch.ones(1, 3), Ranks(device="cpu")) == 2.0
     assert len(passed_back) == 5

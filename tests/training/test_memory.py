@@ -72,7 +72,7 @@ def test_on_a_gpu_the_divisors_of_a_rank_s_share_are_tried(
 ):
     tried = []
     monkeypatch.setattr(
-        memory, "_largest_that_fits", lambda config, runtime, sizes, n: tried.append(sizes) or 7
+        memory, "largest_that_fits", lambda config, runtime, sizes, n: tried.append(sizes) or 7
     )
     runtime = Ranks(world_size, device="cuda")
     config = config_of("auto", total=total)
@@ -120,7 +120,7 @@ SIZES = [16, 8, 4, 2, 1]
 @pytest.mark.parametrize(("limits", "expected"), [((99,), 16), ((8,), 8), ((5,), 4), ((9, 2), 2)])
 def test_the_first_that_fits_is_taken(hungry, limits, expected):
     model = hungry(*limits)
-    assert memory._largest_that_fits(config_of("auto"), Ranks(), SIZES, 3) == expected
+    assert memory.largest_that_fits(config_of("auto"), Ranks(), SIZES, 3) == expected
     tried = list(dict.fromkeys(shape[0] for shape in model.seen))
     assert tried == SIZES[: SIZES.index(expected) + 1]
     assert len(model.seen) == len(tried) + 1  # what fits is tried for a second step
@@ -134,36 +134,36 @@ def test_the_largest_image_of_any_stage_counts(hungry):
         {"name": "plain", "steps": 1, "lr": 0.1},  # of 16
     ]
     config = config_of("auto", stages=stages, data__channels=1)
-    memory._largest_that_fits(config, Ranks(), [4], 3)
+    memory.largest_that_fits(config, Ranks(), [4], 3)
     assert set(model.seen) == {(4, 1, 24, 24)}
 
 
 def test_it_fits_where_it_fits_on_every_rank(hungry):
     hungry(99)
     runtime = Ranks(3, others=[lambda number: SIZES[number] <= 8, lambda number: number >= 2])
-    assert memory._largest_that_fits(config_of("auto"), runtime, SIZES, 3) == 4
+    assert memory.largest_that_fits(config_of("auto"), runtime, SIZES, 3) == 4
     hungry(2)
     runtime = Ranks(2, others=[lambda number: True])
-    assert memory._largest_that_fits(config_of("auto"), runtime, SIZES, 3) == 2
+    assert memory.largest_that_fits(config_of("auto"), runtime, SIZES, 3) == 2
 
 
 def test_not_one_image_is_refused(hungry):
     hungry(0)
     with pytest.raises(UserError, match=r"not one image of 16 x 16 fits .* smaller model"):
-        memory._largest_that_fits(config_of("auto"), Ranks(), SIZES, 3)
+        memory.largest_that_fits(config_of("auto"), Ranks(), SIZES, 3)
 
 
 def test_another_error_is_none_of_memory(hungry, monkeypatch):
     model = hungry(99)
     monkeypatch.setattr(model, "forward", lambda images: images.no_such_thing)
     with pytest.raises(AttributeError):
-        memory._largest_that_fits(config_of("auto"), Ranks(), SIZES, 3)
+        memory.largest_that_fits(config_of("auto"), Ranks(), SIZES, 3)
 
 
 @pytest.mark.gpu
 def test_on_a_real_gpu_some_of_the_memory_is_left(monkeypatch):
     free, _ = torch.cuda.mem_get_info()
-    monkeypatch.setattr(memory, "_USABLE", 0.5)
+    monkeypatch.setattr(memory, "USABLE", 0.5)
 
     class Large(Hungry):
         def forward(self, images):
@@ -173,4 +173,4 @@ def test_on_a_real_gpu_some_of_the_memory_is_left(monkeypatch):
 
     monkeypatch.setattr(memory, "make_classifier", lambda *_, **__: Large(99))
     runtime = Ranks(device="cuda")
-    assert memory._largest_that_fits(config_of("auto"), runtime, SIZES, 3) == 8
+    assert memory.largest_that_fits(config_of("auto"), runtime, SIZES, 3) == 8

@@ -79,7 +79,7 @@ def test_validation_images_are_decoded_once(tmp_path, dataset, monkeypatch):
     monkeypatch.setattr(room, "make_loader", lambda *a, **k: opened.append(True) or make(*a, **k))
     kept = train(tmp_path, dataset, "kept", stages=stages, eval={"every": "2 steps"})
     assert len(opened) == 1
-    monkeypatch.setattr(room, "_KEPT_BYTES", 0)
+    monkeypatch.setattr(room, "KEPT_BYTES", 0)
     again = train(tmp_path, dataset, "again", stages=stages, eval={"every": "2 steps"})
     assert len(opened) == 1 + 3
     assert metric_rows(kept) == metric_rows(again)

@@ -35,7 +35,7 @@ DESCRIPTION = "dataset.json"
 PACKER_KEY, INDEXER_KEY = "packer", "indexer"  # in it: which command made it, and its settings
 INDEX_FOLDER = "index"
 
-_CHECKED_INDEX_BYTES = 2**30  # larger ones are neither read at every start nor read ahead
+CHECKED_INDEX_BYTES = 2**30  # larger ones are neither read at every start nor read ahead
 # What numpy lets the damaged header of an array file out as.
 LOAD_ERRORS = (
     OSError,
@@ -153,7 +153,7 @@ class Dataset:
             if self.place.is_remote and isinstance(error, FileNotFoundError):
                 return self._load_array(name, sha256)  # another process made room just now
             raise DataError(f"cannot read the index {path}: {error}; pack again") from error
-        if array.nbytes > _CHECKED_INDEX_BYTES and isinstance(array.base, mmap.mmap):
+        if array.nbytes > CHECKED_INDEX_BYTES and isinstance(array.base, mmap.mmap):
             # else each row of 24 bytes brings in the disk's whole read-ahead, which may be 8 MB
             array.base.madvise(mmap.MADV_RANDOM)
         return array
@@ -220,7 +220,7 @@ def check_index(dataset: Dataset, split: str) -> None:
         if key not in entry:
             continue
         path = dataset.index_path(f"{split}{suffix}", entry[key])
-        if path.stat().st_size <= _CHECKED_INDEX_BYTES and sha256_of(path) != entry[key]:
+        if path.stat().st_size <= CHECKED_INDEX_BYTES and sha256_of(path) != entry[key]:
             raise DataError(f"the index {path} was altered since packing; restore it or pack again")
 
 

@@ -32,7 +32,7 @@ _ADAM7 = (
     (0, 1, 1, 2),
 )
 _HIGHEST_FILTER = 4
-_BLOCK_BYTES = 1 << 20  # inflated at a time, whatever the picture's size
+BLOCK_BYTES = 1 << 20  # inflated at a time, whatever the picture's size
 
 
 def check_png(content: bytes) -> None:
@@ -114,7 +114,7 @@ def _check_data(data: bytes, passes: list[tuple[int, int]]) -> None:
             # A block at a time: each call copies what it leaves, which of a whole file would take
             # a time that grows with the square of its size.
             if not pending:
-                pending = data[fed : fed + _BLOCK_BYTES]
+                pending = data[fed : fed + BLOCK_BYTES]
                 fed += len(pending)
             is_last = fed == len(data)
             try:
@@ -127,7 +127,7 @@ def _check_data(data: bytes, passes: list[tuple[int, int]]) -> None:
         return piece
 
     for rows, row_bytes in passes:
-        at_once = max(1, _BLOCK_BYTES // row_bytes)
+        at_once = max(1, BLOCK_BYTES // row_bytes)
         for first in range(0, rows, at_once):
             wanted = min(at_once, rows - first) * row_bytes
             block = bytearray()
@@ -141,7 +141,7 @@ def _check_data(data: bytes, passes: list[tuple[int, int]]) -> None:
     # The stream must end too, with its checksum: libpng looks for input beyond the last row.
     # Some encoders leave a little too much in it.
     surplus = 0
-    while surplus < _BLOCK_BYTES and (piece := inflate(_BLOCK_BYTES - surplus)):
+    while surplus < BLOCK_BYTES and (piece := inflate(BLOCK_BYTES - surplus)):
         surplus += len(piece)
     if not inflater.eof:
         what = "is larger than its header says" if surplus else "ends early"

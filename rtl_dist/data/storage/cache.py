@@ -39,15 +39,18 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteFile:
-    """What is behind a URL: its size in bytes and sha256 in hex.
+    """What is behind a URL.
 
     Raises:
-        DataError: these are not what they should be; they come from afar and make a file's name.
+        DataError: size or checksum is none; they come from afar and make a file's name.
     """
 
     url: str
+    """Where it is; any that fsspec knows."""
     bytes: int
+    """Its size."""
     sha256: str
+    """Of its content, in hex."""
 
     def __post_init__(self) -> None:
         if type(self.bytes) is not int or not _SHA256.fullmatch(str(self.sha256)):

@@ -18,15 +18,15 @@ from rtl_dist.core.errors import RemoteError, RtlDistError, ShardError, UserErro
 LOG = logging.getLogger("rtl_dist")
 T = TypeVar("T")
 
-_CHUNK = 16 << 20  # bytes asked for at a time; a broken connection loses at most this
-_SMALLEST_CHUNK = 1 << 20
-_ATTEMPTS = 8  # in a row without progress
-_FIRST_WAIT_S = 0.5  # doubled each time, so that all waits together are one to two minutes
-_TIMEOUT_S = 60  # for one range; a server that says nothing is asked again
+CHUNK = 16 << 20  # bytes asked for at a time; a broken connection loses at most this
+SMALLEST_CHUNK = 1 << 20
+ATTEMPTS = 8  # in a row without progress
+FIRST_WAIT_S = 0.5  # doubled each time, so that all waits together are one to two minutes
+TIMEOUT_S = 60  # for one range; a server that says nothing is asked again
 _FIRST_ATTEMPTS = 5  # of the first contact: a mistyped host must not take minutes to be told
 _AT_ONCE = 32
-_SILENCE_S = 20
-_said_at: list[float] = [-_SILENCE_S]
+SILENCE_S = 20
+_said_at: list[float] = [-SILENCE_S]
 _NO_SUCH_RANGE = 416
 _EXTRAS = (
     "install the extra: pip install 'rtl_dist[remote]' (in a checkout: pip install -e '.[remote]')"
@@ -46,7 +46,7 @@ def read_url(url: str) -> bytes:
     """
     system, path = _system_of(url)
     content: bytes = _retried(
-        lambda: _call(system, system.cat_file, path), url, min(_ATTEMPTS, _FIRST_ATTEMPTS)
+        lambda: _call(system, system.cat_file, path), url, min(ATTEMPTS, _FIRST_ATTEMPTS)
     )
     return content
 
@@ -60,7 +60,7 @@ def read_chunks(url: str, start: int, end: int) -> Iterator[bytes]:
         RemoteError: the place cannot be reached.
     """
     system, path = _system_of(url)
-    chunk = _CHUNK
+    chunk = CHUNK
 
     def read_range() -> bytes:
         nonlocal chunk
@@ -70,7 +70,7 @@ def read_chunks(url: str, start: int, end: int) -> Iterator[bytes]:
         except Exception as error:
             if _status(error) == _NO_SUCH_RANGE:
                 raise ShardError(truncated) from error
-            chunk = max(_SMALLEST_CHUNK, chunk // 4)  # less to lose on a slow or broken line
+            chunk = max(SMALLEST_CHUNK, chunk // 4)  # less to lose on a slow or broken line
             raise
         if len(content) == stop - start:
             return content
@@ -84,7 +84,7 @@ def read_chunks(url: str, start: int, end: int) -> Iterator[bytes]:
     while start < end:
         content = _retried(read_range, url)
         start += len(content)
-        chunk = min(_CHUNK, 2 * chunk)
+        chunk = min(CHUNK, 2 * chunk)
         yield content
 
 
@@ -182,13 +182,13 @@ def _system_of(url: str) -> tuple[Any, str]:
 
 def _call(system: Any, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if system.async_impl:  # only these know of time-outs; the others are local
-        kwargs["timeout"] = _TIMEOUT_S
+        kwargs["timeout"] = TIMEOUT_S
     return method(*args, **kwargs)
 
 
 def _retried(action: Callable[[], T], url: str, attempts: int | None = None) -> T:
-    wait = _FIRST_WAIT_S
-    attempts = attempts or _ATTEMPTS
+    wait = FIRST_WAIT_S
+    attempts = attempts or ATTEMPTS
     for attempt in range(1, attempts + 1):
         try:
             return action()
@@ -217,7 +217,7 @@ def _retried(action: Callable[[], T], url: str, attempts: int | None = None) -> 
 def _say_seldom(text: str) -> None:
     """Many shards wait for the same server: one line for all of them."""
     now = time.monotonic()
-    if now - _said_at[0] > _SILENCE_S:
+    if now - _said_at[0] > SILENCE_S:
         _said_at[0] = now
         LOG.info("%s", text)
 

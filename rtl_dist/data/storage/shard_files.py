@@ -27,12 +27,16 @@ _FETCHES_AT_ONCE = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One tar: its path as the description gives it, and what it must look like."""
+    """One tar, and what it must look like."""
 
     path: str
+    """As the description gives it: within the data set's folder, absolute, or a URL."""
     num_samples: int
+    """How many samples of the split lie in it."""
     bytes: int
+    """Its size."""
     sha256: str
+    """Of its content, in hex."""
 
 
 class Shards(Sequence[Shard]):

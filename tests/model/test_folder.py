@@ -1,0 +1,197 @@
+"""A model as a folder that timm itself loads, and a checkpoint as one."""
+
+import json
+
+import pytest
+import timm
+import torch
+import torchvision
+from networks import CLASSES, classifier, moved_statistics, pixels
+from safetensors.torch import load_file, save_file
+
+from rtl_dist.config import parse_config, to_yaml
+from rtl_dist.core.errors import UserError
+from rtl_dist.data.format.dataset import Dataset
+from rtl_dist.data.format.split import DatasetPlace
+from rtl_dist.model.build import build_model
+from rtl_dist.model.folder import load_model, write_model_folder
+from rtl_dist.model.freezing import digest
+from rtl_dist.model.weights import load_weights
+from rtl_dist.records.checkpoint import Snapshot, save_checkpoint
+from rtl_dist.records.state import TrainState
+
+
+def dataset(classes=CLASSES, task="single_label"):
+    return Dataset(
+        place=DatasetPlace(where=""),
+        task=task,
+        classes=classes,
+        fingerprint="f" * 64,
+        description={},
+    )
+
+
+def config_of(name, *, channels=3, run="r"):
+    return parse_config(
+        {
+            "run": {"dir": str(run)},
+            "data": {"path": "d", "image_size": 32, "channels": channels, "crop_pct": 0.9},
+            "model": {"name": name, "weights": "none", "dropout": 0.2},
+            "stages": [{"name": "s", "epochs": 1, "lr": 0.1}],
+        }
+    )
+
+
+def built(name, channels=3, seed=1):
+    config = config_of(name, channels=channels)
+    model, _ = build_model(config.model, config.data, classes=CLASSES, seed=seed)
+    return moved_statistics(model).eval(), config
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", ["test_resnet", "torchvision:resnet18", "basic_cnn"])
+def test_a_model_folder_comes_back_whole(tmp_path, name, channels):
+    model, config = built(name, channels)
+    write_model_folder(
+        tmp_path / "best", model, config.model, dataset(), precision=config.precision
+    )
+    for given in (tmp_path, tmp_path / "best"):  # a run folder, or the model folder itself
+        loaded = load_model(given)
+        assert digest(loaded.model.state_dict()) == digest(model.state_dict())
+        assert loaded.model.preprocessing == model.preprocessing
+        assert loaded.model.dropout.p == 0.2
+        assert (loaded.classes, loaded.task) == (CLASSES, "single_label")
+        assert loaded.dataset_fingerprint == "f" * 64
+        images = pixels(channels=channels)
+        assert torch.equal(loaded.model.eval()(images), model(images))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", ["test_resnet", "torchvision:resnet18"])
+def test_timm_itself_loads_a_model_folder(tmp_path, name, channels):
+    model, config = built(name, channels)
+    write_model_folder(
+        tmp_path / "best", model, config.model, dataset(), precision=config.precision
+    )
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'best'}", pretrained=True).eval()
+    images = pixels(channels=channels)
+    settings = timm.data.resolve_model_data_config(theirs)
+    mean = torch.tensor(settings["mean"]).view(1, -1, 1, 1)
+    std = torch.tensor(settings["std"]).view(1, -1, 1, 1)
+    with torch.inference_mode():
+        torch.testing.assert_close(theirs((images.float() / 255 - mean) / std), model(images))
+    assert theirs.pretrained_cfg["label_names"] == list(CLASSES)
+    assert theirs.num_classes == 3
+    assert settings["input_size"] == (channels, 32, 32)
+    assert (settings["crop_pct"], settings["interpolation"]) == (0.9, "bilinear")
+
+
+def test_writing_again_replaces(tmp_path):
+    for seed in (1, 2):
+        model, config = built("test_resnet", seed=seed)
+        write_model_folder(tmp_path, model, config.model, dataset(), precision=config.precision)
+    assert digest(load_model(tmp_path).model.state_dict()) == digest(model.state_dict())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_the_file_holds_native_names_only(tmp_path):
+    model, config = built("torchvision:resnet18")
+    write_model_folder(tmp_path, model, config.model, dataset(), precision=config.precision)
+    theirs = torchvision.models.resnet18(num_classes=3)
+    assert set(load_file(tmp_path / "model.safetensors")) == set(theirs.state_dict())
+
+
+def test_preprocessing_travels_with_the_folder(tmp_path):
+    """The folder's own mean and deviation count, not those a library knows for the name today."""
+    model, config = built("test_resnet")
+    write_model_folder(tmp_path, model, config.model, dataset(), precision=config.precision)
+    description = json.loads((tmp_path / "config.json").read_text())
+    description["pretrained_cfg"] |= {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    (tmp_path / "config.json").write_text(json.dumps(description))
+    loaded = load_model(tmp_path).model.eval()
+    assert loaded.preprocessing.mean == (0.1, 0.2, 0.3)
+    assert loaded.preprocessing.std == (0.4, 0.5, 0.6)
+    mean = torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1)
+    std = torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1)
+    with torch.inference_mode():
+        expected = model.trunk((pixels().float() / 255 - mean) / std)
+        torch.testing.assert_close(loaded.features(pixels()), expected)
+
+
+def checkpoint_of(run, model, config, classes=CLASSES):
+    run.mkdir()
+    (run / "config.yaml").write_text(to_yaml(config))
+    identity = {"classes": list(classes), "task": "single_label", "dataset_fingerprint": "f" * 64}
+    snapshot = Snapshot(
+        state=TrainState(step=5),
+        model=model.state_dict(),
+        optimizer={},
+        stage_best={},
+        ema={},
+        scaler={},
+        identity=identity,
+    )
+    return save_checkpoint(run, snapshot, keep=1)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "torchvision:resnet18"])
+def test_a_checkpoint_folder_is_a_model_too(tmp_path, monkeypatch, name):
+    model, config = built(name)
+    folder = checkpoint_of(tmp_path / "run", model, config)
+    loaded = load_model(folder)
+    assert digest(loaded.model.state_dict()) == digest(model.state_dict())
+    assert (loaded.classes, loaded.dataset_fingerprint) == (CLASSES, "f" * 64)
+    monkeypatch.chdir(folder)
+    assert load_model(".").classes == CLASSES
+
+
+@pytest.mark.parametrize("classes", [CLASSES, ("x", "y", "z")])
+@pytest.mark.parametrize("name", ["test_resnet", "torchvision:resnet18"])
+def test_training_can_start_from_a_checkpoint_folder(tmp_path, name, classes):
+    source, config = built(name)
+    folder = checkpoint_of(tmp_path / "run", source, config)
+    model = classifier(name)
+    told = load_weights(model, str(folder), head="auto", classes=classes)
+    assert digest(model.trunk.state_dict()) == digest(source.trunk.state_dict())
+    assert torch.equal(model.head.weight, source.head.weight) == (classes == CLASSES)
+    assert ("weights and head" in told) == (classes == CLASSES)
+
+
+def test_training_starts_from_a_run_folder_with_its_head(tmp_path):
+    source, config = built("test_resnet")
+    write_model_folder(
+        tmp_path / "best", source, config.model, dataset(), precision=config.precision
+    )
+    model = classifier()
+    load_weights(model, str(tmp_path), head="auto", classes=CLASSES)
+    assert digest(model.state_dict()) == digest(source.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("no model", "is not a model; give a run folder with best/, a checkpoint folder"),
+        ("run without best", "has no best/ weights yet"),
+        ("foreign config", "was not written by rtl-dist"),
+        ("broken config", "was not written by rtl-dist"),
+        ("other weights", "does not fit its config.json"),
+        ("broken weights", "cannot be read as plain tensors"),
+    ],
+)
+def test_a_folder_that_is_no_model_is_refused_in_one_line(tmp_path, damage, message):
+    if damage == "run without best":
+        (tmp_path / "config.yaml").write_text("")
+    elif damage != "no model":
+        model, config = built("test_resnet")
+        write_model_folder(tmp_path, model, config.model, dataset(), precision=config.precision)
+    if damage == "foreign config":
+        (tmp_path / "config.json").write_text('{"architecture": "resnet18"}')
+    elif damage == "broken config":
+        (tmp_path / "config.json").write_text("{")
+    elif damage == "other weights":
+        save_file({"x": torch.ones(2)}, tmp_path / "model.safetensors")
+    elif damage == "broken weights":
+        (tmp_path / "model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(UserError, match=message) as caught:
+        load_model(tmp_path)
+    assert "\n" not in str(caught.value)
