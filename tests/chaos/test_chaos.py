@@ -93,6 +93,7 @@ def test_kills_change_nothing_and_leave_nothing_running(tmp_path, config, capsys
 
 
 @pytest.mark.launch
+@pytest.mark.exhaustive  # what a rank's kill costs: system/kills; that it hits: the last tests here
 def test_a_kill_of_one_of_two_ranks_changes_nothing(tmp_path, dataset, monkeypatch):
     monkeypatch.setattr(trial, "START_UP_SHARE", 0.0)
     monkeypatch.setattr(trial, "ONE_RANK_SHARE", 1.0)

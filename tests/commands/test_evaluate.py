@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from launched_runs import finish, start_ranks
+from killed_runs import require_done, run_command
 from tiny_runs import make_dataset, results, train, write_images
 
 from rtl_dist.cli import main
@@ -67,11 +67,8 @@ def test_a_split_that_is_not_there_is_named(run, dataset, capsys):
 @pytest.mark.launch
 def test_two_processes_say_it_once_and_write_the_same(run, dataset, tmp_path):
     words = ["evaluate", str(run), "--data", str(dataset), "--out", str(tmp_path / "out")]
-    ranks = start_ranks(words, 2, program=("-m", "rtl_dist"))
-    outputs = []
-    for code, output in [finish(process) for process in ranks]:
-        assert code == 0, output
-        outputs.append(output)
-    assert "test: top1 " in outputs[0].splitlines()[-1]
-    assert "top1" not in outputs[1]
+    exits = run_command(words, world_size=2)
+    require_done(exits)
+    assert "test: top1 " in exits[0].last_line
+    assert "top1" not in exits[1].output
     assert written_in(tmp_path / "out") == written_in(run / "evaluation" / "test")

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from killed_runs import require_done, run_ranks
+from killed_runs import require_done, run_command
 from report_helpers import assert_drawn, assert_no_leftovers, assert_self_contained
 from tiny_runs import make_dataset, tiny_config, write_config
 
@@ -113,8 +113,8 @@ def test_a_folder_of_a_training_is_refused(tmp_path, config, capsys):
 def test_two_processes_find_the_rate_of_one(tmp_path, config, capsys):
     assert main(["find-lr", "--config", config, "precision=fp64"]) == 0
     line = capsys.readouterr().out.strip().splitlines()[-1]
-    run = f"run.dir={tmp_path / 'two'}"
-    exits = run_ranks(config, "precision=fp64", run, command="find-lr", world_size=2)
+    arguments = ["find-lr", "--config", config, "precision=fp64", f"run.dir={tmp_path / 'two'}"]
+    exits = run_command(arguments, world_size=2)
     require_done(exits)
     assert exits[0].last_line == line.replace(str(tmp_path / "run"), str(tmp_path / "two"))
     assert "stages.0.lr" not in exits[1].output

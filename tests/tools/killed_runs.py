@@ -225,17 +225,21 @@ class Exit:
         return self.output.strip().splitlines()[-1] if self.output.strip() else ""
 
 
-def run_ranks(
-    config: str,
-    *overrides: str,
+def run_ranks(config: str, *overrides: str, **how: Any) -> list[Exit]:
+    """Training, as ``run_command`` runs it."""
+    return run_command(["train", "--config", config, *overrides], **how)
+
+
+def run_command(
+    arguments: list[str],
+    *,
     world_size: int = 1,
     fault: Fault | None = None,
     env: dict[str, str] | None = None,
     end_stalled: bool = False,
     draws: bool = False,
-    command: str = "train",
 ) -> list[Exit]:
-    """A command, in ``world_size`` processes that were told what torchrun would tell them.
+    """``rtl-dist`` in ``world_size`` processes that were told what torchrun would tell them.
 
     Once one rank has failed the others must end by themselves within ``GRACE_S``, none may run
     longer than ``RUN_S``, and what they started must end with them: else all are killed and
@@ -248,7 +252,6 @@ def run_ranks(
     if world_size > 1:
         shared |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    arguments = [command, "--config", config, *overrides]
     with tempfile.TemporaryDirectory() as folder:
         ranks = []
         for rank in range(world_size):

@@ -1,4 +1,4 @@
-"""Whole runs in this process: what a run folder holds and what each stage really does."""
+"""Whole runs in this process: what each stage really does."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from tiny_runs import (
     CLASSES,
@@ -28,6 +27,8 @@ from rtl_dist.model.folder import load_model
 from rtl_dist.prepare.packing.pack import pack
 from rtl_dist.train import main
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -40,34 +41,6 @@ def evaluate(model: Path, dataset: Path, out: Path, *options: str) -> dict[str, 
     assert cli(["evaluate", str(model), *where, *options]) == 0
     metrics: dict[str, float] = json.loads((out / "metrics.json").read_text())
     return metrics
-
-
-def test_a_run_learns_and_leaves_the_promised_folder(tmp_path, dataset, capsys):
-    run = train(tmp_path, dataset, data__test="test")
-    last_line = capsys.readouterr().out.strip().splitlines()[-1]
-    assert "rtl-dist evaluate" in last_line
-    results = json.loads((run / "results.json").read_text())
-    assert results["status"] == "done"
-    assert results["frozen_ok"] is True
-    assert results["samples_seen"] == 20 * 16
-    assert results["test"]["num_samples"] == 15
-    assert results["best"]["value"] > 0.8
-    assert results["dataset_fingerprint"] == open_dataset(dataset).fingerprint
-    resolved = yaml.safe_load((run / "config.yaml").read_text())
-    assert resolved["early_stop"]["metric"] == "val/top1"
-    assert json.loads((run / "environment.json").read_text())["world_size"] == 1
-    rows = metric_rows(run, timing=True)
-    evaluated = [row for row in rows if "val/top1" in row]
-    assert [row["step"] for row in evaluated] == [5, 6, 10, 12, 15, 20]
-    promised = {"train/loss", "gap/top1", "val/loss", "val/top5", "lr/head", "epoch", "stage"}
-    promised |= {"elapsed_s", "speed/images_per_second", "speed/data_wait"}
-    assert promised <= evaluated[-1].keys()
-    last = evaluated[-1]
-    assert last["gap/top1"] == pytest.approx(last["train/top1"] - last["val/top1"])
-    for name in ("loss", "accuracy", "learning_rate"):
-        assert (run / "plots" / f"{name}.png").stat().st_size > 1000
-    assert "<html" in (run / "report.html").read_text()
-    assert (run / "evaluation" / "test" / "confusion_matrix.png").exists()
 
 
 def test_validation_images_are_decoded_once(tmp_path, dataset, monkeypatch):
@@ -157,11 +130,11 @@ def test_views_cycle_and_a_null_view_never_repeats(tmp_path, dataset):
     def pixels_by_epoch(run: Path) -> list[set[int]]:
         lines = [json.loads(x) for x in (run / "ledger/samples.jsonl").read_text().splitlines()]
         return [
-            {line["pixels_crc32"] for line in lines if line["step"] // 57 == e} for e in range(4)
+            {line["pixels_crc32"] for line in lines if line["step"] // 21 == e} for e in range(4)
         ]
 
-    # microbatches of one image, one a step, so that 57 steps are an epoch
-    changes = {"run__ledger": True, "batch": {"global": 1, "micro": 1}}
+    # microbatches of one image, one a step, so that 21 steps are an epoch
+    changes = {"run__ledger": True, "batch": {"global": 1, "micro": 1}, "data__train": "val"}
     two = pixels_by_epoch(
         train(tmp_path, dataset, "two", stages=[{**stage, "views": 2}], **changes)
     )
