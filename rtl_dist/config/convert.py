@@ -8,7 +8,6 @@ what cannot be judged because of another is left alone.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
@@ -16,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from rtl_dist.config.checks import SectionError
 from rtl_dist.core.intervals import Duration, Every
+from rtl_dist.core.text import did_you_mean, nearest
 
 REFUSED: Any = object()
 """Stands for a value of which is already said that it is wrong."""
@@ -98,11 +98,11 @@ def _refuse_unknown(
     in_doubt = set()
     for key in map(str, tree):
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+            hint = did_you_mean(key, known) or f"; known here: {', '.join(known)}"
             where = _join(path, key)
-            problems.append(Problem(where, f"unknown key {where}; {hint}"))
-            in_doubt |= {key, *(name for name in near if name not in tree)}
+            problems.append(Problem(where, f"unknown key {where}{hint}"))
+            meant = nearest(key, known)
+            in_doubt |= {key} if meant is None or meant in tree else {key, meant}
     return in_doubt
 
 

@@ -29,9 +29,15 @@ def did_you_mean(name: str, known: Iterable[str], form: str = "{}") -> str:
     Args:
         form: how X is written, with ``{}`` or ``{!r}`` for the name.
     """
+    near = nearest(name, known)
+    return "" if near is None else f"; did you mean {form.format(near)}?"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name most like one that is not known, upper or lower case; None: none is near."""
     lower = {one.lower(): one for one in known}
     near = difflib.get_close_matches(name.lower(), lower, n=1)
-    return f"; did you mean {form.format(lower[near[0]])}?" if near else ""
+    return lower[near[0]] if near else None
 
 
 def readable_size(num_bytes: float) -> str:

@@ -13,6 +13,7 @@ from rtl_dist.data.loading.batch import Batch, to_device
 from rtl_dist.data.loading.loader import make_loader
 from rtl_dist.data.loading.microbatches import TrainingMicrobatches, microbatch_positions
 from rtl_dist.data.loading.stream import stream_microbatches
+from rtl_dist.data.order.base import TrainingStream
 from rtl_dist.data.order.training import training_order
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.features.maker import FeatureMaker
@@ -49,6 +50,10 @@ class StageReading:
     @property
     def transform(self) -> TrainTransform:
         return training_transform(self.stage, channels=self.config.data.channels)
+
+    def order(self) -> TrainingStream:
+        """The stream that the stage trains on."""
+        return training_order(self.split, self.config.data, seed=self.config.seed)
 
     def positions(self) -> Iterator[int]:
         """This rank's microbatches in the training stream."""
@@ -137,7 +142,7 @@ def _open_features(reading: StageReading, features: FeatureMaker) -> StageBatche
     cached = ViewMicrobatches(
         views=views,
         num_views=stage.views,
-        order=training_order(split, config.data, seed=config.seed),
+        order=reading.order(),
         split=split,
         size=reading.micro_batch_size,
     )
@@ -153,7 +158,7 @@ def _open_images(reading: StageReading) -> StageBatches:
     microbatches = TrainingMicrobatches(
         reading.split,
         reading.transform,
-        order=training_order(reading.split, reading.config.data, seed=reading.config.seed),
+        order=reading.order(),
         size=reading.micro_batch_size,
         views=reading.stage.views,
     )
