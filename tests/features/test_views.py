@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from small_sets import flip_byte, packed
+from small_sets import flip_byte, order_of, packed
 
 from rtl_dist.config import (
     AugmentConfig,
@@ -131,7 +131,7 @@ def test_features_are_what_the_frozen_part_makes_of_each_microbatch(
     views = maker(tmp_path / "store", frozen, dataset, runtime).training_views(
         split, (0, 1), samples_to_come=1000
     )
-    order = split.order(SEED, window=None)
+    order = order_of(split, seed=SEED)
     cached = ViewMicrobatches(
         views=views, num_views=NUM_VIEWS, order=order, split=split, size=MICRO
     )
