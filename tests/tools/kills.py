@@ -5,6 +5,7 @@ from pathlib import Path
 from killed_runs import At, DiskFault, Fault, require_done, require_killed, run_ranks
 
 from rtl_dist.records.checkpoint import load_checkpoint, save_checkpoint
+from rtl_dist.training.stage_evaluator import StageEvaluator
 from rtl_dist.training.stage_trainer import StageTrainer
 from rtl_dist.training.step_boundary import StepBoundary
 
@@ -18,7 +19,7 @@ CHANGES = {
 STEP = StageTrainer.step
 CROSS = StepBoundary.cross
 TRAINER = StageTrainer.__init__
-EVALUATE = StepBoundary.evaluate_if_due
+EVALUATE = StageEvaluator.metrics
 SAVE = save_checkpoint
 LOAD = load_checkpoint
 

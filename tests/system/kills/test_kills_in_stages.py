@@ -39,8 +39,8 @@ AT_A_STAGE_END = [
     for rank in (0, 1)
     for place, call, after in (
         (CROSS, STAGE_ENDS[0], False),  # the last step is taken
-        (EVALUATE, STAGE_ENDS[0] + 1, False),  # and its checkpoint asked for (once it is called
-        (EVALUATE, STAGE_ENDS[0] + 1, True),  # before the first step)
+        (EVALUATE, 2, False),  # and its checkpoint asked for; the first one was in mid-stage
+        (EVALUATE, 2, True),
         (CROSS, STAGE_ENDS[0], True),
         (TrainState.begin_next_stage, 1, False),
         (TrainState.begin_next_stage, 1, True),
