@@ -37,7 +37,7 @@ def train(config: Config) -> str:
         with first_imports():
             from rtl_dist.distributed.elastic import taking_part
             from rtl_dist.records.resume import keep_resolved
-            from rtl_dist.training import begin, fit  # noqa: F401 - all there is, at once
+            from rtl_dist.training import begin, finish, fit, resolve  # noqa: F401 - all, at once
 
         config = keep_resolved(config)
         with taking_part(config.batch) as trains:

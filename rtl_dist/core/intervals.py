@@ -1,4 +1,4 @@
-"""Spans of time as people write them."""
+"""How long and how often, as people write it: spans of time, and events every so many steps."""
 
 from __future__ import annotations
 

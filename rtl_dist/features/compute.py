@@ -23,7 +23,7 @@ class NoCachedFeaturesError(RtlDistError):
     """Features will not be had from the store, and why; known to all ranks."""
 
 
-def rounds_of(plan: ViewPlan, runtime: Runtime) -> int:
+def rounds_of_view(plan: ViewPlan, runtime: Runtime) -> int:
     """How often ``compute_view`` moves its bar on: a block of each rank at a time."""
     shape = plan.shape
     return num_rounds(shape.num_samples, shape.block_size, world_size=runtime.world_size)
@@ -123,7 +123,7 @@ def _write_blocks(
     batches = runtime.heartbeat.while_fetching(loader, are_remote=plan.split.is_remote)
     blocks: list[_Block] = []
     bad: list[str] = []
-    for turn in range(rounds_of(plan, runtime)):
+    for turn in range(rounds_of_view(plan, runtime)):
         failure, disk_failed = None, False
         try:
             batch = next(batches) if turn < len(mine) else None

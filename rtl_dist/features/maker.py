@@ -11,7 +11,7 @@ from rtl_dist.core.text import readable_size
 from rtl_dist.data.format.split import Split
 from rtl_dist.data.images.augment import EvalTransform
 from rtl_dist.distributed.runtime import Runtime
-from rtl_dist.features.compute import NoCachedFeaturesError, compute_view, rounds_of
+from rtl_dist.features.compute import NoCachedFeaturesError, compute_view, rounds_of_view
 from rtl_dist.features.store import FeatureStore
 from rtl_dist.features.view_files import View
 from rtl_dist.features.views import ViewPlan, ViewPlanner
@@ -117,7 +117,7 @@ class FeatureMaker:
             self._store.root,
         )
         runtime = self._runtime
-        rounds = sum(rounds_of(plan, runtime) for plan in missing)
+        rounds = sum(rounds_of_view(plan, runtime) for plan in missing)
         with (
             runtime.heartbeat.phase("computing features"),
             runtime.progress(total=rounds, what="features", unit="batch") as bar,

@@ -28,7 +28,7 @@ def load_weights(
 
     Args:
         path: a weights file, or a run, best, checkpoint or exported folder.
-        head: see ``config.Model.head``.
+        head: see ``config.ModelConfig.head``.
         classes: what the head should tell apart, in order.
 
     Returns:

@@ -6,10 +6,11 @@ was stopped, resumed or spread over other ranks reports the same numbers to the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from rtl_dist.core.tasks import SINGLE_LABEL, Task
-from rtl_dist.distributed.runtime import Runtime
 
 _LOSS_UNIT = 2**20  # a loss is counted in millionths, roughly
 _LOSS_LIMIT = 2.0**24  # keeps sums within int64
@@ -52,9 +53,13 @@ class TrainTotals:
         self._counts += self._of_step
         self._of_step.zero_()
 
-    def flush(self, runtime: Runtime) -> list[int]:
-        """The counts of all ranks since the last flush, then starts again from zero."""
-        counts = runtime.sum_over_ranks(self._counts.cpu().clone())
+    def flush(self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor]) -> list[int]:
+        """The counts of all ranks since the last flush, then starts again from zero.
+
+        Args:
+            sum_over_ranks: of an int64 tensor on the host, which it may overwrite.
+        """
+        counts = sum_over_ranks(self._counts.cpu().clone())
         self._counts.zero_()
         return [int(n) for n in counts.tolist()]
 

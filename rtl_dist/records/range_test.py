@@ -1,4 +1,4 @@
-"""A learning-rate range test: its curve, its file, and what it suggests."""
+"""A learning-rate range test: where its file is, its curve smoothed, the rate it suggests."""
 
 from __future__ import annotations
 

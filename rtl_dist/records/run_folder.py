@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -19,8 +18,6 @@ from rtl_dist.records.checkpoint import (
     has_checkpoint,
 )
 from rtl_dist.records.results import read_results
-
-LOG = logging.getLogger("rtl_dist")
 
 WATCHED = timedelta(days=1)  # patience with ranks, where ``run.timeout`` ends what does not go on
 

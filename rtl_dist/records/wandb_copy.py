@@ -1,8 +1,8 @@
 """Copies a run's ``metrics.jsonl`` to W&B as it grows: a process beside training, which neither a
 dead network nor a W&B that hangs can hold up.
 
-    python rtl_dist/wandb_copy.py '{"folder": "runs/first", "id": ..., "mode": ..., "project": ...,
-        "parent": PID, "connect_s": 40, "finish_s": 60}'
+    python rtl_dist/records/wandb_copy.py '{"folder": "runs/first", "id": ..., "mode": ...,
+        "project": ..., "parent": PID, "connect_s": 40, "finish_s": 60}'
 
 It ends when its standard input or the process that started it does, after the rows that are left,
 or ``finish_s`` later. Where W&B does not answer within ``connect_s``, or fails, it begins again

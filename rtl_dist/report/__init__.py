@@ -1,1 +1,1 @@
-"""Plots and pages: of a run from its files alone, of an evaluation from its scores."""
+"""Plots and pages: of a run from its files alone, of a model by scoring a split."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +13,7 @@ import torch
 
 from rtl_dist.config import Config, ResolvedStage
 from rtl_dist.config.resolved_stage import resolve_stages
-from rtl_dist.core.errors import DataError, RtlDistError, StopRequested
-from rtl_dist.core.files import write_json
+from rtl_dist.core.errors import DataError
 from rtl_dist.core.text import and_more
 from rtl_dist.data.format.dataset import DESCRIPTION, Dataset, check_split, open_dataset
 from rtl_dist.data.format.split import Split
@@ -29,10 +28,10 @@ from rtl_dist.model.parts import trainable_parts
 from rtl_dist.records.checkpoint import Snapshot
 from rtl_dist.records.checkpoint_writer import CheckpointWriter
 from rtl_dist.records.environment import describe_run
-from rtl_dist.records.results import results_of
 from rtl_dist.records.resume import restore
 from rtl_dist.records.state import TrainState
 from rtl_dist.records.tracking import build_tracker
+from rtl_dist.training.finish import left_in_order
 from rtl_dist.training.run import Run
 
 LOG = logging.getLogger("rtl_dist")
@@ -111,36 +110,8 @@ def open_run(
         workers=resolve_workers(config.data.workers, local_world_size=runtime.local_world_size),
     )
     remaining = resolve_stages(config, num_samples=train.num_samples)[state.stage :]
-    with _left_in_order(run):
+    with left_in_order(run):
         yield run, remaining, restored
-
-
-@contextmanager
-def _left_in_order(run: Run) -> Iterator[None]:
-    """However the block ends: requests to stop are acted on within it, what was being saved is on
-    the disk, and ``results.json`` says why a run did not come to its end."""
-    runtime = run.runtime
-    try:
-        with runtime.stops.deferred() if runtime.stops else nullcontext():
-            try:
-                yield
-            except StopRequested:
-                run.wait_for_checkpoint()
-                raise
-    except RtlDistError as error:
-        if runtime.is_main:
-            results = results_of(
-                run.state,
-                status="stopped" if isinstance(error, StopRequested) else "failed",
-                dataset_fingerprint=run.dataset.fingerprint,
-            )
-            with suppress(OSError):  # the disk may be what is wrong
-                write_json(run.folder / "results.json", results | {"reason": str(error)})
-        raise
-    finally:
-        with runtime.heartbeat.phase("saving", open_ended=runtime.is_main):
-            run.writer.join()
-        run.tracker.close()
 
 
 def _open_splits(config: Config, runtime: Runtime, dataset: Dataset) -> tuple[Split, Split]:

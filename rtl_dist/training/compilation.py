@@ -6,6 +6,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,7 +51,8 @@ def compiling_pays(
             return False
         started_at = time.perf_counter()
         try:
-            compiled_s = time_passes(torch.compile(copy.deepcopy(trained)), inputs, runtime)
+            compiled = torch.compile(copy.deepcopy(trained))
+            compiled_s = time_passes(compiled, inputs, runtime)
         except Exception as error:  # noqa: BLE001 - a compiler fails in any way; eager always works
             LOG.warning("compile: %s cannot be compiled (%r); it runs as it is", what, error)
             return False
@@ -73,7 +75,7 @@ def compiling_pays(
     return verdict
 
 
-def time_passes(network: nn.Module, inputs: torch.Tensor, runtime: Runtime) -> float:
+def time_passes(network: Callable[..., Any], inputs: torch.Tensor, runtime: Runtime) -> float:
     """Seconds of a forward and a backward pass, the best of some."""
     best = float("inf")
     for turn in range(_WARMUPS + _REPEATS):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from rtl_dist.config import Config
+from rtl_dist.core.errors import RtlDistError, StopRequested
 from rtl_dist.core.files import sha256_of, write_json
 from rtl_dist.data.format.dataset import Dataset
 from rtl_dist.distributed.runtime import Runtime
@@ -38,6 +41,34 @@ def already_done(config: Config, runtime: Runtime, folder: Path, dataset: Datase
 
     line: str | None = runtime.from_main(look)
     return line
+
+
+@contextmanager
+def left_in_order(run: Run) -> Iterator[None]:
+    """However the block ends: requests to stop are acted on within it, what was being saved is on
+    the disk, and ``results.json`` says why a run did not come to its end."""
+    runtime = run.runtime
+    try:
+        with runtime.stops.deferred() if runtime.stops else nullcontext():
+            try:
+                yield
+            except StopRequested:
+                run.wait_for_checkpoint()
+                raise
+    except RtlDistError as error:
+        if runtime.is_main:
+            results = results_of(
+                run.state,
+                status="stopped" if isinstance(error, StopRequested) else "failed",
+                dataset_fingerprint=run.dataset.fingerprint,
+            )
+            with suppress(OSError):  # the disk may be what is wrong
+                write_json(run.folder / "results.json", results | {"reason": str(error)})
+        raise
+    finally:
+        with runtime.heartbeat.phase("saving", open_ended=runtime.is_main):
+            run.writer.join()
+        run.tracker.close()
 
 
 def finish(run: Run) -> str:

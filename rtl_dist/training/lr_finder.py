@@ -80,7 +80,7 @@ def _measure(
             if stop or runtime.agree(bad_samples=0, failure=outcome.failure)[0]:
                 raise StopRequested("stopped while looking for a learning rate; start again")
             trainer.accept(outcome)
-            counts = trainer.totals.flush(runtime)
+            counts = trainer.totals.flush(runtime.sum_over_ranks)
             loss = train_metrics(counts, task=run.dataset.task)["train/loss"]
             if non_finite(counts) or trainer.skipped.exact()[1]:
                 break

@@ -93,9 +93,10 @@ class StageOptimizer:
         if limit is not None:
             norm = accelerator.clip_grad_norm_(parameters, limit)
         else:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         taken: torch.Tensor = norm.isfinite()
-        self._optimizer.found_inf = (~taken).to(torch.float32)
+        # fused optimizers look for this by name (torch 2.11)
+        self._optimizer.found_inf = (~taken).to(torch.float32)  # type: ignore[attr-defined]
         self._stepper.step()
         return taken
 
@@ -119,7 +120,10 @@ def take_scaled_step(stepper: AcceleratedOptimizer, scaler: torch.amp.GradScaler
     handles the overflow within its own step; a scale that fell says it in either case. The scale is
     compared on the device: ``get_scale`` would wait for it.
     """
-    before = scaler._get_scale_async().clone()
+    scale = scaler._get_scale_async()
+    assert scale is not None  # a backward pass has made it
+    before = scale.clone()
     stepper.step()
-    taken: torch.Tensor = scaler._get_scale_async() >= before
-    return taken.reshape(())
+    after = scaler._get_scale_async()
+    assert after is not None
+    return (after >= before).reshape(())

@@ -122,7 +122,8 @@ class StageTrainer:
         for i in range(per_rank):
             if per_rank > 1 and run.runtime.asked_to_stop():
                 network.forget_step()
-                return self._outcome(torch.tensor(False), abandoned=True)
+                not_taken = torch.zeros((), dtype=torch.bool, device=run.runtime.device)
+                return self._outcome(not_taken, abandoned=True)
             last = i == per_rank - 1
             with contextlib.nullcontext() if last else network.without_sharing():
                 self._microbatch(run.runtime.rank * per_rank + i, per_rank, last=last)
@@ -147,7 +148,7 @@ class StageTrainer:
         """Reads the device's counts into the run's state; a deliberate wait for it, at logging and
         saving only."""
         state = self._run.state
-        counts = self.totals.flush(self._run.runtime)
+        counts = self.totals.flush(self._run.runtime.sum_over_ranks)
         state.skipped_steps, state.skipped_in_a_row = self.skipped.exact()
         state.since_log = add_counts(state.since_log, counts)
         state.since_eval = add_counts(state.since_eval, counts)

@@ -32,7 +32,7 @@ def test_any_split_and_order_gives_the_same_bits():
                 totals = TrainTotals(task=SINGLE_LABEL, device=CPU)
                 totals.add(losses[part], scores[part], labels[part])
                 totals.accept()
-                counts = add_counts(counts, totals.flush(Alone()))
+                counts = add_counts(counts, totals.flush(Alone().sum_over_ranks))
             seen.add(tuple(counts))
     assert len(seen) == 1
     metrics = train_metrics(list(seen.pop()), task=SINGLE_LABEL)
@@ -44,7 +44,7 @@ def test_flush_starts_again_from_zero():
     totals = TrainTotals(task=SINGLE_LABEL, device=CPU)
     totals.add(torch.ones(3), torch.eye(3), torch.arange(3))
     totals.accept()
-    first, second = totals.flush(Alone()), totals.flush(Alone())
+    first, second = totals.flush(Alone().sum_over_ranks), totals.flush(Alone().sum_over_ranks)
     assert first[0] == 3
     assert second == [0] * len(first)
     assert train_metrics(second, task=SINGLE_LABEL) == {}
@@ -55,7 +55,7 @@ def test_losses_that_are_no_number_are_counted_apart():
     losses = torch.tensor([1.0, float("nan"), float("inf"), 3.0])
     totals.add(losses, torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64))
     totals.accept()
-    counts = totals.flush(Alone())
+    counts = totals.flush(Alone().sum_over_ranks)
     assert non_finite(counts) == 2
     assert train_metrics(counts, task=SINGLE_LABEL)["train/loss"] == pytest.approx(2.0)
 
@@ -68,7 +68,7 @@ def test_multi_label_f1_is_scikit_learn_s():
     totals = TrainTotals(task=MULTI_LABEL, device=CPU)
     totals.add(torch.ones(30), scores, labels)
     totals.accept()
-    f1 = train_metrics(totals.flush(Alone()), task=MULTI_LABEL)["train/micro_f1"]
+    f1 = train_metrics(totals.flush(Alone().sum_over_ranks), task=MULTI_LABEL)["train/micro_f1"]
     expected = f1_score(labels.numpy(), (scores > 0).numpy(), average="micro")
     assert f1 == pytest.approx(expected)
 
@@ -79,7 +79,7 @@ def test_a_loss_that_explodes_does_not_wrap_around():
         for _ in range(50):
             totals.add(torch.full((1000,), sign * 1e30), torch.zeros(1000, 2), torch.zeros(1000))
             totals.accept()
-        loss = train_metrics(totals.flush(Alone()), task=SINGLE_LABEL)["train/loss"]
+        loss = train_metrics(totals.flush(Alone().sum_over_ranks), task=SINGLE_LABEL)["train/loss"]
         assert sign * loss > 1e6
 
 
@@ -91,11 +91,11 @@ def test_counts_are_plain_averages_and_add_up():
         labels = torch.randint(0, 2, (4, 2)).float()
         totals.add(torch.full((4,), float(part)), labels * 2 - 1, labels)  # all of them right
         totals.accept()
-        counts = add_counts(counts, totals.flush(Alone()))
+        counts = add_counts(counts, totals.flush(Alone().sum_over_ranks))
     assert train_metrics(counts, task=MULTI_LABEL) == {"train/loss": 1.0, "train/micro_f1": 1.0}
     nothing = TrainTotals(task=MULTI_LABEL, device=CPU)
     nothing.add(torch.ones(2), -torch.ones(2, 3), torch.zeros(2, 3))
     nothing.accept()
-    metrics = train_metrics(nothing.flush(Alone()), task=MULTI_LABEL)
+    metrics = train_metrics(nothing.flush(Alone().sum_over_ranks), task=MULTI_LABEL)
     assert metrics["train/micro_f1"] == 0.0  # nothing said, nothing to say
     assert non_finite([]) == 0

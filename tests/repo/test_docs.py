@@ -10,9 +10,27 @@ PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / ".github").rglob("*.md")]
 )
 # A file of this project as a page writes it: from the root, from the package, or beside the page.
-FILE = re.compile(r"`([\w./-]+\.(?:py|md|sh|sbatch|toml|c)|[\w./-]+/)`")
-WRITTEN_BY_RUNS = ("runs/", "photos/", "data/photos/", "train/", "val/", "test/", "wandb/", "best/")
-WRITTEN_BY_RUNS += ("evaluation/", "plots/", "heartbeats/", "checkpoints/", "ledger/", "lr_finder/")
+FILE = re.compile(r"`([\w./-]+\.(?:py|md|sh|sbatch|toml|c|yaml|yml)|[\w./-]+/)`")
+WRITTEN_BY_RUNS = (
+    "runs/",
+    "config.yaml",
+    "photos/",
+    "data/photos/",
+    "train/",
+    "val/",
+    "test/",
+    "wandb/",
+    "best/",
+)
+WRITTEN_BY_RUNS += (
+    "evaluation/test/",
+    "evaluation/<",
+    "plots/",
+    "heartbeats/",
+    "checkpoints/",
+    "ledger/",
+    "lr_finder/",
+)
 
 
 def files_named_in(text: str) -> set[str]:
@@ -26,7 +44,7 @@ def links_of(text: str) -> set[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_that_a_page_names_exist(page):
     text = page.read_text(encoding="utf-8")
-    places = (ROOT, ROOT / "rtl_dist", page.parent)
+    places = (ROOT, ROOT / "rtl_dist", ROOT / "configs", page.parent)
     named = files_named_in(text)
     missing = {name for name in named if not any((place / name).exists() for place in places)}
     missing |= {link for link in links_of(text) if not (page.parent / link).exists()}

@@ -1,4 +1,4 @@
-"""Tests name what they replace by reference, and nothing private: names in strings go stale unseen."""
+"""Tests replace things by reference: a private name in a string goes stale unseen."""
 
 import ast
 import re

@@ -34,7 +34,12 @@ WINGS = [
 ]
 ROOMS_OF_THE_ROOT = ("__main__", "cli", "train")
 HEIGHT = {wing: height for height, wing in enumerate(WINGS)}
-HEIGHT["train"] = HEIGHT["commands"]  # a command too, which launchers look for in the root
+HEIGHT["train"] = HEIGHT["commands"]  # a command too, which launchers look for in the root:
+BETWEEN_TRAIN_AND_COMMANDS = {  # so these, and only these, use each other's place
+    ("train", "rtl_dist.commands.common"),
+    ("train", "rtl_dist.commands.running"),
+    ("commands", "rtl_dist.train"),
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -74,6 +79,9 @@ def test_imports_run_one_way(path):
         if parts[0] == "rtl_dist" and len(parts) > 1 and parts[1] != "__version__":
             below = HEIGHT[parts[1]] >= HEIGHT[wing]
             assert below, f"{wing} imports {name} from above it"
+            if {wing, parts[1]} == {"train", "commands"}:
+                module = ".".join(parts[: 3 if parts[1] == "commands" else 2])
+                assert (wing, module) in BETWEEN_TRAIN_AND_COMMANDS
 
 
 def test_no_files_import_each_other():
@@ -105,8 +113,22 @@ def test_there_are_at_most_fourteen_wings_and_none_without_a_place():
 
 
 def test_wandb_has_one_place():
-    users = {path.relative_to(PACKAGE) for path in FILES if "wandb" in imports_of(path)}
+    users = {
+        path.relative_to(PACKAGE)
+        for path in FILES
+        if "wandb" in {name.split(".")[0] for name in imports_of(path)}
+    }
     assert users == {Path("records/wandb_copy.py")}
+
+
+def test_modules_are_imported_by_name_in_one_place():
+    """Elsewhere it would hide an arrow from the tests above."""
+    users = {
+        path.relative_to(PACKAGE)
+        for path in FILES
+        if "importlib.import_module" in path.read_text() or "__import__" in path.read_text()
+    }
+    assert users == {Path("cli.py")}
 
 
 def test_no_module_hides_another_of_the_same_name():

@@ -79,6 +79,7 @@ def config(tmp_path_factory) -> str:
 class Outcome:
     run: Path
     output: str
+    num_steps: int = NUM_STEPS
 
     @property
     def results(self) -> dict:
@@ -94,7 +95,7 @@ class Outcome:
         return (self.run / "ledger" / "samples.jsonl").read_bytes()
 
     def tensors(self, name: str) -> dict:
-        (checkpoint,) = (self.run / "checkpoints").glob(f"step-*{NUM_STEPS}")
+        (checkpoint,) = (self.run / "checkpoints").glob(f"step-*{self.num_steps}")
         return load_file(checkpoint / f"{name}.safetensors")
 
 
@@ -186,6 +187,21 @@ def test_a_stop_request_to_one_rank_stops_all_and_one_process_goes_on(config, al
     assert resumed.ledger == alone.ledger
     assert largest_difference(resumed, alone, "model") < 1e-10
     assert largest_difference(resumed, alone, "ema") < 1e-10
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_fifty_steps_end_alike_at_any_number_of_processes(config, tmp_path, world_size):
+    lengths = ["stages.0.steps=10", "stages.1.steps=20", "stages.2.steps=20"]
+    outcomes = []
+    for count in (1, world_size):
+        run = tmp_path / str(count)
+        require_done(run_ranks(config, f"run.dir={run}", *lengths, world_size=count))
+        outcomes.append(Outcome(run, "", num_steps=50))
+    alone, together = outcomes
+    assert together.ledger == alone.ledger
+    assert largest_difference(together, alone, "model") < 1e-10
+    assert largest_difference(together, alone, "ema") < 1e-10
 
 
 # --- refusals ---

@@ -103,7 +103,7 @@ def digest_of(pixels: torch.Tensor) -> bytes:
     """128 bits of a decoded image: equal for equal sizes and pixels, however they were stored."""
     array = pixels.permute(1, 2, 0).contiguous().numpy()
     digest = hashlib.blake2b(repr(array.shape).encode(), digest_size=16)
-    digest.update(array)
+    digest.update(array.data)
     return digest.digest()
 
 
