@@ -10,23 +10,10 @@ import yaml
 from rtl_dist.config.convert import Problem, build, to_dict
 from rtl_dist.config.overrides import Overrides
 from rtl_dist.config.schema import Config
+from rtl_dist.config.yaml_text import YamlFault, read_yaml
 from rtl_dist.core.errors import UserError
 
 T = TypeVar("T")
-
-
-class _NoKeyTwice(yaml.SafeLoader):
-    """``yaml.safe_load``, but a key given twice is refused; PyYAML would forget the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} is given twice", key.start_mark
-                )
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
-        return super().construct_mapping(node, deep)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -37,13 +24,16 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
             combinations: all of them, where there are several a line each.
     """
     try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_NoKeyTwice)
+        tree = read_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no config file {path}; shipped ones are in configs/") from None
+    except YamlFault as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read config {path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read config {path}: {reason}") from error
+    if tree is None:
+        raise UserError(f"{path}: expected sections such as data: and stages:, found nothing")
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections such as data: and stages:, found {tree!r}")
     return _checked(tree, str(path), Overrides(tree, overrides or []))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import yaml
-
 from rtl_dist.config.convert import REFUSED, Problem
+from rtl_dist.config.yaml_text import YamlFault, read_yaml
 from rtl_dist.core.urls import is_url, secret_in
 
 
@@ -44,9 +43,9 @@ class Overrides:
             self._refuse(f"{shown} is not an override; write key=value, such as seed=1")
             return
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            self._refuse(f"{shown}: the value is not valid YAML: {' '.join(str(error).split())}")
+            value = read_yaml(text)
+        except YamlFault as error:
+            self._refuse(f"{shown}: the value is not valid YAML: {error}")
             value = REFUSED
         *parents, last = path.split(".")
         node: Any = tree
@@ -74,7 +73,9 @@ class Overrides:
     def _is_position(self, items: list[Any], name: str, shown: str) -> bool:
         is_one = name.isdecimal() and int(name) < len(items)
         if not is_one:
-            self._refuse(f"{shown}: {name!r} is not a position in a list of {len(items)}")
+            self._refuse(
+                f"{shown}: {name!r} is not a position in a list of {len(items)}, counted from 0"
+            )
         return is_one
 
     def _refuse(self, sentence: str, *, in_the_way: str = "") -> None:

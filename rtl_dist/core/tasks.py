@@ -1,7 +1,7 @@
 """What there is to learn, and the figures that say how well it was: each is named here, once.
 
-To add one, name it in ``METRICS`` and in its task's ``metrics``, and add its arithmetic to
-``evaluation/metrics.py``.
+To add one, name it in ``METRICS``, and in its task's ``metrics`` if a run may be judged by it, and
+add its arithmetic to ``evaluation/metrics.py``.
 """
 
 from __future__ import annotations

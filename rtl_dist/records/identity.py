@@ -78,7 +78,13 @@ def _filled(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
         else value
         for section, value in then.items()
     }
-    return filled | {"stages": [defaults["stages"][0] | stage for stage in then["stages"]]}
+    return filled | {"stages": [_filled_stage(stage, defaults) for stage in then["stages"]]}
+
+
+def _filled_stage(stage: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The same for a stage, and for the sections that it has of its own."""
+    own = {name: defaults[name] | value for name, value in stage.items() if isinstance(value, dict)}
+    return defaults["stages"][0] | stage | own
 
 
 def _differences(then: Any, now: Any, path: str) -> Iterator[str]:

@@ -163,7 +163,7 @@ def test_errors_of_several_overrides_name_each(lines):
         "  'optm.ema=1': unknown key optm; did you mean optim?",
         "  'seed=abc': seed: expected a whole number, found 'abc'",
         "  'stages.0.lr=-1': stages.0.lr: must be positive or auto, not -1.0",
-        "  'stages.3.lr=1': '3' is not a position in a list of 1",
+        "  'stages.3.lr=1': '3' is not a position in a list of 1, counted from 0",
         "  'foo' is not an override; write key=value, such as seed=1",
         "  'data=[1': the value is not valid YAML",
     ]

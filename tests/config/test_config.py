@@ -1,6 +1,7 @@
 """The config: strict YAML, conversions by type, overrides, refusals that name path and cure."""
 
 import dataclasses
+import re
 from itertools import takewhile
 from pathlib import Path
 
@@ -466,3 +467,25 @@ def test_debug_adds_the_traceback(tmp_path, capfd):
     err = capfd.readouterr().err
     assert "Traceback" in err
     assert err.splitlines()[-1].startswith("rtl-dist: no config file")
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("seed: 1\ndata: {path: a\n", "line 3, column 1: expected ',' or '}'"),
+        ("seed: 1\nseed: 2\n", "line 2, column 1: the key 'seed' is given twice"),
+    ],
+)
+def test_a_fault_of_the_yaml_says_where_it_is(tmp_path, text, fault):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=re.escape(f"{path} is not valid YAML: {fault}")):
+        load_config(path)
+
+
+def test_an_empty_file_is_said_to_be_empty(tmp_path):
+    (tmp_path / "c.yaml").write_text("# nothing yet\n")
+    with pytest.raises(
+        UserError, match="expected sections such as data: and stages:, found nothing"
+    ):
+        load_config(tmp_path / "c.yaml")

@@ -1,6 +1,7 @@
 """Regions of JPEGs: the pixels and refusals of decoding whole, whatever the file."""
 
 import contextlib
+import dataclasses
 import io
 import os
 import random
@@ -291,6 +292,18 @@ AUGMENTS = {
 }
 
 
+def test_every_augmentation_of_one_image_is_among_these():
+    default = AugmentConfig()
+    tried = {
+        field.name
+        for augment in AUGMENTS.values()
+        for field in dataclasses.fields(augment)
+        if getattr(augment, field.name) != getattr(default, field.name)
+    }
+    every = {field.name for field in dataclasses.fields(default)}
+    assert tried == every - {"mixup", "cutmix"}, "which mix several; see tests/optim/test_optim.py"
+
+
 @pytest.mark.parametrize("regions", [pytest.param(True, marks=built), False])
 @pytest.mark.parametrize("name", AUGMENTS)
 def test_views_are_those_of_torchvisions_transforms(name, regions, monkeypatch):
@@ -388,6 +401,7 @@ def test_damaged_files_end_as_they_do_when_decoded_whole():
         capture_output=True,
         text=True,
         cwd=Path(__file__).parent,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},  # the tests' tools are there
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) > 200
