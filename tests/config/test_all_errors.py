@@ -158,7 +158,7 @@ def test_a_stage_s_own_keys_are_told_as_its_own(lines):
 
 def test_errors_of_several_overrides_name_each(lines):
     overrides = ("seed=abc", "optm.ema=1", "stages.0.lr=-1", "stages.3.lr=1", "foo", "data=[1")
-    assert [line.split(": while parsing")[0] for line in lines(GOOD, *overrides)] == [
+    assert [line.split(": line 1")[0] for line in lines(GOOD, *overrides)] == [
         "6 errors in the overrides of FILE:",
         "  'optm.ema=1': unknown key optm; did you mean optim?",
         "  'seed=abc': seed: expected a whole number, found 'abc'",
