@@ -1,13 +1,11 @@
 """Samples to microbatches: the same pixels whatever the workers, damage found, every image kind."""
 
 import dataclasses
-import io
 import multiprocessing
 import os
 import pickle
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -18,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
-from pack_images import image_bytes
-from PIL import Image, ImageOps
+from pack_images import encoded, image_bytes, picture, png_16bit
+from PIL import Image
 from small_sets import Canary, flip_byte, order_of, packed
 
 from rtl_dist.config import AugmentConfig
@@ -28,7 +26,7 @@ from rtl_dist.core.processes import available_cpus
 from rtl_dist.data.format.dataset import check_split, open_dataset
 from rtl_dist.data.format.reader import SampleReader
 from rtl_dist.data.images.augment import EvalTransform, TrainTransform
-from rtl_dist.data.images.decode import claimed_pixels, decode
+from rtl_dist.data.images.decode import decode
 from rtl_dist.data.loading.loader import make_loader
 from rtl_dist.data.loading.microbatches import (
     SplitMicrobatches,
@@ -550,101 +548,6 @@ def test_workers_share_the_cpus_this_process_may_use():
 # --- kinds of images ----------------------------------------------------------------------------
 
 
-def encoded(image, kind, **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def picture(width=16, height=12):
-    """A smooth colour picture, so that JPEG changes little."""
-    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
-    return np.stack([x, y, (x + y) / 2], 2).astype(np.uint8)
-
-
-def png_16bit(pixels):
-    """A PNG of uint16 (height, width[, 3]), which Pillow cannot write in colour."""
-    height, width = pixels.shape[:2]
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-
-    def chunk(kind, content):
-        crc = zlib.crc32(kind + content)
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
-
-    header = struct.pack(">IIBBBBB", width, height, 16, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + body
-
-
-def array(image):
-    return image.permute(1, 2, 0).numpy().astype(int)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-@pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_colour_and_grey_are_what_the_config_asks_for(mode, kind, channels):
-    source = Image.fromarray(picture()).convert(mode)
-    image = decode(encoded(source, kind, **({} if kind == "PNG" else {"quality": 95})), channels)
-    assert (image.dtype, image.shape) == (torch.uint8, (channels, 12, 16))
-    expected = np.asarray(source.convert("L" if channels == 1 else "RGB")).astype(int)
-    assert abs(array(image).squeeze() - expected).mean() < (1 if kind == "PNG" else 5)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("colour", [False, True])
-def test_16_bit_png_keeps_its_upper_bits(colour, channels):
-    values = np.arange(12 * 16, dtype=np.uint16).reshape(12, 16) * 341
-    pixels = np.stack([values] * 3, 2) if colour else values
-    image = decode(png_16bit(pixels), channels)
-    assert (image.dtype, image.shape) == (torch.uint8, (channels, 12, 16))
-    expected = np.repeat((values >> 8)[:, :, None], channels, 2).astype(int)
-    assert abs(array(image) - expected).max() <= (1 if colour and channels == 1 else 0)
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(orientation):
-    source = Image.fromarray(picture())
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    content = encoded(source, "JPEG", quality=95, exif=exif)
-    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
-    image = decode(content, 3)
-    assert array(image).shape == np.asarray(upright).shape
-    assert abs(array(image) - np.asarray(upright).astype(int)).mean() < 3
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_cmyk_jpeg_has_the_colours_it_was_made_of(channels):
-    source = Image.fromarray(picture())
-    image = decode(encoded(source.convert("CMYK"), "JPEG", quality=95), channels)
-    expected = np.asarray(source.convert("L" if channels == 1 else "RGB")).astype(int)
-    assert abs(array(image).squeeze() - expected).mean() < 5
-
-
-def test_transparency_and_palettes_are_decoded():
-    source = Image.fromarray(picture())
-    assert decode(encoded(source.convert("RGBA"), "PNG"), 3).shape == (3, 12, 16)
-    assert decode(encoded(source.convert("LA"), "PNG"), 1).shape == (1, 12, 16)
-    assert decode(encoded(source.convert("P"), "PNG"), 3).shape == (3, 12, 16)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"\xff\xd8\xff",
-        b"no image at all",
-        b"GIF89a" + bytes(20),
-        b"\x89PNG\r\n\x1a\n" + bytes(9),
-    ],
-    ids=["empty", "jpeg header", "text", "gif", "png header"],
-)
-def test_what_is_no_image_is_a_data_error(content):
-    with pytest.raises(DataError, match=r"\Acannot be decoded: [^\n]+\Z"):
-        decode(content, 3)
-
-
 def test_all_kinds_pass_through_pack_and_loader(tmp_path):
     source = Image.fromarray(picture(40, 30))
     folder = tmp_path / "images" / "a"
@@ -664,35 +567,6 @@ def test_all_kinds_pass_through_pack_and_loader(tmp_path):
         batch = microbatches(split, size=6, channels=channels)[0]
         assert batch.inputs.shape == (6, channels, SIDE, SIDE)
         assert batch.bad == []
-
-
-@pytest.mark.parametrize(
-    ("content", "pixels"),
-    [
-        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", 50_000, 40_000), 2 * 10**9),
-        (
-            b"\xff\xd8\xff\xe0\0\x04ab\xff\xff\xc2\0\x11\x08" + struct.pack(">HH", 65_500, 65_500),
-            65_500**2,
-        ),
-        (b"\xff\xd8\xff\xd0\xff\x01\xff\xc0\0\x11\x08" + struct.pack(">HH", 3, 5) + bytes(9), 15),
-        (b"\xff\xd8 no marker", 0),
-        (b"\xff\xd8\xff\xe0\xff\xff", 0),
-        (b"\x89PNG\r\n\x1a\n", 0),
-        (b"", 0),
-    ],
-    ids=["png", "jpeg", "stand-alone markers", "no marker", "cut", "cut png", "nothing"],
-)
-def test_a_header_that_claims_too_much_is_refused_before_memory_is_asked_for(content, pixels):
-    assert claimed_pixels(content) == pixels
-    if pixels > 10**8:
-        with pytest.raises(DataError, match="more than the 178,956,970 pixels"):
-            decode(content, 3)
-
-
-def test_an_image_too_elongated_to_be_resized_is_named():
-    content = encoded(Image.new("RGB", (65_000, 1)), "JPEG")
-    with pytest.raises(DataError, match="is too elongated: 65000 x 1 pixels"):
-        EvalTransform(image_size=224, crop_pct=0.875, channels=3)(content, 0)
 
 
 def test_want_of_memory_is_not_the_samples_fault(damaged, monkeypatch):

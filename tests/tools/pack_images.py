@@ -1,6 +1,8 @@
-"""Small images and folders of them, for the tests of the packer."""
+"""Small images of every kind, and folders of them."""
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -35,3 +37,29 @@ def files_of(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def encoded(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def picture(width=16, height=12):
+    """A smooth colour picture, so that JPEG changes little."""
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return np.stack([x, y, (x + y) / 2], 2).astype(np.uint8)
+
+
+def png_16bit(pixels):
+    """A PNG of uint16 (height, width[, 3]), which Pillow cannot write in colour."""
+    height, width = pixels.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+
+    def chunk(kind, content):
+        crc = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
+
+    header = struct.pack(">IIBBBBB", width, height, 16, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
