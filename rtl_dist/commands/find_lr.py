@@ -25,6 +25,6 @@ def run(arguments: argparse.Namespace) -> str:
 
     with first_imports():
         from rtl_dist.config import load_config
-        from rtl_dist.training.range_test_run import find_lr
+        from rtl_dist.training.find_lr import find_lr
 
     return find_lr(load_config(arguments.config, arguments.overrides), arguments.stage)

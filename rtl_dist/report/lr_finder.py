@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rtl_dist.core.files import read_object, write_bytes
-from rtl_dist.records.range_test import FOLDER
+from rtl_dist.records.lr_finder import FOLDER
 from rtl_dist.report.figure import (
     BLUE,
     GREEN,
@@ -94,7 +94,7 @@ def range_test_figure(test: RangeTest) -> Figure:
     if not test.losses:
         say(axes, "the loss was a number at no rate")
         return figure
-    from rtl_dist.records.range_test import smoothed
+    from rtl_dist.records.lr_finder import smoothed
 
     values = smoothed(test.losses)
     axes.set_xscale("log")

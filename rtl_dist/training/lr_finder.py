@@ -15,7 +15,7 @@ from rtl_dist.config import ResolvedStage
 from rtl_dist.core.errors import RtlDistError, StopRequested
 from rtl_dist.core.files import write_json
 from rtl_dist.optim.counts import non_finite, train_metrics
-from rtl_dist.records.range_test import FOLDER, smoothed, suggest
+from rtl_dist.records.lr_finder import FOLDER, smoothed, suggest
 from rtl_dist.training.run import Run
 from rtl_dist.training.stage_trainer import StageTrainer
 

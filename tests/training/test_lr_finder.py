@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from rtl_dist.records.range_test import smoothed, suggest
+from rtl_dist.records.lr_finder import smoothed, suggest
 
 
 def rates_of(count: int) -> list[float]:
@@ -34,7 +34,7 @@ def test_smoothing_leaves_a_constant_alone():
 
 
 def test_a_tenth_of_the_last_rate_near_the_lowest_loss(monkeypatch):
-    monkeypatch.setattr("rtl_dist.records.range_test.SMOOTHING", 0.0)
+    monkeypatch.setattr("rtl_dist.records.lr_finder.SMOOTHING", 0.0)
     losses = [2.0, 1.5, 1.0, 1.04, 1.06, 1.02, 3.0]
     assert suggest(rates_of(7), losses) == pytest.approx(1e-1 / 10)
     assert suggest(rates_of(7), [2.0, 1.5, 1.0, 1.04, 1.06, 1.2, 3.0]) == pytest.approx(1e-4)

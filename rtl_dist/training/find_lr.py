@@ -13,7 +13,7 @@ from rtl_dist.core.errors import UserError
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.distributed.stopping import StopRequests
 from rtl_dist.records.checkpoint import has_checkpoint
-from rtl_dist.records.range_test import FOLDER
+from rtl_dist.records.lr_finder import FOLDER
 from rtl_dist.records.run_folder import WATCHED, owned_run_folder
 from rtl_dist.report.lr_finder import draw_range_test, read_range_test
 from rtl_dist.training.begin import open_data, open_run
