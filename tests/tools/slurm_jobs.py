@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from launched_runs import ROOT, environment
 
-SCRIPT = str(ROOT / "tests" / "slurm_cluster.sh")
+SCRIPT = str(Path(__file__).with_name("slurm_cluster.sh"))
 TIMEOUT_S = 180  # for what takes seconds
 POLL_S = 0.2
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
@@ -139,7 +139,8 @@ def running_cluster(folder: Path, num_nodes: int) -> Iterator[Cluster]:
     except FileNotFoundError:
         pytest.skip("needs bash")
     if probe.returncode:
-        pytest.skip(f"SLURM on this machine needs {probe.stdout.strip() or probe.stderr.strip()}")
+        assert probe.stdout, f"the probe itself failed: {probe.stderr}"
+        pytest.skip(f"SLURM on this machine needs {probe.stdout.strip()}")
     project = folder / "project"
     make_project(project)
     log = folder / "cluster.log"
