@@ -16,6 +16,7 @@ SMALLEST = {
     "scale.py": "--shards 5000",
     "shuffle.py": "",
 }
+SLOW = {"loader.py"}
 # They start others, are of others, train for minutes, or (``sides.py``) are what the others import.
 TOO_LONG = {
     "fastai_loop.py",
@@ -43,7 +44,13 @@ def test_each_benchmark_is_here():
     assert SMALLEST.keys() | TOO_LONG | own_test == {path.name for path in BENCHMARKS.glob("*.py")}
 
 
-@pytest.mark.parametrize("name", SMALLEST)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.exhaustive) if name in SLOW else name
+        for name in SMALLEST
+    ],
+)
 def test_it_runs(tmp_path, monkeypatch, capsys, name):
     class_folders(tmp_path / "images", {"ants": 4, "bees": 4}, "JPEG")
     run(name, monkeypatch, *SMALLEST[name].format(images=tmp_path / "images").split())

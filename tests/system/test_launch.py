@@ -47,18 +47,18 @@ def config(tmp_path_factory) -> str:
         "run": {"ledger": True},
         "data": {
             "path": str(make_dataset(folder, val=NUM_VAL)),
-            "image_size": 32,
+            "image_size": 16,
             "crop_pct": 1.0,
             "workers": 0,
         },
         "augment": {"crop_scale": [0.7, 1.0], "mixup": 0.2},
-        "model": {"name": "test_resnet", "weights": "none", "dropout": 0.1},
+        "model": {"name": "basic_cnn", "weights": "none", "dropout": 0.1},
         "stages": [
             {"name": "head", "steps": 6, "trainable": "head", "lr": 1e-2, "views": 2},
             {
                 "name": "top",
                 "steps": 8,
-                "trainable": ["layer4", "head"],
+                "trainable": ["layer3", "head"],
                 "lr": 3e-3,
                 "batchnorm": "train",
             },
@@ -193,10 +193,11 @@ def test_a_stop_request_to_one_rank_stops_all_and_one_process_goes_on(config, al
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_fifty_steps_end_alike_at_any_number_of_processes(config, tmp_path, world_size):
     lengths = ["stages.0.steps=10", "stages.1.steps=20", "stages.2.steps=20"]
+    network = ["model.name=test_resnet", "data.image_size=32", "stages.1.trainable=[layer4, head]"]
     outcomes = []
     for count in (1, world_size):
         run = tmp_path / str(count)
-        require_done(run_ranks(config, f"run.dir={run}", *lengths, world_size=count))
+        require_done(run_ranks(config, f"run.dir={run}", *network, *lengths, world_size=count))
         outcomes.append(Outcome(run, "", num_steps=50))
     alone, together = outcomes
     assert together.ledger == alone.ledger

@@ -2,6 +2,7 @@
 very end, and started again, a run ends with the bytes of one that was never disturbed.
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from kills import (
     place_of,
     shown,
 )
-from tiny_runs import require_equal_runs, tiny_config, write_config
+from tiny_runs import require_equal_runs, results, tiny_config, write_config
 
 from rtl_dist.evaluation.scoring import logits_from_images, logits_from_view
 from rtl_dist.model.freezing import freeze_for
@@ -89,7 +90,7 @@ def test_killed_as_a_checkpoint_is_written(tmp_path, config, undisturbed, fault)
     require_equal_runs(undisturbed[1], run)
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("after", one_of_each([False, True], name=["before", "after"].__getitem__))
 def test_the_first_of_two_ranks_killed_as_a_checkpoint_is_written(
     tmp_path, config, undisturbed, after
 ):
@@ -124,19 +125,26 @@ def eventful(dataset, tmp_path_factory) -> tuple[str, Path]:
     return config, run
 
 
+def shown_together(faults: list[Kill]) -> str:
+    return ", ".join(shown(fault) for fault in faults)
+
+
 @pytest.mark.parametrize(
     "faults",
-    [
-        [Kill(place=STEP, call=30)],  # while it looks for the rate
-        [Kill(place=find_learning_rate, after=True)],
-        [Kill(place=CROSS, call=1, after=True), Kill(place=CROSS, call=5, after=True)],
-        [Kill(place=Run.keep_as_stage_best, call=2, after=True)],
-        [Kill(place=Run.go_back_to_stage_best)],
-        [Kill(place=Run.go_back_to_stage_best, after=True)],
-        [Kill(place=Run.go_back_to_stage_best, call=2)],
-        [Kill(place=finish)],
-    ],
-    ids=lambda faults: ", ".join(shown(fault) for fault in faults),
+    one_of_each(
+        [
+            [Kill(place=STEP, call=30)],  # while it looks for the rate
+            [Kill(place=find_learning_rate, after=True)],
+            [Kill(place=CROSS, call=1, after=True), Kill(place=CROSS, call=5, after=True)],
+            [Kill(place=Run.keep_as_stage_best, call=2, after=True)],
+            [Kill(place=Run.go_back_to_stage_best)],
+            [Kill(place=Run.go_back_to_stage_best, after=True)],
+            [Kill(place=Run.go_back_to_stage_best, call=2)],
+            [Kill(place=finish)],
+        ],
+        lambda faults: place_of(faults[0]),
+        shown_together,
+    ),
 )
 def test_killed_in_stages_that_judge_for_themselves(tmp_path, eventful, faults):
     config, undisturbed = eventful
@@ -163,7 +171,7 @@ IN_AN_EVALUATION = [
     "fault",
     one_of_each(
         [one for one in IN_AN_EVALUATION if one.rank == 0],
-        lambda fault: (fault.place, fault.item),
+        place_of,
         shown,
     ),
 )
@@ -186,15 +194,15 @@ def test_one_of_two_ranks_killed_in_an_evaluation(tmp_path, config, undisturbed,
 
 
 def test_killed_after_the_test_split_was_evaluated(tmp_path, config):
-    runs = [tmp_path / name for name in ("undisturbed", "killed")]
-    gone_on(config, runs[0], more="data.test=test")
-    written = Kill(place=write_evaluation, after=True)
-    killed(config, runs[1], written, more="data.test=test")
-    assert not (runs[1] / "results.json").exists()
-    gone_on(config, runs[1], more="data.test=test")
-    require_equal_runs(*runs)
-    metrics = [(run / "evaluation" / "test" / "metrics.json").read_bytes() for run in runs]
-    assert metrics[0] == metrics[1]
+    run = tmp_path / "run"
+    evaluated = run / "evaluation" / "test" / "metrics.json"
+    killed(config, run, Kill(place=write_evaluation, after=True), more="data.test=test")
+    assert not (run / "results.json").exists()
+    before = evaluated.read_bytes()
+    gone_on(config, run, more="data.test=test")
+    assert evaluated.read_bytes() == before
+    test = results(run)["test"]
+    assert test == {name: json.loads(before)[name] for name in test}
 
 
 def test_killed_before_the_report_is_drawn(tmp_path, config, undisturbed):
