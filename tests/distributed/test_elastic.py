@@ -22,13 +22,13 @@ from rtl_dist.core.errors import RtlDistError
 from rtl_dist.distributed.elastic import largest_share, meet, taking_part
 from rtl_dist.train import main
 
-STEPS = 120
+STEPS = 90
 CHANGES = {
     "batch__global": 12,
     "precision": "fp64",
     "run__ledger": True,
     "checkpoint": {"every": "10 steps"},
-    "eval": {"every": "60 steps"},
+    "eval": {"every": "50 steps"},
     "optim": {"ema": 0.9},
     "augment": {"mixup": 0.2},
     "stages": [

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from grids import one_of_each
 from killed_runs import At, require_done, run_ranks
 from tiny_runs import make_dataset, require_equal_runs, tiny_config, write_config
 
@@ -133,10 +134,11 @@ def test_a_loader_that_stalls(config, world_size):
 @pytest.mark.launch
 @pytest.mark.parametrize(
     "place",
-    [StageTrainer.learn_from,
-     StageOptimizer.step,
-     StepStatistics.fold],
-)  # fmt: skip
+    one_of_each(
+        [StageTrainer.learn_from, StageOptimizer.step, StepStatistics.fold],
+        name=lambda place: place.__qualname__,
+    ),
+)
 def test_of_two_ranks_that_live_the_one_that_holds_the_other_up_is_named(config, place):
     fault = Hold(place=place, call=15, rank=1, seconds=60.0)
     exits = run_ranks(config, TIMEOUT, world_size=2, fault=fault)
@@ -165,10 +167,15 @@ def test_a_stop_while_a_loader_stalls_saves_the_last_whole_step(config, tmp_path
 @pytest.mark.launch
 @pytest.mark.parametrize(
     "place",
-    [build_model,
-     save_checkpoint,  # in its thread: the next one waits for it
-     write_model_folder],
-)  # fmt: skip
+    one_of_each(
+        [
+            build_model,
+            save_checkpoint,  # in its thread: the next one waits for it
+            write_model_folder,
+        ],
+        name=lambda place: place.__qualname__,
+    ),
+)
 def test_a_rank_that_works_for_long_is_waited_for(config, place):
     """Twice the time-out in a phase that may take any time; in any other it would be ended."""
     fault = Hold(place=place, seconds=4.5, rank=0)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from grids import one_of_each
 from killed_runs import At, Exit, require_done, run_ranks
 from tiny_runs import make_dataset, require_equal_runs, results, tiny_config, write_config
 
@@ -107,7 +108,7 @@ def test_all_ranks_stop_where_one_is_asked(config, tmp_path, undisturbed, rank):
     require_equal_runs(undisturbed[2], tmp_path / "run")
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", one_of_each([0, 1]))
 def test_all_ranks_leave_an_evaluation_where_one_is_asked(config, tmp_path, rank):
     """Before its second block: the first is scored and thrown away."""
     fault = Ask(place=IMAGES, item=1, rank=rank)
@@ -151,7 +152,7 @@ def test_the_same_request_twice_is_one(config, tmp_path, signals, apart_s):
     assert results(tmp_path / "run")["status"] == "stopped"
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [2, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_before_there_is_anything_to_save_a_request_is_obeyed_at_once(config, tmp_path, world_size):
     fault = Ask(place=OPEN, hold_s=60.0)
     exits = run_ranks(config, world_size=world_size, fault=fault)
@@ -162,7 +163,7 @@ def test_before_there_is_anything_to_save_a_request_is_obeyed_at_once(config, tm
     require_done(run_ranks(config, world_size=world_size))
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [2, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_a_time_limit(config, tmp_path, undisturbed, world_size):
     exits = run_ranks(
         config, "run.time_limit=1 second", world_size=world_size, fault=Ask(place=STEP, call=3,

@@ -126,8 +126,15 @@ def local(dataset, tmp_path_factory):
 # --- the same run ---
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("order", ["full", "window"])
+@pytest.mark.parametrize(
+    ("order", "workers"),
+    [
+        ("full", 2),
+        ("window", 0),
+        pytest.param("full", 0, marks=pytest.mark.exhaustive),
+        pytest.param("window", 2, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_cold_and_warm_runs_are_the_local_run(local, server, tmp_path, order, workers):
     changes = {"data__shuffle": order, "data__window": 2, "data__workers": workers}
     assert train(tmp_path, server.url, "cold", **changes) == local[order]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from call_faults import ERRORS, KILLS, at_each_call, calls_of
+from grids import one_of_each
 from killed_runs import KILL, in_child, require_shim
 
 from rtl_dist.core import files
@@ -139,7 +140,7 @@ def refuse_saves(template: Path, keep: int, action: int, error: int) -> tuple[in
     return failed, succeeded
 
 
-@pytest.mark.parametrize("how", ERRORS)
+@pytest.mark.parametrize("how", one_of_each(ERRORS, lambda how: ERRORS[how][0]))
 def test_a_refused_save_leaves_the_older_checkpoint_and_says_so(tmp_path, how):
     make_template(tmp_path, "whole")
     failed, succeeded = in_child(refuse_saves, tmp_path, 1, *ERRORS[how])

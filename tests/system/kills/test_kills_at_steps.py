@@ -72,9 +72,7 @@ OF_TWO = [
 ]
 
 
-@pytest.mark.parametrize(
-    "fault", one_of_each(OF_TWO, lambda fault: (place_of(fault), fault.rank), shown)
-)
+@pytest.mark.parametrize("fault", one_of_each(OF_TWO, place_of, shown))
 def test_one_of_two_ranks_killed_at_any_step(tmp_path, config, undisturbed, fault):
     run = tmp_path / "run"
     killed(config, run, fault, world_size=2)
