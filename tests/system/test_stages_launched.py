@@ -14,6 +14,8 @@ from killed_runs import Exit, Fault, require_done, run_ranks
 from safetensors.torch import load_file
 from tiny_runs import make_dataset
 
+from rtl_dist.training import lr_finder
+
 pytestmark = pytest.mark.launch
 SHORT = ("stages.0.steps=6", "stages.0.lr=1e-3", "stages.1.steps=4")
 CACHED = ("stages.0.steps=15", "stages.0.lr=1e-3", "stages.1.steps=1")  # long enough to pay
@@ -57,6 +59,16 @@ def largest_difference(one: dict, other: dict) -> float:
     return max(float((one[k].double() - other[k].double()).abs().max()) for k in one)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShortRangeTest(Fault):
+    """No fault: every rank looks for the rate in fewer steps."""
+
+    rank: int | None = None
+
+    def install(self, mark: int) -> None:
+        lr_finder.STEPS = 20
+
+
 @pytest.fixture(scope="module")
 def runs(config, tmp_path_factory) -> Callable[[int], Path]:
     """The same job by the number of processes, each with a feature folder of its own."""
@@ -66,7 +78,8 @@ def runs(config, tmp_path_factory) -> Callable[[int], Path]:
     def run_of(world_size: int) -> Path:
         features = f"features.cache_dir={folder / f'features-{world_size}'}"
         run = folder / str(world_size)
-        exits = run_ranks(config, f"run.dir={run}", features, world_size=world_size)
+        run_dir = f"run.dir={run}"
+        exits = run_ranks(config, run_dir, features, world_size=world_size, fault=ShortRangeTest())
         require_done(exits)
         assert "on cached features from below layer4" in exits[0].output
         return run
