@@ -13,6 +13,7 @@ from rtl_dist.core.keys import Stream, stream_key
 from rtl_dist.core.text import did_you_mean
 from rtl_dist.model.basic_cnn import NUM_FEATURES, BasicCNN
 from rtl_dist.model.classifier import Classifier, Preprocessing
+from rtl_dist.model.head import Head
 from rtl_dist.model.weights import load_weights
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -72,9 +73,8 @@ def make_classifier(
     torch.manual_seed(stream_key(seed, Stream.HEAD) >> 1)  # whatever the trunk drew
     return Classifier(
         trunk,
-        nn.Linear(num_features, num_classes),
+        Head(num_features, num_classes, dropout=config.dropout),
         native_head=native_head,
-        dropout=config.dropout,
         preprocessing=Preprocessing(
             image_size=data.image_size, crop_pct=data.crop_pct, mean=tuple(mean), std=tuple(std)
         ),

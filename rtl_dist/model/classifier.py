@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from rtl_dist.model.head import Head
+
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
@@ -27,7 +29,7 @@ class Preprocessing:
 
 
 class Classifier(nn.Module):
-    """Images to class scores: normalise, ``trunk``, dropout, ``head``.
+    """Images to class scores: normalise, ``trunk``, ``head``.
 
     Splitting the head off lets a frozen trunk run without autograd and its features be cached.
     ``native_state_dict`` has the names of the timm or torchvision model the trunk was made from.
@@ -39,15 +41,13 @@ class Classifier(nn.Module):
     def __init__(
         self,
         trunk: nn.Module,
-        head: nn.Linear,
+        head: Head,
         *,
         native_head: str,
-        dropout: float,
         preprocessing: Preprocessing,
     ) -> None:
         super().__init__()
         self.trunk = trunk
-        self.dropout = nn.Dropout(dropout)
         self.head = head
         self.native_head = native_head
         self.preprocessing = preprocessing
@@ -63,7 +63,7 @@ class Classifier(nn.Module):
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """(n, F) to scores (logits) (n, num_classes)."""
-        scores: torch.Tensor = self.head(self.dropout(features))
+        scores: torch.Tensor = self.head(features)
         return scores
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -72,8 +72,8 @@ class Classifier(nn.Module):
     def native_state_dict(self) -> dict[str, torch.Tensor]:
         """The weights under the names of the original timm or torchvision model."""
         state = {key: value.detach() for key, value in self.trunk.state_dict().items()}
-        for key, value in self.head.state_dict().items():
-            state[f"{self.native_head}.{key}"] = value.detach()
+        for key, value in self.head.plain_state().items():
+            state[f"{self.native_head}.{key}"] = value
         return state
 
 
@@ -81,15 +81,3 @@ def place(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Moves a network to a device, its weights in that dtype and in channels-last memory."""
     # torch takes the three together, but its types do not say so
     model.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-class HeadOnly(nn.Module):
-    """The classifier from cached features on; shares the head with it."""
-
-    def __init__(self, classifier: Classifier) -> None:
-        super().__init__()
-        self.dropout, self.head = classifier.dropout, classifier.head
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        scores: torch.Tensor = self.head(self.dropout(features))
-        return scores

@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from rtl_dist.model.classifier import Classifier, HeadOnly
+from rtl_dist.model.classifier import Classifier
 from rtl_dist.model.parts import parts_of
 
 
@@ -42,7 +42,7 @@ def divide(model: Classifier, first_trained: str, *, dtype: torch.dtype | None) 
     graph = _traced(model.trunk, training=False)
     if first_trained == "head":
         trunk = model.trunk if graph is None else _folded(model.trunk, graph, dtype)
-        return Divided(FrozenPart(model, trunk), HeadOnly(model))
+        return Divided(FrozenPart(model, trunk), model.head)
     halves = None
     # one graph has to serve both modes
     if graph is not None and str(graph) == str(_traced(model.trunk, training=True)):
@@ -85,10 +85,10 @@ class _Upper(nn.Module):
 
     def __init__(self, trunk: fx.GraphModule, model: Classifier) -> None:
         super().__init__()
-        self.trunk, self.dropout, self.head = trunk, model.dropout, model.head
+        self.trunk, self.head = trunk, model.head
 
     def forward(self, activations: torch.Tensor) -> torch.Tensor:
-        scores: torch.Tensor = self.head(self.dropout(self.trunk(activations)))
+        scores: torch.Tensor = self.head(self.trunk(activations))
         return scores
 
 

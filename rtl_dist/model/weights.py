@@ -15,6 +15,7 @@ from rtl_dist.core.errors import UserError
 from rtl_dist.core.files import read_object
 from rtl_dist.core.text import shorten
 from rtl_dist.model.classifier import Classifier
+from rtl_dist.model.head import folded_state
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "model_ema")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
@@ -46,9 +47,10 @@ def load_weights(
         else:
             trunk_state[key] = value
     _load_trunk(model, trunk_state, file)
+    head_state = folded_state(head_state)
 
     fits = {k: v.shape for k, v in head_state.items()} == {
-        k: v.shape for k, v in model.head.state_dict().items()
+        k: v.shape for k, v in model.head.plain_state().items()
     }
     if head == "keep" and not fits:
         found = next((len(v) for v in head_state.values()), 0)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from rtl_dist.config import Config, ResolvedStage
@@ -69,10 +70,13 @@ class StageReading:
 
 @dataclass(kw_only=True)
 class StageBatches:
-    """This rank's microbatches of a stage, in order."""
+    """This rank's microbatches of a stage."""
 
+    at: Callable[[Iterable[int]], Iterator[Batch]]
+    """Those at positions of the training stream, on the rank's device, each lent until the next is
+    asked for; of a stream that has no positions, as many from its start."""
     iterator: Iterator[Batch]
-    """On the rank's device, each lent until the next is asked for."""
+    """Those that the stage trains on, in order; started by the first that is asked for."""
     are_features: bool = False
     """They hold what the frozen part made of the images, not images."""
     bad: list[str] = field(default_factory=list)
@@ -95,16 +99,45 @@ def open_stage_batches(
         StopRequested: while features were computed. RtlDistError: a rank's loader failed then.
     """
     if reading.first_step >= reading.end_step:
-        return StageBatches(iterator=iter(()))
+        return StageBatches(at=lambda positions: iter(()), iterator=iter(()))
+    cached = None
+    if features is not None and reading.config.data.backend != "stream":
+        cached = _open_features(reading, features)
+    if cached is None:
+        at = functools.partial(_images_at, reading, num_classes)
+        return StageBatches(at=at, iterator=at(reading.positions()))
+    at = functools.partial(_features_at, reading, cached)
+    return StageBatches(
+        at=at, iterator=at(reading.positions()), are_features=True, bad=list(cached.bad)
+    )
+
+
+def _images_at(
+    reading: StageReading, num_classes: int, positions: Iterable[int]
+) -> Iterator[Batch]:
     if reading.config.data.backend == "stream":
-        return _open_stream(reading, num_classes=num_classes)
-    cached = None if features is None else _open_features(reading, features)
-    return _open_images(reading) if cached is None else cached
+        batches = _stream(reading, num_classes=num_classes)
+        yield from (batch for _, batch in zip(positions, batches, strict=False))
+        return
+    microbatches = TrainingMicrobatches(
+        reading.split,
+        reading.transform,
+        order=reading.order(),
+        size=reading.micro_batch_size,
+        views=reading.stage.views,
+    )
+    yield from make_loader(
+        microbatches,
+        positions,
+        workers=reading.workers,
+        device=reading.runtime.device,
+        give_up=reading.runtime.is_asked,
+    )
 
 
-def _open_stream(reading: StageReading, *, num_classes: int) -> StageBatches:
+def _stream(reading: StageReading, *, num_classes: int) -> Iterable[Batch]:
     assert reading.config.data.stream_urls is not None  # the config was checked
-    stream = stream_microbatches(
+    return stream_microbatches(
         reading.config.data.stream_urls,
         reading.transform,
         size=reading.micro_batch_size,
@@ -115,10 +148,16 @@ def _open_stream(reading: StageReading, *, num_classes: int) -> StageBatches:
         workers=reading.workers,
         device=reading.runtime.device,
     )
-    return StageBatches(iterator=iter(stream))
 
 
-def _open_features(reading: StageReading, features: FeatureMaker) -> StageBatches | None:
+def _features_at(
+    reading: StageReading, cached: ViewMicrobatches, positions: Iterable[int]
+) -> Iterator[Batch]:
+    for batch in cached.at(positions):
+        yield to_device(batch, reading.runtime.device)
+
+
+def _open_features(reading: StageReading, features: FeatureMaker) -> ViewMicrobatches | None:
     """None where the stage trains on images, or had better."""
     stage, split, config = reading.stage, reading.split, reading.config
     if stage.views is None:
@@ -139,34 +178,10 @@ def _open_features(reading: StageReading, features: FeatureMaker) -> StageBatche
     views = features.training_views(split, numbers, samples_to_come=to_come)
     if views is None:
         return None
-    cached = ViewMicrobatches(
+    return ViewMicrobatches(
         views=views,
         num_views=stage.views,
         order=reading.order(),
         split=split,
         size=reading.micro_batch_size,
     )
-    device = reading.runtime.device
-    return StageBatches(
-        iterator=(to_device(batch, device) for batch in cached.at(reading.positions())),
-        are_features=True,
-        bad=cached.bad,
-    )
-
-
-def _open_images(reading: StageReading) -> StageBatches:
-    microbatches = TrainingMicrobatches(
-        reading.split,
-        reading.transform,
-        order=reading.order(),
-        size=reading.micro_batch_size,
-        views=reading.stage.views,
-    )
-    loader = make_loader(
-        microbatches,
-        reading.positions(),
-        workers=reading.workers,
-        device=reading.runtime.device,
-        give_up=reading.runtime.is_asked,
-    )
-    return StageBatches(iterator=iter(loader))

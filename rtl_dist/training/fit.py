@@ -47,6 +47,8 @@ def fit(stage: ResolvedStage, run: Run, restored: Snapshot | None) -> None:
         LOG.info("stage %s: back to its best, of step %d", stage.name, run.state.stage_best.step)
         run.go_back_to_stage_best()
     run.stage_best = {}
+    for model in run.models():
+        model.head.fold()
     run.state.begin_next_stage()
 
 

@@ -34,7 +34,7 @@ def find_learning_rate(stage: ResolvedStage, run: Run) -> float:
             number.
     """
     LOG.info("stage %s: looking for its learning rate in up to %d steps", stage.name, STEPS)
-    models = [run.model] + ([run.average.model] if run.average else [])
+    models = run.models()
     weights = [{k: v.clone() for k, v in model.state_dict().items()} for model in models]
     state = copy.deepcopy(vars(run.state))
     scaler = run.runtime.accelerator.scaler

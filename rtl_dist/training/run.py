@@ -63,6 +63,10 @@ class Run:
         """The averaged weights where there are such, else the trained ones."""
         return self.average.model if self.average else self.model
 
+    def models(self) -> list[Classifier]:
+        """The trained model, and its average where there is one."""
+        return [self.model] + ([self.average.model] if self.average else [])
+
     @property
     def epoch(self) -> float:
         """How many epochs of samples were trained on so far."""

@@ -48,6 +48,11 @@ class StageNetwork:
         self.on_features = self.is_compiled = False
         self._gradients_checked = False
 
+    @property
+    def is_head_alone(self) -> bool:
+        """Only the head learns, from features that stay as they are."""
+        return self.frozen is not None and self.first_trained == "head"
+
     def wrap(self, *, on_features: bool) -> None:
         """DDP around what is trained, and mixed precision; first tries whether compiling pays."""
         self.on_features = on_features
@@ -57,7 +62,7 @@ class StageNetwork:
         if compiles == "auto" and state.is_compiled is None:
             state.is_compiled = compiling_pays(
                 self.trained,
-                lambda: self._inputs_of(self._black_images(run.micro_batch_size)),
+                lambda: self.inputs_of(self._black_images(run.micro_batch_size)),
                 num_images=self._stage.num_steps * run.config.batch.global_,
                 runtime=run.runtime,
                 what=self._stage.name,
@@ -87,8 +92,17 @@ class StageNetwork:
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """Scores, (n, num_classes), of images or of features of the frozen part."""
-        scores: torch.Tensor = self._wrapped(self._inputs_of(inputs))
+        scores: torch.Tensor = self._wrapped(self.inputs_of(inputs))
         return scores
+
+    def inputs_of(self, batch: torch.Tensor) -> torch.Tensor:
+        """What goes into the trained part: images, or what the frozen part makes of them."""
+        is_images = batch.dtype == torch.uint8 or not self.on_features
+        if self.frozen is None or not is_images:
+            return batch
+        with self._run.runtime.accelerator.autocast():
+            out: torch.Tensor = self.frozen(batch)
+        return out
 
     def stand_in_scores(self) -> torch.Tensor:
         """Scores of black images, in place of those of a microbatch that cannot be had."""
@@ -171,15 +185,6 @@ class StageNetwork:
         self.statistics.begin()
         self._run.runtime.accelerator.backward(self.stand_in_scores().sum())
         self.forget_step()
-
-    def _inputs_of(self, batch: torch.Tensor) -> torch.Tensor:
-        """What goes into the trained part: images, or what the frozen part makes of them."""
-        is_images = batch.dtype == torch.uint8 or not self.on_features
-        if self.frozen is None or not is_images:
-            return batch
-        with self._run.runtime.accelerator.autocast():
-            out: torch.Tensor = self.frozen(batch)
-        return out
 
     def _black_images(self, count: int) -> torch.Tensor:
         side = self._stage.image_size

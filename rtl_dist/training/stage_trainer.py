@@ -24,6 +24,7 @@ from rtl_dist.training.batches import StageReading, open_stage_batches
 from rtl_dist.training.run import Run
 from rtl_dist.training.stage_network import StageNetwork
 from rtl_dist.training.stage_optimizer import OptimizerState, StageOptimizer
+from rtl_dist.training.standardizing import standardize_head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +91,8 @@ class StageTrainer:
         self._failure: RtlDistError | None = None
         self._data_wait_s = 0.0
         self.network.wrap(on_features=self._batches.are_features)
+        if self.network.is_head_alone and state.step == state.stage_first_step:
+            standardize_head(run, self.network, reading, self._batches)
         self.optimizer.prepare()
         self.network.settle()
         self._loss = make_loss(

@@ -11,7 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rtl_dist.config import DataConfig, ModelConfig, StageConfig
 from rtl_dist.model.build import make_classifier
-from rtl_dist.model.classifier import Classifier, HeadOnly, Preprocessing
+from rtl_dist.model.classifier import Classifier, Preprocessing
+from rtl_dist.model.head import Head
 from rtl_dist.model.divided import divide
 from rtl_dist.model.freezing import freeze_for
 from rtl_dist.model.parts import parts_of
@@ -236,9 +237,7 @@ class DependsOnMode(Trunk):
 
 def classifier(trunk: Trunk) -> Classifier:
     preprocessing = Preprocessing(image_size=32, crop_pct=1.0, mean=(0.5,) * 3, std=(0.2,) * 3)
-    model = Classifier(
-        trunk, nn.Linear(4, 3), native_head="fc", dropout=0.0, preprocessing=preprocessing
-    )
+    model = Classifier(trunk, Head(4, 3), native_head="fc", preprocessing=preprocessing)
     return randomised(model).eval()
 
 
@@ -287,7 +286,7 @@ def test_below_the_head_every_network_is_cut(trunk, left, dtype):
     model = classifier(trunk())
     divided = divide(model.train(), "head", dtype=dtype)
     model.eval()
-    assert isinstance(divided.trained, HeadOnly)
+    assert isinstance(divided.trained, Head)
     assert len(norms(divided.frozen)) == left
     for images in (pixels(), 255 - pixels()):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):

@@ -59,7 +59,7 @@ def test_a_model_folder_comes_back_whole(tmp_path, name, channels):
         loaded = load_model(given)
         assert digest(loaded.model.state_dict()) == digest(model.state_dict())
         assert loaded.model.preprocessing == model.preprocessing
-        assert loaded.model.dropout.p == 0.2
+        assert loaded.model.head.dropout.p == 0.2
         assert (loaded.classes, loaded.task) == (CLASSES, "single_label")
         assert loaded.dataset_fingerprint == "f" * 64
         images = pixels(channels=channels)

@@ -84,7 +84,7 @@ def test_what_a_stage_trains(name, policy):
         assert parameter.requires_grad == wanted, path
     for path, layer in batchnorms(model).items():
         assert layer.training == (path.startswith("layer4") and policy != "frozen"), path
-    assert model.dropout.training
+    assert model.head.dropout.training
     assert not model.trunk.layer3.training
     assert model.trunk.layer4.training
     # and a later stage starts from what it says, not from what the last one left
