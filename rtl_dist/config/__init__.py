@@ -9,6 +9,7 @@ from rtl_dist.config.loader import (
     read_run_config,
     to_yaml,
 )
+from rtl_dist.config.optim import OptimConfig
 from rtl_dist.config.resolved_stage import ResolvedStage, StageSpan
 from rtl_dist.config.schema import (
     BatchConfig,
@@ -17,7 +18,6 @@ from rtl_dist.config.schema import (
     EvalConfig,
     FeaturesConfig,
     ModelConfig,
-    OptimConfig,
     Precision,
     RunConfig,
     TrackConfig,

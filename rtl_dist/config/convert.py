@@ -39,6 +39,8 @@ class Problem:
     """The dotted path at fault, as an override takes it."""
     sentence: str
     """What to say of it; names the path."""
+    beside: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
+    """The paths of all that was looked at, itself included; empty where only its own was."""
 
 
 def to_dict(config: Any) -> Any:
@@ -81,13 +83,16 @@ def build(section: type, tree: Any, path: str, problems: list[Problem]) -> Any:
         for failure in error.failures:
             if not failure.keys & in_doubt:
                 key, _, reason = failure.message.partition(": ")
-                _refuse(problems, _join(path, key), reason)
+                beside = frozenset(_join(path, key) for key in failure.keys)
+                _refuse(problems, _join(path, key), reason, beside)
         return REFUSED
     return REFUSED if in_doubt else built
 
 
-def _refuse(problems: list[Problem], path: str, reason: str) -> Any:
-    problems.append(Problem(path, f"{path or 'config'}: {reason}"))
+def _refuse(
+    problems: list[Problem], path: str, reason: str, beside: frozenset[str] = frozenset()
+) -> Any:
+    problems.append(Problem(path, f"{path or 'config'}: {reason}", beside))
     return REFUSED
 
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import yaml
 
 from rtl_dist.config.convert import Problem, build, to_dict
+from rtl_dist.config.optim import STEADY
 from rtl_dist.config.overrides import Overrides
 from rtl_dist.config.schema import Config
 from rtl_dist.config.yaml_text import YamlFault, read_yaml
@@ -74,7 +75,7 @@ def _checked(tree: dict[str, Any], origin: str, overrides: Overrides) -> Config:
     found: list[Problem] = []
     whole, inherited = _inherited(tree)
     config: Config = build(Config, whole, "", found)
-    # what a stage has from the run's own section is wrong there, once
+    # what a stage has from elsewhere is wrong there, once
     problems = list(dict.fromkeys(_moved(problem, inherited) for problem in found))
     in_file, of_overrides = [], []
     for problem in problems:
@@ -99,8 +100,9 @@ def _told(in_file: list[str], of_overrides: list[str], origin: str) -> str:
 
 
 def _inherited(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The tree in which a stage's own ``augment`` and ``early_stop`` are whole sections: what they
-    do not say is as it is for all stages; and the paths of those keys, with where they are from."""
+    """The tree in which a stage's own ``augment``, ``early_stop`` and ``optim`` are whole sections:
+    what they do not say is as it is for all stages; and the paths of those keys, with where they
+    are from."""
     stages = tree.get("stages")
     if not isinstance(stages, list):
         return tree, {}
@@ -108,19 +110,37 @@ def _inherited(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     inherited: dict[str, str] = {}
     for number, stage in enumerate(stages):
         sections = {}
-        for name in ("augment", "early_stop"):
+        for name in ("augment", "early_stop", "optim"):
             own, of_all = isinstance(stage, dict) and stage.get(name), tree.get(name) or {}
             if isinstance(own, dict) and isinstance(of_all, dict):
+                origins = {key: f"{name}.{key}" for key in of_all}
+                if name == "optim":
+                    of_stage = _rate_keys(stage, of_all)
+                    of_all = {**of_all, **of_stage}
+                    origins |= {key: f"stages.{number}.{key}" for key in of_stage}
                 sections[name] = {**of_all, **own}
-                keys = of_all.keys() - own.keys()
-                inherited |= {f"stages.{number}.{name}.{key}": f"{name}.{key}" for key in keys}
+                inherited |= {
+                    f"stages.{number}.{name}.{key}": origin
+                    for key, origin in origins.items()
+                    if key not in own
+                }
         whole.append({**stage, **sections} if sections else stage)
     return {**tree, "stages": whole}, inherited
 
 
+def _rate_keys(stage: dict[str, Any], optim: dict[str, Any]) -> dict[str, Any]:
+    """The keys of ``optim`` that a stage has outside of its own section, or that its end rules."""
+    keys = {key: stage[key] for key in ("schedule", "warmup") if stage.get(key) is not None}
+    if stage.get("until") == "plateau" and optim.get("schedule") not in STEADY:
+        keys.setdefault("schedule", "constant")
+    return keys
+
+
 def _moved(problem: Problem, inherited: dict[str, str]) -> Problem:
-    """The problem of an inherited key, told of the one that it is from."""
-    path = inherited.get(problem.path)
-    if path is None:
+    """The problem of an inherited key, told of the one that it is from, unless it lies in how that
+    goes with a key of the stage's own section."""
+    path, section = inherited.get(problem.path), problem.path.rpartition(".")[0]
+    own = {each for each in problem.beside if each.startswith(f"{section}.")} - inherited.keys()
+    if path is None or own:
         return problem
     return Problem(path, problem.sentence.replace(problem.path, path, 1))

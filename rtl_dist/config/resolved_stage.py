@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
-from typing import Literal
 
+from rtl_dist.config.optim import OptimConfig, Schedule
 from rtl_dist.config.schema import Config
-from rtl_dist.config.stage import AugmentConfig, EarlyStopConfig, StageConfig
+from rtl_dist.config.stage import AugmentConfig, EarlyStopConfig, StageConfig, schedule_of
 
 _PLATEAU_PATIENCE = 2  # evaluations
 
@@ -67,10 +67,14 @@ class ResolvedStage(StageConfig):
     """Its own keys, and the run's for all else."""
     early_stop: EarlyStopConfig
     """With the patience that counts: a plateau has one in any case; null: none."""
-    schedule: Literal["cosine", "linear", "constant"]
+    optim: OptimConfig
+    """Its own keys, and the run's for all else; ``schedule`` and ``warmup`` as here."""
+    schedule: Schedule
     """Of the learning rate after warm-up."""
     warmup: float
     """Below 1 a fraction of the stage, from 1 a number of steps."""
+    steps_per_epoch: Fraction
+    """Optimizer steps in which each training sample comes once; not rounded."""
 
     @property
     def patience(self) -> int | None:
@@ -83,13 +87,24 @@ class ResolvedStage(StageConfig):
         return self.span.num_steps
 
 
-def resolve_stage(number: int, config: Config, span: StageSpan) -> ResolvedStage:
-    """A stage of ``config`` with all that it leaves open filled in."""
+def resolve_stage(
+    number: int, config: Config, span: StageSpan, *, num_samples: int
+) -> ResolvedStage:
+    """A stage of ``config`` with all that it leaves open filled in.
+
+    num_samples: in the training split.
+    """
     stage = config.stages[number]
+    optim = stage.optim or config.optim
+    optim = replace(
+        optim,
+        schedule=schedule_of(stage, optim),
+        warmup=optim.warmup if stage.warmup is None else stage.warmup,
+    )
     early_stop = stage.early_stop or config.early_stop
-    is_plateau = stage.until == "plateau"
-    if is_plateau and early_stop.patience is None:
-        early_stop = replace(early_stop, patience=_PLATEAU_PATIENCE)
+    if stage.until == "plateau" and early_stop.patience is None:
+        until_lower = optim.patience + 1 if optim.schedule == "plateau" else 0
+        early_stop = replace(early_stop, patience=until_lower + _PLATEAU_PATIENCE)
     return ResolvedStage(
         **{f.name: getattr(stage, f.name) for f in fields(StageConfig)}
         | {
@@ -98,9 +113,10 @@ def resolve_stage(number: int, config: Config, span: StageSpan) -> ResolvedStage
             "image_size": stage.image_size or config.data.image_size,
             "augment": stage.augment or config.augment,
             "early_stop": early_stop,
-            # the end that a falling rate falls towards is not known before
-            "schedule": "constant" if is_plateau else stage.schedule or config.optim.schedule,
-            "warmup": config.optim.warmup if stage.warmup is None else stage.warmup,
+            "optim": optim,
+            "schedule": optim.schedule,
+            "warmup": optim.warmup,
+            "steps_per_epoch": Fraction(num_samples, config.batch.global_),
         }
     )
 
@@ -113,4 +129,7 @@ def resolve_stages(config: Config, *, num_samples: int) -> list[ResolvedStage]:
         num_samples=num_samples,
         global_batch_size=config.batch.global_,
     )
-    return [resolve_stage(number, config, span) for number, span in enumerate(spans)]
+    return [
+        resolve_stage(number, config, span, num_samples=num_samples)
+        for number, span in enumerate(spans)
+    ]

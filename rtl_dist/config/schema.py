@@ -12,7 +12,8 @@ from typing import Literal
 
 from rtl_dist.config.checks import Checks
 from rtl_dist.config.data import DataConfig
-from rtl_dist.config.stage import AugmentConfig, EarlyStopConfig, StageConfig
+from rtl_dist.config.optim import OptimConfig
+from rtl_dist.config.stage import AugmentConfig, EarlyStopConfig, StageConfig, schedule_of
 from rtl_dist.core.intervals import Duration, Every
 
 Precision = Literal["auto", "no", "fp16", "bf16", "fp64"]
@@ -53,79 +54,13 @@ class ModelConfig:
     else a new one. keep: refuse weights whose head does not fit."""
     dropout: float = 0.0
     """Dropout probability before the head."""
+    small_stem: bool = False
+    """For images of about 32 pixels: the network begins with a 3 x 3 convolution of stride 1 and
+    without pooling (ResNets of timm and torchvision that begin with one 7 x 7 convolution)."""
 
     def __post_init__(self) -> None:
         with Checks() as check:
             check(0 <= self.dropout < 1, f"dropout: must lie in 0 to 1, not {self.dropout}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """The optimizer, the loss, and what becomes of the learning rate within a stage."""
-
-    name: Literal["adamw", "sgd"] = "adamw"
-    """adamw: decoupled weight decay (arXiv 1711.05101). sgd: with ``momentum``."""
-    weight_decay: float = 0.05
-    """Not applied to biases and norms."""
-    momentum: float = 0.9
-    """Of sgd (Nesterov when above 0)."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Of adamw."""
-    warmup: float = 0.05
-    """Linear warm-up of each stage: below 1 a fraction of it, from 1 a number of steps."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """The learning rate after warm-up. cosine, linear: it falls to 0 at the end of the stage."""
-    clip_grad_norm: float | None = 1.0
-    """Gradients are scaled down to this global norm; null: never."""
-    label_smoothing: float = 0.1
-    """Part of each label that is shared equally among all classes (arXiv 1512.00567); with bce, by
-    yes and no."""
-    ema: float = 0.0
-    """Decay a step of an exponential moving average of the weights, which is then what is
-    evaluated and kept as best; 0: none."""
-    ema_batchnorm: Literal["reestimated", "averaged"] = "reestimated"
-    """Statistics of the averaged weights' BatchNorm layers, where such learn. reestimated: measured
-    with those weights on training images before each evaluation. averaged: like the weights."""
-    loss: Literal["auto", "cross_entropy", "bce", "focal"] = "auto"
-    """auto: cross_entropy, or bce for multi-label data. bce: a yes or no for each class (binary
-    cross-entropy). focal: easy samples count less (arXiv 1708.02002)."""
-    focal_gamma: float = 2.0
-    """Of focal: the loss is multiplied by (1 - p)^gamma; 0: not at all."""
-    class_weights: Literal["none", "balanced"] = "none"
-    """balanced: the loss of a class is weighted by the inverse of its frequency."""
-    logit_adjustment: float = 0.0
-    """Adds this times the logarithm of each class's frequency to the scores in the loss (arXiv
-    2007.07314), so that small classes are not outvoted; 1 is the paper's choice, 0 none."""
-    skip_limit: int = 20
-    """A step whose gradient is not finite is not taken. This many in a row end the run."""
-
-    def __post_init__(self) -> None:
-        with Checks() as check:
-            check.fractions(self, "label_smoothing", "momentum")
-            check(
-                all(0 <= beta < 1 for beta in self.betas),
-                f"betas: must lie in 0 to below 1, not {list(self.betas)}",
-            )
-            check(0 <= self.ema < 1, f"ema: must lie in 0 to 1, not {self.ema}")
-            check(self.weight_decay >= 0, "weight_decay: must be at least 0")
-            check(self.warmup >= 0, "warmup: must be at least 0")
-            check(self.focal_gamma >= 0, "focal_gamma: must be at least 0")
-            check(self.logit_adjustment >= 0, "logit_adjustment: must be at least 0")
-            check(
-                self.logit_adjustment == 0 or self.loss in ("auto", "cross_entropy", "focal"),
-                "logit_adjustment: needs loss: cross_entropy or focal",
-                "loss",
-            )
-            check(
-                self.logit_adjustment == 0 or self.class_weights == "none",
-                "logit_adjustment: and class_weights both make up for rare classes; choose one",
-                "class_weights",
-            )
-            check(self.skip_limit >= 1, "skip_limit: must be at least 1")
-            check(
-                self.clip_grad_norm is None or self.clip_grad_norm > 0,
-                "clip_grad_norm: must be positive or null",
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,8 +155,9 @@ class Config:
     """The network and the weights that it starts from."""
     stages: list[StageConfig]
     """What is trained, in order; at least one."""
-    optim: OptimConfig = OptimConfig()
-    """The optimizer, the loss, and what becomes of the learning rate within a stage."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """The optimizer, the loss, and what becomes of the learning rate within a stage, in every stage
+    that does not say otherwise."""
     batch: BatchConfig = BatchConfig()
     """How the samples of a step are shared out."""
     precision: Precision = "auto"
@@ -250,13 +186,62 @@ class Config:
             for key in dict.fromkeys(self.mixing_keys()):
                 indexed = self.data.backend == "indexed"
                 check(indexed, f"{key}: needs data.backend: indexed", "data", "stages", "augment")
+            for path, optim in self.optim_sections().items():
+                check(
+                    self.data.sampling == "natural"
+                    or (optim.class_weights == "none" and optim.logit_adjustment == 0),
+                    f"data.sampling: balanced makes up for rare classes, as do {path}.class_weights"
+                    f" and {path}.logit_adjustment; choose one",
+                    "optim",
+                    "stages",
+                )
+            for number in range(len(self.stages)):
+                self._check_stage_optim(check, number)
+
+    def _check_stage_optim(self, check: Checks, number: int) -> None:
+        """What a stage's optimizer must have of the run's, and its schedule of other keys."""
+        stage = self.stages[number]
+        path, optim = self._optim_of(number)
+        for key in ("ema", "ema_batchnorm"):
             check(
-                self.data.sampling == "natural"
-                or (self.optim.class_weights == "none" and self.optim.logit_adjustment == 0),
-                "data.sampling: balanced makes up for rare classes, as do optim.class_weights and"
-                " optim.logit_adjustment; choose one",
+                getattr(optim, key) == getattr(self.optim, key),
+                f"stages.{number}.optim.{key}: there is one average of the whole run; leave it out"
+                f" and set optim.{key}",
                 "optim",
             )
+        schedule = schedule_of(stage, optim)
+        check(
+            schedule != "step" or optim.step_size is not None,
+            f"{path}.step_size: schedule: step needs it, in epochs",
+            "optim",
+            "stages",
+        )
+        if schedule != "plateau":
+            return
+        lr, early_stop = stage.lr, stage.early_stop or self.early_stop
+        check(
+            lr == "auto" or optim.min_lr < lr,
+            f"{path}.min_lr: must be below stages.{number}.lr, {lr}",
+            "optim",
+            "stages",
+        )
+        check(
+            early_stop.patience is None or optim.patience < early_stop.patience - 1,
+            f"{path}.patience: stage {stage.name} would end by early_stop.patience before its rate"
+            f" falls; set that to {optim.patience + 2} or more",
+            "optim",
+            "stages",
+            "early_stop",
+        )
+
+    def _optim_of(self, number: int) -> tuple[str, OptimConfig]:
+        """The path and the section by which a stage is trained."""
+        own = self.stages[number].optim
+        return ("optim", self.optim) if own is None else (f"stages.{number}.optim", own)
+
+    def optim_sections(self) -> dict[str, OptimConfig]:
+        """Those by which some stage is trained, by path."""
+        return dict(self._optim_of(number) for number in range(len(self.stages)))
 
     def mixing_keys(self) -> Iterator[str]:
         """The keys by which some stage mixes the images of a microbatch."""

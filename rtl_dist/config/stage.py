@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rtl_dist.config.checks import Checks
+from rtl_dist.config.optim import STEADY, OptimConfig, Schedule
 from rtl_dist.core.tasks import Task
 
 
@@ -88,8 +89,9 @@ class StageConfig:
     """Length in optimizer steps. Or ``epochs``."""
     until: Literal["end", "plateau"] = "end"
     """end: the stage takes its whole length. plateau: it ends once ``early_stop.patience``
-    evaluations (2, where that is null) brought nothing better, and its length is the most it may
-    take; as its end is not known before, the rate then stays constant after warm-up."""
+    evaluations (2, where that is null; under ``schedule: plateau`` 2 after the rate first fell)
+    brought nothing better, and its length is the most it may take; as its end is not known before,
+    the rate then stays constant after warm-up, or falls by ``schedule: plateau``."""
     trainable: str | list[str] = "all"
     """head, all, or a part of the model or a list of them, such as [layer4, head]; ``layer3+``
     means a part and all above it. All else is frozen."""
@@ -101,10 +103,14 @@ class StageConfig:
     batchnorm: Literal["frozen", "stats", "train"] = "frozen"
     """BatchNorm within the trainable parts. frozen: running statistics used and held, affine held.
     stats: statistics follow the data, affine held. train: both learn."""
-    schedule: Literal["cosine", "linear", "constant"] | None = None
-    """Of this stage; null: ``optim.schedule``, or constant under ``until: plateau``."""
+    schedule: Schedule | None = None
+    """Of this stage; null: ``optim.schedule``, but under ``until: plateau`` constant where that has
+    to know the end."""
     warmup: float | None = None
     """Of this stage; null: ``optim.warmup``."""
+    optim: OptimConfig | None = None
+    """Keys of ``optim`` that are different in this stage, but for those of the run's one average
+    (``ema``, ``ema_batchnorm``); null: none."""
     image_size: int | None = None
     """Side of the square this stage trains on; null: ``data.image_size``, on which every stage is
     evaluated."""
@@ -142,9 +148,28 @@ class StageConfig:
                 self.image_size is None or self.image_size >= 8,
                 f"image_size: must be at least 8, not {self.image_size}",
             )
-            check(
-                self.until == "end" or self.schedule in (None, "constant"),
-                f"schedule: {self.schedule} falls towards an end that until: plateau does not know;"
-                " leave it out",
-                "until",
-            )
+            own = self.optim
+            for key, schedule in (
+                ("schedule", self.schedule),
+                ("optim.schedule", own and own.schedule),
+            ):
+                check(
+                    self.until == "end" or schedule is None or schedule in STEADY,
+                    f"{key}: {schedule} falls towards an end that until: plateau does not know;"
+                    " leave it out, or set it to plateau",
+                    "until",
+                )
+            for key in ("schedule", "warmup"):
+                one, other = getattr(self, key), own and getattr(own, key)
+                check(
+                    one is None or own is None or one == other,
+                    f"{key}: {one} and optim.{key}: {other} of the same stage differ; give one",
+                    "optim",
+                )
+
+
+def schedule_of(stage: StageConfig, optim: OptimConfig) -> Schedule:
+    """A stage's schedule, where ``optim`` says what it does not: one that has to know the end of
+    the stage is constant where nobody does."""
+    schedule = stage.schedule or optim.schedule
+    return "constant" if stage.until == "plateau" and schedule not in STEADY else schedule

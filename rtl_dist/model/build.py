@@ -14,6 +14,7 @@ from rtl_dist.core.text import did_you_mean
 from rtl_dist.model.basic_cnn import NUM_FEATURES, BasicCNN
 from rtl_dist.model.classifier import Classifier, Preprocessing
 from rtl_dist.model.head import Head
+from rtl_dist.model.stem import use_small_stem
 from rtl_dist.model.weights import load_weights
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -66,6 +67,8 @@ def make_classifier(
     else:
         trunk, native_head, num_features = _timm_trunk(config.name, data.channels, download)
         mean, std = trunk.default_cfg["mean"], trunk.default_cfg["std"]
+    if config.small_stem:
+        use_small_stem(trunk, config.name, pretrained=download)
     if data.channels == 1:
         mean, std = (sum(mean) / 3,), (sum(std) / 3,)
     if mean_std is not None:

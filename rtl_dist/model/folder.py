@@ -1,6 +1,8 @@
 """A model folder: ``model.safetensors`` and a ``config.json`` with labels and preprocessing inside.
 
-timm itself loads it: ``timm.create_model("local-dir:runs/x/best", pretrained=True)``.
+timm itself loads it: ``timm.create_model("local-dir:runs/x/best", pretrained=True)``. With
+``model.small_stem`` timm refuses the weights, as it has no name for that network; docs/training.md
+has the lines that load it.
 """
 
 from __future__ import annotations
@@ -73,6 +75,7 @@ def describe_model(
     first_conv = next(
         name for name, m in model.trunk.named_modules() if isinstance(m, torch.nn.Conv2d)
     )
+    stem = {"small_stem": True} if config.small_stem else {}
     return {
         "architecture": config.name.removeprefix("torchvision:"),
         "num_classes": dataset.num_classes,
@@ -93,7 +96,7 @@ def describe_model(
         },
         "rtl_dist": {
             "version": __version__,
-            "model": {"name": config.name, "dropout": config.dropout},
+            "model": {"name": config.name, "dropout": config.dropout} | stem,
             "precision": precision,
             "task": dataset.task,
             "dataset_fingerprint": dataset.fingerprint,

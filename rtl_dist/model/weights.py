@@ -16,6 +16,7 @@ from rtl_dist.core.files import read_object
 from rtl_dist.core.text import shorten
 from rtl_dist.model.classifier import Classifier
 from rtl_dist.model.head import folded_state
+from rtl_dist.model.stem import adapt_stem_kernel
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "model_ema")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
@@ -131,6 +132,7 @@ def _classes_beside(file: Path) -> tuple[str, ...] | None:
 def _load_trunk(model: Classifier, state: dict[str, torch.Tensor], file: Path) -> None:
     own = model.trunk.state_dict()
     _adapt_input_convolution(state, own)
+    adapt_stem_kernel(state, own)
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     # a foreign head under another name (fc, classifier, ...) is the only extra that is expected
     extra = [k for k in state if k not in own and k.split(".")[0] not in _HEAD_NAMES]

@@ -56,6 +56,10 @@ class TrainState:
     """Of the current stage, by the stage's own metric."""
     evals_without_best: int = 0
     """Evaluations of the current stage since ``stage_best``."""
+    evals_at_rate: int = 0
+    """Of them, those since the rate last fell; of ``schedule: plateau`` only."""
+    times_lowered: int = 0
+    """How often ``schedule: plateau`` had the rate of the current stage fall."""
     stopped_early: bool = False
     """The current stage's patience is over, so it ends at this step."""
     lr: float | None = None
@@ -101,5 +105,5 @@ class TrainState:
         self.stage += 1
         self.stage_first_step = self.step
         self.stage_best = self.lr = self.is_compiled = None
-        self.evals_without_best = 0
+        self.evals_without_best = self.evals_at_rate = self.times_lowered = 0
         self.stopped_early = False

@@ -6,13 +6,12 @@ by labelled vertical lines. Each function takes a ``History`` and returns a figu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rtl_dist.core.tasks import METRICS
-from rtl_dist.core.text import and_more
 from rtl_dist.report.figure import (
     BLUE,
     CYCLE,
@@ -30,6 +29,7 @@ from rtl_dist.report.figure import (
     say,
 )
 from rtl_dist.report.history import History
+from rtl_dist.report.rates import distinct_rates
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -96,17 +96,21 @@ def accuracy_figure(history: History, best: tuple[float, float] | None) -> Figur
     return figure
 
 
-def learning_rate_figure(history: History) -> Figure:
-    """Each parameter group's learning rate, logarithmic: zeros (a warm-up's start) are left out."""
+def learning_rate_figure(history: History, falling: Collection[str] = ()) -> Figure:
+    """Each parameter group's learning rate, logarithmic: zeros (a warm-up's start) are left out.
+
+    falling: the stages whose rate falls from one step to the next, not little by little.
+    """
     import matplotlib
 
     figure = new_figure(9.0, 4.6)
     axes = figure.add_subplot()
     dress(axes, title="Learning rate", x="epoch", y="learning rate")
-    curves = _distinct_rates(history)
+    curves = distinct_rates(history, falling)
     few = len(curves) <= len(CYCLE)
     shades = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.9, max(len(curves), 2)))
-    for place, (label, epochs, rates) in enumerate(curves):
+    for place, (label, *curve) in enumerate(curves):
+        epochs, rates = _with_breaks(history, *curve)
         axes.plot(
             epochs,
             rates,
@@ -237,24 +241,6 @@ def _label_levels(starts: Sequence[float], lengths: Sequence[int]) -> list[int]:
         ends[level] = start + 0.014 * (length + 1)
         levels.append(level)
     return levels
-
-
-def _distinct_rates(history: History) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """Label, epochs and rates of each parameter group; groups with equal rates share a curve."""
-    found: dict[bytes, tuple[list[str], np.ndarray, np.ndarray]] = {}
-    for name in history.names("lr/"):
-        epochs, rates = history.series(name)
-        epochs, rates = epochs[rates > 0], rates[rates > 0]
-        if len(rates):
-            key = epochs.tobytes() + rates.tobytes()
-            found.setdefault(key, ([], epochs, rates))[0].append(name.removeprefix("lr/"))
-    return [
-        (
-            plain(names[0], 24) + and_more(len(names) - 1),
-            *_with_breaks(history, epochs, rates),
-        )
-        for names, epochs, rates in found.values()
-    ]
 
 
 def _with_breaks(

@@ -16,6 +16,7 @@ from rtl_dist.report.figure import png
 from rtl_dist.report.history import History, read_history
 from rtl_dist.report.html import Cell, Page, percent
 from rtl_dist.report.lr_finder import draw_range_test, find_range_tests, read_range_test
+from rtl_dist.report.rates import falling_stages
 
 REPORT = "report.html"
 
@@ -48,7 +49,7 @@ def draw_run(run: Path) -> Path:
     figures = {
         "loss.png": plots.loss_figure(history),
         "accuracy.png": plots.accuracy_figure(history, best),
-        "learning_rate.png": plots.learning_rate_figure(history),
+        "learning_rate.png": plots.learning_rate_figure(history, falling_stages(run)),
         "throughput.png": plots.throughput_figure(history),
     }
     for name, figure in figures.items():

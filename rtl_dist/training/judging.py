@@ -20,6 +20,19 @@ class StageJudgement:
     """The stage's patience is used up."""
 
 
+def judge_rate(*, gained: bool, evals_at_rate: int, patience: int) -> tuple[bool, int]:
+    """Whether an evaluation has ``schedule: plateau`` lower the rate, and ``evals_at_rate`` then:
+    torch's ReduceLROnPlateau with a threshold and a cooldown of 0.
+
+    Args:
+        gained: the metric was better than ever before in the stage.
+        evals_at_rate: before this one, those since one that gained, or since the rate fell.
+        patience: so many without a gain are let pass.
+    """
+    count = 0 if gained else evals_at_rate + 1
+    return (True, 0) if count > patience else (False, count)
+
+
 def is_better(found: Best, best: Best | None) -> bool:
     """A better metric, or an equal one (small splits have many ties) at a lower loss."""
     if best is None or best.metric != found.metric:

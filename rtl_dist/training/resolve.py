@@ -63,7 +63,8 @@ def _require_single_label_options_unused(config: Config) -> None:
         raise UserError(f"{key}: needs single-label data; set it to 0")
     if config.data.sampling == "balanced":
         raise UserError("data.sampling: balanced needs single-label data; leave it out")
-    if config.optim.logit_adjustment:
-        raise UserError("optim.logit_adjustment: needs single-label data; set it to 0")
-    if config.optim.loss == "cross_entropy":
-        raise UserError("optim.loss: cross_entropy needs single-label data; use bce or focal")
+    for path, optim in config.optim_sections().items():
+        if optim.logit_adjustment:
+            raise UserError(f"{path}.logit_adjustment: needs single-label data; set it to 0")
+        if optim.loss == "cross_entropy":
+            raise UserError(f"{path}.loss: cross_entropy needs single-label data; use bce or focal")

@@ -11,7 +11,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from rtl_dist.config import ResolvedStage
 from rtl_dist.optim.named_state import optimizer_tensors, restore_optimizer
 from rtl_dist.optim.optimizer import build_optimizer, require_learning_rates, set_learning_rates
-from rtl_dist.optim.schedule import learning_rate_factor
+from rtl_dist.optim.schedule import stage_rate_factor
 from rtl_dist.training.run import Run
 from rtl_dist.training.stage_network import StageNetwork
 
@@ -47,7 +47,8 @@ class StageOptimizer:
             lr: of the head, the stage's own or what was found for it.
         """
         self._network, self._stage, self._run, self._kept = network, stage, run, kept
-        self._optimizer = build_optimizer(run.model, stage, run.config.optim, lr=lr)
+        self._lr = lr
+        self._optimizer = build_optimizer(run.model, stage, stage.optim, lr=lr)
         if kept is not None and kept.tensors:
             restore_optimizer(self._optimizer, network.names, kept.tensors)
         done = run.state.step - run.state.stage_first_step
@@ -66,9 +67,11 @@ class StageOptimizer:
 
     def planned_factor(self, step_in_stage: int) -> float:
         """What the schedule multiplies all rates by at a step of the stage, counted from 0."""
-        stage = self._stage
-        return learning_rate_factor(
-            step_in_stage, num_steps=stage.num_steps, warmup=stage.warmup, shape=stage.schedule
+        return stage_rate_factor(
+            self._stage,
+            step_in_stage,
+            lr=self._lr,
+            times_lowered=self._run.state.times_lowered,
         )
 
     def set_rates(self, factor: float) -> None:
@@ -82,7 +85,7 @@ class StageOptimizer:
 
     def step(self) -> torch.Tensor:
         """Steps unless the gradient is not finite; returns whether it did, a bool on the device."""
-        accelerator, limit = self._run.runtime.accelerator, self._run.config.optim.clip_grad_norm
+        accelerator, limit = self._run.runtime.accelerator, self._stage.optim.clip_grad_norm
         parameters = self._network.parameters
         if self._scaler is not None:
             # on the device: state_dict would wait for it

@@ -96,7 +96,7 @@ class StageTrainer:
         self.optimizer.prepare()
         self.network.settle()
         self._loss = make_loss(
-            config.optim,
+            stage.optim,
             task=dataset.task,
             class_counts=run.train.class_counts,
             device=runtime.device,

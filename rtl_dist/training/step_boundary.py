@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 from rtl_dist.config import ResolvedStage
 from rtl_dist.core.errors import DataError, RtlDistError, StopRequested
 from rtl_dist.model.classifier import Classifier
-from rtl_dist.optim.schedule import Due, what_is_due
+from rtl_dist.optim.schedule import Due, falls_at_once, num_warmup_steps, what_is_due
 from rtl_dist.records.state import Best
-from rtl_dist.training.judging import is_better, judge_stage
+from rtl_dist.training.judging import is_better, judge_rate, judge_stage
 from rtl_dist.training.run import Run
 from rtl_dist.training.saving import save, save_best
 from rtl_dist.training.stage_evaluator import StageEvaluator
@@ -42,6 +42,11 @@ class StepBoundary:
     @property
     def at_stage_end(self) -> bool:
         return self._run.state.step >= self._end_step or self._run.state.stopped_early
+
+    @property
+    def _steps_done(self) -> int:
+        """Of the stage."""
+        return self._run.state.step - self._run.state.stage_first_step
 
     def cross(self, outcome: StepOutcome) -> None:
         """All that is due after a step.
@@ -87,6 +92,7 @@ class StepBoundary:
             eval_every=config.eval.every,
             num_samples=self._run.train.num_samples,
             global_batch_size=config.batch.global_,
+            rate_falls=falls_at_once(self._stage, self._steps_done),
         )
 
     def _act_on_agreement(self, outcome: StepOutcome) -> bool:
@@ -136,7 +142,7 @@ class StepBoundary:
     def _stop_if_lost(self) -> None:
         """Ends a run of which no step is taken any more."""
         in_a_row = self._trainer.skipped.in_a_row
-        limit = min(self._run.config.optim.skip_limit, max(1, self._stage.num_steps // 2))
+        limit = min(self._stage.optim.skip_limit, max(1, self._stage.num_steps // 2))
         if in_a_row >= limit:
             self._trainer.fold_totals()
             raise RtlDistError(
@@ -212,8 +218,24 @@ class StepBoundary:
         state.stage_best = judgement.best
         state.evals_without_best = judgement.evals_without_best
         state.stopped_early |= judgement.ends_stage
+        if self._stage.schedule == "plateau":
+            self._judge_rate(gained=judgement.evals_without_best == 0)
         if judgement.best is found and patience is not None:
             self._run.keep_as_stage_best()
+
+    def _judge_rate(self, *, gained: bool) -> None:
+        """Has the rate of the steps to come fall, if evaluations at this one bring nothing any
+        more; those of a warm-up say nothing of it."""
+        state, stage = self._run.state, self._stage
+        if self._steps_done <= num_warmup_steps(stage.num_steps, stage.warmup):
+            return
+        falls, state.evals_at_rate = judge_rate(
+            gained=gained, evals_at_rate=state.evals_at_rate, patience=stage.optim.patience
+        )
+        if falls:
+            state.times_lowered += 1
+            if not self.at_stage_end:
+                LOG.info("stage %s: its learning rate falls, as nothing got better", stage.name)
 
     def _rated(self, row: dict[str, Any], metric: str) -> Best:
         return Best(

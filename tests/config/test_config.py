@@ -365,20 +365,30 @@ def everything_set():
                 **{"crop_scale": [0.1, 0.2], "crop_ratio": [0.5, 1.7], "hflip": 0.25, "vflip": 0.1},
                 **{"rotation": 1e-5, "color_jitter": 0.3, "randaugment": 9, "erasing": 0.2},
             },
-            "model": {"name": "n", "weights": "w", "head": "keep", "dropout": 0.3},
+            "model": {
+                "name": "n",
+                "weights": "w",
+                "head": "keep",
+                "dropout": 0.3,
+                "small_stem": True,
+            },
             "stages": [
                 {"name": "a", "steps": 7, "lr": 1e-7, "trainable": ["layer4", "head"], "views": 3},
                 {"name": "b", "epochs": 0.3, "lr": 2, "trainable": "head", "layer_decay": 0.1}
                 | {"batchnorm": "stats", "cache": "off", "until": "plateau", "image_size": 17}
                 | {"schedule": "constant", "warmup": 0.7, "augment": {"hflip": 0.9}}
-                | {"early_stop": {"patience": 6}},
+                | {
+                    "early_stop": {"patience": 6},
+                    "optim": {"name": "adamw", "schedule": "constant"},
+                },
             ],
             "optim": {
                 **{"name": "sgd", "weight_decay": 0.3, "momentum": 0.1, "betas": [0.1, 0.2]},
                 **{"warmup": 3, "schedule": "linear", "clip_grad_norm": None},
                 **{"label_smoothing": 0.3, "ema": 0.999, "class_weights": "balanced"},
                 **{"ema_batchnorm": "averaged", "loss": "focal", "focal_gamma": 1.5},
-                **{"skip_limit": 7},
+                **{"skip_limit": 7, "step_size": 2.5, "gamma": 0.5, "factor": 0.3, "patience": 4},
+                **{"min_lr": 1e-9},
             },
             "batch": {"global": 6, "micro": 3, "sync_batchnorm": True},
             "features": {"cache_dir": "f", "cache_gb": 2.5},

@@ -54,7 +54,7 @@ def frozen():
 def resolved(**changes):
     stage = StageConfig(name="head", steps=1, trainable="head", lr=0.1, views=NUM_VIEWS)
     config = Config(data=DataConfig(path="x", image_size=SIDE), stages=[stage])
-    return dataclasses.replace(resolve_stage(0, config, StageSpan(0, 1)), **changes)
+    return dataclasses.replace(resolve_stage(0, config, StageSpan(0, 1), num_samples=8), **changes)
 
 
 def planner(frozen, dataset, runtime, **changes):

@@ -9,9 +9,15 @@ from fractions import Fraction
 import pytest
 import torch
 
-from rtl_dist.config.resolved_stage import StageSpan, stage_spans
+from rtl_dist.config import parse_config
+from rtl_dist.config.resolved_stage import StageSpan, resolve_stages, stage_spans
 from rtl_dist.core.intervals import Every, is_due
-from rtl_dist.optim.schedule import learning_rate_factor, what_is_due
+from rtl_dist.optim.schedule import (
+    falls_at_once,
+    learning_rate_factor,
+    stage_rate_factor,
+    what_is_due,
+)
 from rtl_dist.records.state import TrainState
 
 # --- Every ---------------------------------------------------------------------------------------
@@ -229,6 +235,64 @@ def test_the_factor_depends_on_the_step_alone():
     assert asked == [curve(100, 0.1, "cosine")[step] for step in steps]
 
 
+# --- schedules with keys of their own -------------------------------------------------------------
+
+
+def stage_of(optim, *, num_samples=100, batch=10, steps=60, lr=1.0):
+    stage = {"name": "a", "steps": steps, "lr": lr, "optim": optim}
+    tree = {"data": {"path": "d"}, "stages": [stage], "batch": {"global": batch}}
+    return resolve_stages(parse_config(tree), num_samples=num_samples)[0]
+
+
+def factors(stage, times_lowered=0):
+    return [
+        stage_rate_factor(stage, step, lr=0.5, times_lowered=times_lowered)
+        for step in range(stage.num_steps)
+    ]
+
+
+@pytest.mark.parametrize("warmup", [0, 5])
+@pytest.mark.parametrize("size", [1, 2])
+def test_step_is_torch_s_step_lr(size, warmup):
+    """Stepped once an epoch of 10 steps, after a warm-up in steps."""
+    optim = {"schedule": "step", "step_size": size, "gamma": 0.5, "warmup": warmup}
+    stage = stage_of(optim, steps=60 + warmup)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=size, gamma=0.5)
+    theirs = []
+    for _ in range(6):
+        theirs += [optimizer.param_groups[0]["lr"]] * 10
+        optimizer.step()
+        schedule.step()
+    found = factors(stage)
+    assert found[warmup:] == theirs
+    assert found[:warmup] == [(step + 1) / warmup for step in range(warmup)]
+
+
+def test_a_fall_comes_with_the_first_step_after_its_samples_were_seen():
+    # 10 samples in batches of 4: 2.5 steps an epoch; of three epochs 7.5
+    stage = stage_of({"schedule": "step", "step_size": 3, "warmup": 0}, num_samples=10, batch=4)
+    assert [step for step in range(60) if falls_at_once(stage, step)][:3] == [8, 15, 23]
+    # a tenth of an epoch has no finite binary form
+    stage = stage_of({"schedule": "step", "step_size": 0.1, "warmup": 0}, num_samples=1000)
+    assert [step for step in range(60) if falls_at_once(stage, step)] == [10, 20, 30, 40, 50]
+
+
+def test_no_other_schedule_falls_at_once():
+    for name in ("cosine", "linear", "constant", "plateau"):
+        stage = stage_of({"schedule": name, "step_size": 1})
+        assert not any(falls_at_once(stage, step) for step in range(60))
+
+
+def test_a_plateau_lowers_all_after_warm_up_to_a_floor():
+    stage = stage_of({"schedule": "plateau", "factor": 0.1, "min_lr": 0.02, "warmup": 5})
+    assert factors(stage) == [0.2, 0.4, 0.6, 0.8, *[1.0] * 56]
+    assert set(factors(stage, times_lowered=1)[5:]) == {0.1}
+    assert set(factors(stage, times_lowered=2)[5:]) == {0.04}  # 0.02 of a rate of 0.5
+    # a rate that was found may be below the floor: it is no reason to raise it
+    assert stage_rate_factor(stage, 50, lr=1e-3, times_lowered=2) == 1.0
+
+
 # --- what is due ---------------------------------------------------------------------------------
 
 
@@ -261,6 +325,13 @@ def test_an_evaluation_is_saved_before_and_says_all_that_a_row_would():
 def test_a_stage_s_end_is_saved_and_evaluated_but_once():
     assert due_at(1, at_stage_end=True) == (False, True, True)
     assert due_at(1, at_stage_end=True, last_eval=1) == (False, True, False)
+
+
+def test_a_row_shows_from_where_on_the_rate_falls():
+    sizes = {"num_samples": 100, "global_batch_size": 10}
+    every = dict.fromkeys(("log_every", "save_every", "eval_every"), Every.parse("9 steps"))
+    due = what_is_due(TrainState(step=1), at_stage_end=False, rate_falls=True, **every, **sizes)
+    assert (due.log, due.save, due.evaluate) == (True, False, False)
 
 
 def test_an_evaluation_that_was_to_come_is_made_up_for():

@@ -14,7 +14,14 @@ CONFIG = parse_config(
         "data": {"path": "x"},
         "augment": {"rotation": 3},
         "stages": [
-            {"name": "head", "epochs": 1, "lr": 1, "augment": {"hflip": 0}, "early_stop": {}}
+            {
+                "name": "head",
+                "epochs": 1,
+                "lr": 1,
+                "augment": {"hflip": 0},
+                "early_stop": {},
+                "optim": {"name": "sgd"},
+            }
         ],
     }
 )
@@ -35,7 +42,11 @@ def identity() -> dict:
         (("stages", 0), "views"),
         (("stages", 0, "augment"), "erasing"),
         (("stages", 0, "early_stop"), "patience"),
+        (("stages", 0), "schedule"),
+        (("stages", 0, "optim"), "min_lr"),
         (("optim",), "skip_limit"),
+        (("optim",), "step_size"),
+        (("model",), "small_stem"),
     ],
 )
 def test_a_key_that_an_earlier_version_did_not_know_counts_as_its_default(tmp_path, section, key):

@@ -22,12 +22,13 @@ from rtl_dist.report.history import read_history
 from rtl_dist.report.html import Page
 from rtl_dist.report.lr_finder import draw_range_test, read_range_test
 from rtl_dist.report.plots import (
-    _distinct_rates,
     _label_levels,
     _thin,
     accuracy_figure,
+    learning_rate_figure,
     loss_figure,
 )
+from rtl_dist.report.rates import distinct_rates, falling_stages
 from rtl_dist.report.run import draw_run
 
 PLOTS = ("loss.png", "accuracy.png", "learning_rate.png", "throughput.png")
@@ -320,11 +321,47 @@ def test_small_pieces():
 
 def test_groups_with_equal_rates_share_a_curve_that_breaks_between_stages(tmp_path):
     rows = [row | {"lr/stem": row["lr/head"]} for row in make_rows()]
-    curves = _distinct_rates(read_history(make_run(tmp_path, rows)))
-    assert [label for label, _, _ in curves][:2] == ["head and 1 more", "layer1"]
-    _, epochs, rates = curves[0]
+    history = read_history(make_run(tmp_path, rows))
+    labels = [label for label, _, _ in distinct_rates(history, ())]
+    assert labels[:2] == ["head and 1 more", "layer1"]
+    epochs, rates = lines_of(learning_rate_figure(history))["head and 1 more"].get_data()
     assert np.isnan(rates).sum() == 1
     assert epochs[np.flatnonzero(np.isnan(rates))[0]] > 3.0
+
+
+STAGES = "data: {path: d}\nstages: [{name: a, steps: 4, lr: 1}, {name: b, steps: 4, lr: 1}]\n"
+
+
+@pytest.mark.parametrize(
+    ("optim", "falling"),
+    [
+        ("{schedule: plateau}", {"a", "b"}),
+        ("{schedule: step, step_size: 1}", {"a", "b"}),
+        ("{}", ()),
+    ],
+)
+def test_the_rate_falls_at_the_row_before_where_the_schedule_has_it_fall(tmp_path, optim, falling):
+    """A line from row to row would show a rate that no step had."""
+    (tmp_path / "config.yaml").write_text(f"{STAGES}optim: {optim}\n")
+    assert falling_stages(tmp_path) == set(falling)
+    values = [("a", 0.5), ("a", 1.0), ("a", 1.0), ("a", 0.1), ("b", 0.05), ("b", 0.005)]
+    rows = [
+        {"step": 2 * n, "epoch": n / 2, "stage": stage, "lr/head": rate}
+        for n, (stage, rate) in enumerate(values, start=1)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    history = read_history(tmp_path)
+    (line,) = learning_rate_figure(history, falling_stages(tmp_path)).axes[0].get_lines()[:1]
+    x, y = (np.asarray(values)[~np.isnan(line.get_ydata())].tolist() for values in line.get_data())
+    if falling:
+        assert x == [0.5, 1.0, 1.5, 1.5, 2.0, 2.5, 2.5, 3.0]
+        assert y == [0.5, 1.0, 1.0, 0.1, 0.1, 0.05, 0.005, 0.005]
+    else:
+        assert (x, y) == ([0.5, 1.0, 1.5, 2.0, 2.5, 3.0], [rate for _, rate in values])
+
+
+def test_no_stage_falls_where_no_config_says_so(tmp_path):
+    assert falling_stages(tmp_path) == set()
 
 
 def lines_of(figure):

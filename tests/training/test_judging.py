@@ -1,9 +1,10 @@
 """Which of two evaluations is better, and when a stage has seen enough of them."""
 
 import pytest
+import torch
 
 from rtl_dist.records.state import Best
-from rtl_dist.training.judging import is_better, judge_stage
+from rtl_dist.training.judging import is_better, judge_rate, judge_stage
 
 
 def best(value: float, *, loss: float = 1.0, metric: str = "val/top1") -> Best:
@@ -57,3 +58,24 @@ def test_an_equal_metric_at_a_lower_loss_is_the_best_and_no_reason_to_go_on():
     assert judgement.best.loss == 0.5
     assert judgement.evals_without_best == 2
     assert judgement.ends_stage
+
+
+@pytest.mark.parametrize("patience", [0, 1, 3])
+@pytest.mark.parametrize(("metric", "mode"), [("val/top1", "max"), ("val/loss", "min")])
+def test_the_rate_falls_where_that_of_torch_does(metric, mode, patience):
+    generator = torch.Generator().manual_seed(patience)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, mode, factor=0.5, patience=patience, threshold=0, eps=0
+    )
+    kept, count, at_rate, lowered = None, 0, 0, 0
+    for value in torch.randint(0, 12, (60,), generator=generator).div(12).tolist():
+        judgement = judge_stage(
+            best(value, metric=metric), kept, evals_without_best=count, patience=None
+        )
+        kept, count = judgement.best, judgement.evals_without_best
+        falls, at_rate = judge_rate(gained=count == 0, evals_at_rate=at_rate, patience=patience)
+        lowered += falls
+        schedule.step(value)
+        assert 0.5**lowered == optimizer.param_groups[0]["lr"]
+    assert lowered > 5

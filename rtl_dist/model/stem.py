@@ -1,0 +1,47 @@
+"""The stem that ResNets have for small images: a 3 x 3 convolution of stride 1 and no pooling (He et
+al. 2016, arXiv 1512.03385, section 4.2), in place of a 7 x 7 one of stride 2 and a max pooling."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rtl_dist.core.errors import UserError
+
+_USUAL, _SMALL = (7, 7), (3, 3)
+
+
+def use_small_stem(trunk: nn.Module, name: str, *, pretrained: bool) -> None:
+    """Gives a timm or torchvision ResNet the small stem; all other layers stay.
+
+    Args:
+        name: as a config has it, for an error.
+        pretrained: the kernel comes of the one that was there (``small_kernel``), else it is new.
+
+    Raises:
+        UserError: the network does not begin as the usual ResNet does.
+    """
+    conv, pool = getattr(trunk, "conv1", None), getattr(trunk, "maxpool", None)
+    is_usual = isinstance(conv, nn.Conv2d) and conv.kernel_size == _USUAL and pool is not None
+    if not is_usual or not isinstance(conv, nn.Conv2d):
+        raise UserError(
+            f"model.small_stem: {name} does not begin with one 7 x 7 convolution and a max pooling,"
+            " in place of which it would come; choose a ResNet that does, such as resnet18, or set"
+            " it to false"
+        )
+    small = nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(small.weight, mode="fan_out", nonlinearity="relu")
+    if pretrained:
+        small.weight.data.copy_(small_kernel(conv.weight.data))
+    trunk.set_submodule("conv1", small)
+    trunk.set_submodule("maxpool", nn.Identity())
+
+
+def adapt_stem_kernel(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> None:
+    """Makes weights of the usual stem fit a trunk with the small one."""
+    name = "conv1.weight"
+    if name in state and name in own and state[name].ndim == own[name].ndim == 4:
+        have, want = tuple(state[name].shape[2:]), tuple(own[name].shape[2:])
+        if (have, want) == (_USUAL, _SMALL):
+            state[name] = small_kernel(state[name])
