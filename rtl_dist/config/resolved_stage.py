@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
+from typing import Literal
 
 from rtl_dist.config.optim import OptimConfig, Schedule
 from rtl_dist.config.schema import Config
 from rtl_dist.config.stage import AugmentConfig, EarlyStopConfig, StageConfig, schedule_of
 
 _PLATEAU_PATIENCE = 2  # evaluations
+_LR_OF_SOLVED = 1e-3  # from an optimum there is not far to go
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ def stage_spans(
 
     Args:
         epochs: per stage, its length in epochs, or None where ``steps`` says.
-        steps: per stage, its length in steps, or None where ``epochs`` says.
+        steps: per stage, its length in steps, which may be 0, or None where ``epochs`` says.
     """
     spans, first, samples = [], 0, Fraction(0)
     for stage_epochs, stage_steps in zip(epochs, steps, strict=True):
@@ -71,6 +73,8 @@ class ResolvedStage(StageConfig):
     """Its own keys, and the run's for all else; ``schedule`` and ``warmup`` as here."""
     schedule: Schedule
     """Of the learning rate after warm-up."""
+    lr: float | Literal["auto"]
+    """Of the head at the end of warm-up; see ``StageConfig``."""
     warmup: float
     """Below 1 a fraction of the stage, from 1 a number of steps."""
     steps_per_epoch: Fraction
@@ -114,6 +118,7 @@ def resolve_stage(
             "augment": stage.augment or config.augment,
             "early_stop": early_stop,
             "optim": optim,
+            "lr": _LR_OF_SOLVED if stage.lr is None else stage.lr,
             "schedule": optim.schedule,
             "warmup": optim.warmup,
             "steps_per_epoch": Fraction(num_samples, config.batch.global_),
@@ -123,9 +128,10 @@ def resolve_stage(
 
 def resolve_stages(config: Config, *, num_samples: int) -> list[ResolvedStage]:
     """The stages of a run over ``num_samples`` training samples, laid end to end."""
+    lengths = [(stage.epochs or None, stage.steps) for stage in config.stages]
     spans = stage_spans(
-        [stage.epochs for stage in config.stages],
-        [stage.steps for stage in config.stages],
+        [epochs for epochs, _ in lengths],
+        [steps if epochs or steps else 0 for epochs, steps in lengths],
         num_samples=num_samples,
         global_batch_size=config.batch.global_,
     )

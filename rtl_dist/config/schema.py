@@ -197,6 +197,26 @@ class Config:
                 )
             for number in range(len(self.stages)):
                 self._check_stage_optim(check, number)
+                self._check_solved(check, number)
+
+    def _check_solved(self, check: Checks, number: int) -> None:
+        """What a stage that is solved asks of the rest."""
+        if not self.stages[number].solve:
+            return
+        path, optim = self._optim_of(number)
+        check(
+            optim.loss != "focal",
+            f"stages.{number}.solve: the focal loss has no one optimum; set {path}.loss to another,"
+            " or leave solve out",
+            "optim",
+            "stages",
+        )
+        check(
+            self.data.backend == "indexed",
+            f"stages.{number}.solve: needs data.backend: indexed",
+            "data",
+            "stages",
+        )
 
     def _check_stage_optim(self, check: Checks, number: int) -> None:
         """What a stage's optimizer must have of the run's, and its schedule of other keys."""
@@ -220,7 +240,7 @@ class Config:
             return
         lr, early_stop = stage.lr, stage.early_stop or self.early_stop
         check(
-            lr == "auto" or optim.min_lr < lr,
+            lr is None or lr == "auto" or optim.min_lr < lr,
             f"{path}.min_lr: must be below stages.{number}.lr, {lr}",
             "optim",
             "stages",

@@ -83,8 +83,12 @@ class StageConfig:
 
     name: str
     """Names the stage in metrics, plots and checkpoints."""
+    solve: bool = False
+    """Of a stage that trains the head alone: before its steps the head is solved to the optimum of
+    its loss on the features of the training images as evaluations see them, with a penalty on its
+    weights that is chosen by cross-validation. Such a stage needs no steps."""
     epochs: float | None = None
-    """Length in epochs; may be a fraction. Or ``steps``."""
+    """Length in epochs; may be a fraction. Or ``steps``; with ``solve`` may be 0 or null."""
     steps: int | None = None
     """Length in optimizer steps. Or ``epochs``."""
     until: Literal["end", "plateau"] = "end"
@@ -95,9 +99,10 @@ class StageConfig:
     trainable: str | list[str] = "all"
     """head, all, or a part of the model or a list of them, such as [layer4, head]; ``layer3+``
     means a part and all above it. All else is frozen."""
-    lr: float | Literal["auto"]
+    lr: float | Literal["auto"] | None = None
     """Learning rate of the head at the end of warm-up; deeper parts by ``layer_decay``. auto: found
-    by a range test on the stage's own first steps, which then are taken back."""
+    by a range test on the stage's own first steps, which then are taken back. null, only with
+    ``solve``: 1e-3, if there are steps."""
     layer_decay: float = 1.0
     """Each part further from the head learns at this factor of the one above it."""
     batchnorm: Literal["frozen", "stats", "train"] = "frozen"
@@ -133,13 +138,33 @@ class StageConfig:
                 " also names files",
             )
             check(
-                (self.epochs is None) != (self.steps is None),
+                (self.epochs is None) != (self.steps is None)
+                or (self.solve and self.epochs is None),
                 "epochs: a stage has either epochs or steps",
                 "steps",
             )
-            check(self.epochs is None or self.epochs > 0, "epochs: must be positive")
-            check(self.steps is None or self.steps > 0, "steps: must be positive")
-            check(self.lr == "auto" or self.lr > 0, f"lr: must be positive or auto, not {self.lr}")
+            for name in ("epochs", "steps"):
+                length = getattr(self, name)
+                check(
+                    length is None or length > 0 or (self.solve and length == 0),
+                    f"{name}: must be positive",
+                    "solve",
+                )
+            check(
+                not self.solve or self.trainable in ("head", ["head"]),
+                f"solve: only a head can be solved, not {self.trainable}; set trainable: head",
+                "trainable",
+            )
+            check(
+                not self.solve or self.cache == "auto",
+                "solve: works on cached features; leave cache: off out",
+                "cache",
+            )
+            check(self.lr is not None or self.solve, "lr: is missing, or auto", "solve")
+            check(
+                self.lr is None or self.lr == "auto" or self.lr > 0,
+                f"lr: must be positive or auto, not {self.lr}",
+            )
             check(0 < self.layer_decay <= 1, "layer_decay: must lie in 0 to 1")
             check(self.views is None or self.views > 0, "views: must be positive or null")
             check(self.trainable != [], "trainable: must name at least one part")

@@ -51,6 +51,8 @@ class Stream(Enum):
 
     HEAD = (6 << 40,)
     """The first weights of the head."""
+    FOLDS = (10 << 40,)
+    """Which images are held out in turn while a head's penalty is chosen."""
     TRUNK = (7 << 40,)
     """The first weights of a trunk that has none to load."""
     STREAM_SHARDS = (8 << 40, "first_step", "rank", "worker")

@@ -53,7 +53,7 @@ def compute_view(
         folder = Path(runtime.from_main(lambda: _reserve(plan, store, keep)))
     try:
         written = _write_blocks(plan, folder, runtime=runtime, workers=workers, bar=bar)
-        if written.bad and plan.number is None:
+        if written.bad and not plan.substitutes:
             raise DataError(cannot_evaluate(written.bad))
         with runtime.heartbeat.phase("writing features", open_ended=runtime.is_main):
             runtime.from_main(lambda: _publish(plan, store, folder, written))

@@ -46,10 +46,13 @@ class FeatureMaker:
         views = self._provide(plans, most_to_compute=samples_to_come)
         return None if views is None else dict(zip(numbers, views, strict=True))
 
-    def evaluation_view(self, split: Split, transform: EvalTransform) -> View | None:
-        """The view that an evaluation of the split has. Raises as ``training_views``, and
-        ``DataError`` on every rank if a sample is damaged."""
-        plan = self._planner.evaluation(split, transform)
+    def evaluation_view(
+        self, split: Split, transform: EvalTransform, *, substitutes: bool = False
+    ) -> View | None:
+        """The view that an evaluation of the split has. Raises as ``training_views``, and, unless
+        another sample ``substitutes`` a damaged one, ``DataError`` on every rank if there is such.
+        """
+        plan = self._planner.evaluation(split, transform, substitutes=substitutes)
         views = self._provide([plan], most_to_compute=split.num_samples)
         return None if views is None else views[0]
 

@@ -45,6 +45,8 @@ class ViewPlan:
     """Which of a stage's training views it is, from 0; None: an evaluation's."""
     seed: int
     """The run's, of which a training view's augmentation is keyed."""
+    substitutes: bool
+    """Another sample takes the place of a damaged one; else there must be none."""
 
     def microbatches(self) -> SplitMicrobatches:
         """The images of its blocks."""
@@ -54,6 +56,7 @@ class ViewPlan:
             size=self.shape.block_size,
             seed=self.seed,
             view=self.number,
+            substitute=self.substitutes,
         )
 
 
@@ -111,12 +114,26 @@ class ViewPlanner:
             "view": number,
         }
         block_size = self._micro_batch_size
-        return self._plan(split, transform, looks, number=number, block_size=block_size)
+        return self._plan(
+            split, transform, looks, number=number, block_size=block_size, substitutes=True
+        )
 
-    def evaluation(self, split: Split, transform: EvalTransform) -> ViewPlan:
-        """The view that an evaluation has."""
+    def evaluation(
+        self, split: Split, transform: EvalTransform, *, substitutes: bool = False
+    ) -> ViewPlan:
+        """The view that an evaluation has.
+
+        substitutes: it is to be trained on, so that a damaged sample may be replaced.
+        """
         looks = {"image_size": transform.image_size, "crop_pct": transform.crop_pct}
-        return self._plan(split, transform, {"eval": looks}, number=None, block_size=EVAL_BLOCK)
+        return self._plan(
+            split,
+            transform,
+            {"eval": looks},
+            number=None,
+            block_size=EVAL_BLOCK,
+            substitutes=substitutes,
+        )
 
     def _plan(
         self,
@@ -126,6 +143,7 @@ class ViewPlanner:
         *,
         number: int | None,
         block_size: int,
+        substitutes: bool,
     ) -> ViewPlan:
         content = self._common | looks
         content |= {"split": split.name, "channels": transform.channels, "block": block_size}
@@ -141,6 +159,7 @@ class ViewPlanner:
             transform=transform,
             number=number,
             seed=self._seed,
+            substitutes=substitutes,
         )
 
     def _row_of(self, image_size: int) -> tuple[tuple[int, ...], torch.dtype]:

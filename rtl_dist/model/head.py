@@ -58,6 +58,20 @@ class Head(nn.Linear):
         self.mean, self.scale = (value.to(self.weight, copy=True) for value in (mean, scale))
 
     @torch.no_grad()
+    def take(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        """Has from now on the scores of a plain linear layer; goes on standardising if it did.
+
+        Args:
+            weight, bias: float (C, F) and (C,).
+        """
+        mean, scale = self.mean, self.scale
+        self.mean = self.scale = None
+        self.weight.copy_(weight)
+        self.bias.copy_(bias)
+        if mean is not None and scale is not None:
+            self.standardize(mean, scale)
+
+    @torch.no_grad()
     def fold(self) -> None:
         """Becomes a plain linear layer with the same scores."""
         plain = self.plain_state()

@@ -11,6 +11,7 @@ from rtl_dist.model.batchnorm import learning_layers
 from rtl_dist.records.checkpoint import Snapshot
 from rtl_dist.training.lr_finder import find_learning_rate
 from rtl_dist.training.run import Run
+from rtl_dist.training.solving import solve_head
 from rtl_dist.training.stage_optimizer import OptimizerState
 from rtl_dist.training.stage_trainer import StageTrainer
 from rtl_dist.training.step_boundary import StepBoundary
@@ -67,7 +68,9 @@ def _train(
     try:
         boundary = StepBoundary(stage, run, trainer, opened_at=opened_at)
         LOG.info("stage %s: %s", stage.name, trainer.describe())
-        boundary.evaluate_if_due()
+        if stage.solve and run.state.step == run.state.stage_first_step:
+            boundary.count_bad(solve_head(stage, run, trainer))
+        boundary.begin()
         done = run.state.step - run.state.stage_first_step
         with run.runtime.progress(
             total=stage.num_steps, done=done, what=stage.name, unit="step"

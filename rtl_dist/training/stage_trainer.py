@@ -91,7 +91,10 @@ class StageTrainer:
         self._failure: RtlDistError | None = None
         self._data_wait_s = 0.0
         self.network.wrap(on_features=self._batches.are_features)
-        if self.network.is_head_alone and state.step == state.stage_first_step:
+        if (
+            self.network.is_head_alone
+            and reading.first_step == state.stage_first_step < reading.end_step
+        ):
             standardize_head(run, self.network, reading, self._batches)
         self.optimizer.prepare()
         self.network.settle()

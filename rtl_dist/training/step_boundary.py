@@ -77,9 +77,13 @@ class StepBoundary:
             self._evaluate()
         self._run.state.elapsed_s = self._log.elapsed_s()
 
-    def evaluate_if_due(self) -> None:
-        """For a run that goes on from just before an evaluation."""
+    def begin(self) -> None:
+        """What is due before the first step: of a head that was solved, or of a run that goes on
+        from just before an evaluation."""
+        self._run.state.elapsed_s = self._log.elapsed_s()
         if self._due().evaluate:
+            if not self._run.state.eval_was_due:
+                self._save()
             self._evaluate()
 
     def _due(self) -> Due:
@@ -108,12 +112,17 @@ class StepBoundary:
             raise
         self._trainer.accept(outcome)
         if num_bad:
-            self._count_bad(outcome.bad)
+            self.count_bad(outcome.bad)
         if self._trainer.ledger:
             run.state.ledger_bytes = self._trainer.ledger.write()
         return stop
 
-    def _count_bad(self, met: list[str]) -> None:
+    def count_bad(self, met: list[str]) -> None:
+        """Counts damaged samples that this rank met; called by all ranks.
+
+        Raises:
+            DataError: on every rank, if they are more than ``data.bad_samples``.
+        """
         state, budget = self._run.state, self._run.config.data.bad_samples
         gathered = self._run.runtime.gather(met)
         for name in sorted({name for names in gathered for name in names}):

@@ -205,7 +205,7 @@ def test_cached_views_are_the_views_of_training(train):
     transform = TrainTransform(AugmentConfig(), image_size=SIDE, channels=3)
     pixels = {}
     for view in (0, 1):
-        blocks = SplitMicrobatches(train, transform, size=5, seed=3, view=view)
+        blocks = SplitMicrobatches(train, transform, size=5, seed=3, view=view, substitute=True)
         for first in range(0, NUM, 5):
             batch = blocks[first]
             assert len(batch.inputs) == 5  # always full

@@ -12,9 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rtl_dist.config import DataConfig, ModelConfig, StageConfig
 from rtl_dist.model.build import make_classifier
 from rtl_dist.model.classifier import Classifier, Preprocessing
-from rtl_dist.model.head import Head
 from rtl_dist.model.divided import divide
 from rtl_dist.model.freezing import freeze_for
+from rtl_dist.model.head import Head
 from rtl_dist.model.parts import parts_of
 
 RESNET = ["layer1", "layer2", "layer3", "layer4", "head"]

@@ -73,6 +73,8 @@ class SplitMicrobatches(TorchDataset[Batch]):
 
     With ``seed`` and ``view``, the samples are augmented as training would in that view; the last
     block is then filled up from the start of the split, so that every block is full.
+
+    substitute: another sample takes the place of a damaged one; else it is left black.
     """
 
     def __init__(
@@ -83,8 +85,10 @@ class SplitMicrobatches(TorchDataset[Batch]):
         size: int,
         seed: int = 0,
         view: int | None = None,
+        substitute: bool = False,
     ) -> None:
         self._reader, self._transform = BatchReader(split), transform
+        self._substitute = substitute
         self._split, self._size, self._seed, self._view = split, size, seed, view
         self.shape = (size, transform.channels, transform.image_size, transform.image_size)
 
@@ -104,7 +108,7 @@ class SplitMicrobatches(TorchDataset[Batch]):
             keys = augmentation_keys(samples, epochs, seed=self._seed, views=None)
         out[:] = 0  # what cannot be read is left black
         put = _putting(self._transform, out)
-        batch = self._reader.read(samples, keys, put, substitute=self._view is not None)
+        batch = self._reader.read(samples, keys, put, substitute=self._substitute)
         self._reader.prefetch(last, self._shards_from)
         return batch._replace(inputs=out[: len(samples)])
 

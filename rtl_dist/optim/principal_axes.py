@@ -1,0 +1,54 @@
+"""Features seen along the axes in which they do not correlate, centred, and of a common scale."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+_CHUNK = 8192  # rows that are computed at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrincipalAxes:
+    """A change of coordinates. It turns and scales all features alike, so the length of a head's
+    weights means the same in both."""
+
+    mean: torch.Tensor
+    """float64 (F,), of the features."""
+    scale: torch.Tensor
+    """float64 (): the root mean square of the features' standard deviations; 1 if all are 0."""
+    axes: torch.Tensor
+    """float64 (F, F), orthogonal: a column each."""
+
+    def of(self, features: torch.Tensor) -> torch.Tensor:
+        """float (n, F) to float64 (n, F)."""
+        parts = [(rows.double() - self.mean) @ self.axes for rows in features.split(_CHUNK)]
+        return torch.cat(parts).div_(self.scale)
+
+    def back(self, solution: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The plain head's weight (C, F) and bias (C,) of a solution (C, F + 1) in these axes."""
+        weight = solution[:, :-1] @ self.axes.T / self.scale
+        return weight, solution[:, -1] - weight @ self.mean
+
+
+def principal_axes(features: torch.Tensor) -> PrincipalAxes:
+    """Of features, float (n, F) on the host."""
+    mean = sum(rows.double().sum(0) for rows in features.split(_CHUNK)) / len(features)
+    assert isinstance(mean, torch.Tensor)
+    covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+    for centred in _centred(features, mean):
+        covariance.addmm_(centred.T, centred)
+    covariance /= len(features)
+    spread = covariance.diagonal().mean().sqrt()
+    return PrincipalAxes(
+        mean=mean,
+        scale=torch.where(spread > 0, spread, 1.0),
+        axes=torch.linalg.eigh(covariance).eigenvectors,
+    )
+
+
+def _centred(features: torch.Tensor, mean: torch.Tensor) -> Iterator[torch.Tensor]:
+    for rows in features.split(_CHUNK):
+        yield rows.double() - mean

@@ -1,0 +1,96 @@
+"""The head of a stage solved before its first step."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from rtl_dist.config import ResolvedStage
+from rtl_dist.core.errors import UserError
+from rtl_dist.core.keys import Stream, stream_key
+from rtl_dist.core.tasks import MULTI_LABEL
+from rtl_dist.evaluation.scoring import eval_transform
+from rtl_dist.features.view_files import View
+from rtl_dist.optim.head_problem import head_problem
+from rtl_dist.optim.losses import make_loss
+from rtl_dist.optim.principal_axes import principal_axes
+from rtl_dist.optim.solved_head import assign_folds, choose_penalty, few_threads, solve
+from rtl_dist.training.run import Run
+from rtl_dist.training.stage_trainer import StageTrainer
+
+LOG = logging.getLogger("rtl_dist")
+
+
+def solve_head(stage: ResolvedStage, run: Run, trainer: StageTrainer) -> list[str]:
+    """Puts the solution into the model's head; called by all ranks before the stage's first step.
+    Rank 0 solves, so the result does not depend on how many there are.
+
+    What the head makes of the training images counts as training since the last evaluation.
+
+    Returns:
+        What each damaged training image suffers from, in whose place another one was used.
+
+    Raises:
+        StopRequested: on every rank. UserError: the features cannot be kept.
+        RtlDistError: on every rank, if the loader of one failed.
+    """
+    runtime = run.runtime
+    assert trainer.features is not None  # the config was checked
+    view = trainer.features.evaluation_view(run.train, eval_transform(run.model), substitutes=True)
+    if view is None:
+        raise UserError(
+            f"stages.{stage.number}.solve: the features of the training images cannot be kept, for"
+            " the reason above; mend that by features.cache_dir or features.cache_gb, or leave"
+            " solve out"
+        )
+    with runtime.heartbeat.phase("solving the head", open_ended=True):
+        weight, bias = runtime.from_main(lambda: _solution(stage, run, view))
+    for model in run.models():
+        model.head.take(weight, bias)
+    _count(stage, run, trainer, view)
+    run.state.last_eval = -1  # of this very step, perhaps, but of another head
+    return view.bad
+
+
+@torch.no_grad()
+def _solution(stage: ResolvedStage, run: Run, view: View) -> tuple[torch.Tensor, torch.Tensor]:
+    """float64 weight (C, F) and bias (C,) of a plain linear layer."""
+    device = run.runtime.device
+    labels = torch.from_numpy(run.train.labels(view.used.numpy()))
+    axes = principal_axes(view.features)
+    problem = head_problem(
+        axes.of(view.features).to(device),
+        labels.to(device),
+        stage.optim,
+        multi_label=run.dataset.task == MULTI_LABEL,
+        class_counts=run.train.class_counts,
+        is_balanced=run.config.data.sampling == "balanced",
+    )
+    folds = assign_folds(labels, seed=stream_key(run.config.seed, Stream.FOLDS) >> 1)
+    with few_threads(problem):
+        penalty = choose_penalty(problem.to(torch.float32), folds.to(device))
+        found = solve(problem, penalty)
+    LOG.info("stage %s: head solved, penalty %g on its weights", stage.name, penalty)
+    return axes.back(found)
+
+
+@torch.no_grad()
+def _count(stage: ResolvedStage, run: Run, trainer: StageTrainer, view: View) -> None:
+    """Counts the loss and hits of the solved head on what it was solved on, on rank 0."""
+    if run.runtime.is_main:
+        loss = make_loss(
+            stage.optim,
+            task=run.dataset.task,
+            class_counts=run.train.class_counts,
+            device=run.runtime.device,
+        )
+        head, labels = run.model.head, torch.from_numpy(run.train.labels(view.used.numpy()))
+        was_training = head.training
+        head.eval()
+        for rows in torch.arange(len(labels)).split(4096):
+            inputs = view.features[rows].to(run.runtime.device, head.weight.dtype)
+            of_rows, scores = labels[rows].to(run.runtime.device), head(inputs)
+            trainer.totals.add(loss(scores, of_rows), scores, of_rows)
+        head.train(was_training)
+    trainer.totals.accept()
