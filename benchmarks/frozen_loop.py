@@ -55,15 +55,21 @@ class LoopResult(TypedDict):
     history: list[Validation]
 
 
-def make_loaders(data_dir: Path, batch_size: int) -> tuple[DataLoader, DataLoader, int]:
+def make_loaders(
+    data_dir: Path, batch_size: int, image_size: int = 224
+) -> tuple[DataLoader, DataLoader, int]:
     """Training and validation loaders, and the number of classes."""
     to_input = [
         v2.ToImage(),
         v2.ToDtype(torch.float32, scale=True),
         v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
     ]
-    train_transform = v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), *to_input])
-    val_transform = v2.Compose([v2.Resize(256), v2.CenterCrop(224), *to_input])
+    train_transform = v2.Compose(
+        [v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip(), *to_input]
+    )
+    val_transform = v2.Compose(
+        [v2.Resize(image_size * 256 // 224), v2.CenterCrop(image_size), *to_input]
+    )
     train_set = ImageFolder(str(data_dir / "train"), train_transform)
     val_set = ImageFolder(str(data_dir / "val"), val_transform)
     if train_set.classes != val_set.classes:

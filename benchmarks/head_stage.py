@@ -27,8 +27,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from processes import BENCHMARKS
 from sides import (
-    BENCHMARKS,
     Outcome,
     Peer,
     installed,

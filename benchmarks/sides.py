@@ -10,19 +10,13 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
-import resource
 import shutil
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-BENCHMARKS = ROOT / "benchmarks"
+from processes import BENCHMARKS, ROOT, Finished, run_python
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,9 +65,9 @@ def warm_up(peers: dict[str, Peer], *folders: Path) -> None:
     for path in (path for folder in folders for path in folder.rglob("*") if path.is_file()):
         path.read_bytes()
     for peer in peers.values():
-        _run(str(BENCHMARKS / peer.command[0]), "--help")
-    _run(str(ROOT / "rtl_dist/train.py"), "--help")
-    _run("-m", "rtl_dist.cli", "--help")
+        run_python(str(BENCHMARKS / peer.command[0]), "--help")
+    run_python(str(ROOT / "rtl_dist/train.py"), "--help")
+    run_python("-m", "rtl_dist.cli", "--help")
 
 
 def run_peer(
@@ -84,13 +78,13 @@ def run_peer(
     if epochs is not None:
         arguments += ["--epochs", str(epochs)]
     script, *options = peer.command
-    wall_s, cpu_s, out = _run(str(BENCHMARKS / script), *options, *arguments)
-    result = json.loads(out)
-    start_up_s = wall_s - result["seconds"]  # its end, well under a second, counts as start-up
+    done = run_python(str(BENCHMARKS / script), *options, *arguments)
+    result = json.loads(done.out)
+    start_up_s = done.wall_s - result["seconds"]  # its end, well under a second, counts as start-up
     return Outcome(
         best=result["best_val_top1"],
-        wall_s=wall_s,
-        cpu_s=cpu_s,
+        wall_s=done.wall_s,
+        cpu_s=done.cpu_s,
         history=tuple((start_up_s + r["elapsed_s"], r["val_top1"]) for r in result["history"]),
     )
 
@@ -102,28 +96,33 @@ def run_ours(
     the store of features too: the user's would have those of earlier runs on the same images."""
     work = folder / f"ours-{config.stem}-{seed}"
     packed, run_folder = work / "data", work / "run"
-    pack_wall_s, pack_cpu_s, _ = _run("-m", "rtl_dist.cli", "pack", str(data), str(packed))
-    began_at = time.time()
-    wall_s, cpu_s, _ = _run(
+    pack = run_python("-m", "rtl_dist.cli", "pack", str(data), str(packed))
+    train = run_python(
         str(ROOT / "rtl_dist/train.py"),
         *("--config", str(config), f"data.path={packed}", f"run.dir={run_folder}"),
         *(f"model.weights={weights}", f"seed={seed}", "track.wandb=off"),
         *(f"features.cache_dir={work / 'features'}", *overrides),
     )
-    metrics = run_folder / "metrics.jsonl"
-    rows: list[dict[str, Any]] = [json.loads(line) for line in metrics.read_text().splitlines()]
-    # rows say how long the job has trained; when the last one was written says when that began
-    start_up_s = metrics.stat().st_mtime - began_at - rows[-1]["elapsed_s"]
     history = tuple(
-        (pack_wall_s + start_up_s + row["elapsed_s"], row["val/top1"])
-        for row in rows
-        if "val/top1" in row
+        (pack.wall_s + at, top1) for at, top1 in evaluations_of(run_folder, train, "val/top1")
     )
     best = json.loads((run_folder / "results.json").read_text())["best"]["value"]
     shutil.rmtree(work)
     return Outcome(
-        best=best, wall_s=pack_wall_s + wall_s, cpu_s=pack_cpu_s + cpu_s, history=history
+        best=best,
+        wall_s=pack.wall_s + train.wall_s,
+        cpu_s=pack.cpu_s + train.cpu_s,
+        history=history,
     )
+
+
+def evaluations_of(run_folder: Path, train: Finished, metric: str) -> list[tuple[float, float]]:
+    """(seconds since the job's process began, what the metric was) of each evaluation of a run."""
+    metrics = run_folder / "metrics.jsonl"
+    rows: list[dict[str, Any]] = [json.loads(line) for line in metrics.read_text().splitlines()]
+    # rows say how long the job has trained; when the last one was written says when that began
+    start_up_s = metrics.stat().st_mtime - train.began_at - rows[-1]["elapsed_s"]
+    return [(start_up_s + row["elapsed_s"], row[metric]) for row in rows if metric in row]
 
 
 def take_turns(
@@ -179,24 +178,3 @@ def print_times_to(outcomes: dict[str, list[Outcome]], targets: Sequence[float])
 def spread(values: Sequence[float]) -> str:
     """Median (lowest to highest)."""
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
-def _run(*command: str) -> tuple[float, float, str]:
-    """Runs this Python; wall and CPU seconds, those of its children included, and its stdout."""
-    environment = dict(os.environ)
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # each process would compile all it imports
-    path = environment.get("PYTHONPATH")
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([path] if path else [])])
-    cpu_before, started_at = _cpu_of_children_s(), time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, check=False, env=environment
-    )
-    wall_s = time.perf_counter() - started_at
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
-    return wall_s, _cpu_of_children_s() - cpu_before, done.stdout
-
-
-def _cpu_of_children_s() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime

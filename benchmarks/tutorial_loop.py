@@ -10,6 +10,8 @@ a little shorter than the tutorial's own.
     python benchmarks/tutorial_loop.py --data DIR --weights resnet18.pth --mode finetune --seed 0
 
 `DIR` holds `train/<class>/` and `val/<class>/`; the weights are a torchvision ResNet-18 state dict.
+With `--scores FILE`, what the best epoch said of every validation image is written there; the
+validation is then not shuffled.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Literal, TypedDict
 
 import torch
+from scores import write_scores
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader
@@ -58,15 +61,21 @@ class TutorialResult(TypedDict):
     history: list[EpochRecord]
 
 
-def make_loaders(data_dir: Path) -> tuple[DataLoader, DataLoader, int]:
+def make_loaders(
+    data_dir: Path, image_size: int = 224, *, shuffle_val: bool = True
+) -> tuple[DataLoader, DataLoader, int]:
     """The tutorial's training and validation loaders, and the number of classes."""
     to_input = [
         v2.ToImage(),
         v2.ToDtype(torch.float32, scale=True),
         v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
     ]
-    train_transform = v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), *to_input])
-    val_transform = v2.Compose([v2.Resize(256), v2.CenterCrop(224), *to_input])
+    train_transform = v2.Compose(
+        [v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip(), *to_input]
+    )
+    val_transform = v2.Compose(
+        [v2.Resize(image_size * 256 // 224), v2.CenterCrop(image_size), *to_input]
+    )
     train_set = ImageFolder(str(data_dir / "train"), train_transform)
     val_set = ImageFolder(str(data_dir / "val"), val_transform)
     if train_set.classes != val_set.classes:
@@ -74,8 +83,8 @@ def make_loaders(data_dir: Path) -> tuple[DataLoader, DataLoader, int]:
             f"train and val name different classes: {train_set.classes} and {val_set.classes}"
         )
     loaders = [
-        DataLoader(part, batch_size=BATCH_SIZE, shuffle=True, num_workers=NUM_WORKERS)
-        for part in (train_set, val_set)
+        DataLoader(part, batch_size=BATCH_SIZE, shuffle=shuffle, num_workers=NUM_WORKERS)
+        for part, shuffle in ((train_set, True), (val_set, shuffle_val))
     ]
     return loaders[0], loaders[1], len(train_set.classes)
 
@@ -95,8 +104,11 @@ def run_epoch(
     loader: DataLoader,
     device: torch.device,
     optimizer: torch.optim.Optimizer | None = None,
+    *,
+    said: list[torch.Tensor] | None = None,
 ) -> tuple[float, float]:
-    """Go once over `loader`, training if there is an optimizer; mean loss and top-1 accuracy."""
+    """Go once over `loader`, training if there is an optimizer; mean loss and top-1 accuracy.
+    Each batch's scores are added to `said`."""
     training = optimizer is not None
     model.train(training)
     loss_sum, num_correct, num_samples = 0.0, 0, 0
@@ -109,6 +121,8 @@ def run_epoch(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+        if said is not None:
+            said.append(logits.detach().softmax(1).cpu())
         loss_sum += loss.item() * len(labels)
         num_correct += int((logits.argmax(1) == labels).sum())
         num_samples += len(labels)
@@ -116,7 +130,13 @@ def run_epoch(
 
 
 def run_tutorial(
-    data_dir: Path, weights: Path, mode: Mode, seed: int, epochs: int = 15
+    data_dir: Path,
+    weights: Path,
+    mode: Mode,
+    seed: int,
+    epochs: int = 15,
+    image_size: int = 224,
+    scores: Path | None = None,
 ) -> TutorialResult:
     """Run the tutorial's loop and return its best validation accuracy, its time and its history.
 
@@ -126,11 +146,15 @@ def run_tutorial(
         mode: `frozen` trains the last layer only, `finetune` the whole network.
         seed: for the last layer, the order and the augmentations.
         epochs: how often the training images are seen.
+        image_size: side of the network's input, in pixels.
+        scores: file for what the best epoch said of the validation images.
     """
     started_at = time.perf_counter()
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    train_loader, val_loader, num_classes = make_loaders(data_dir)
+    train_loader, val_loader, num_classes = make_loaders(
+        data_dir, image_size, shuffle_val=scores is None
+    )
     model = make_model(weights, num_classes, mode).to(device)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trainable, lr=1e-3, momentum=0.9)
@@ -140,7 +164,11 @@ def run_tutorial(
     for epoch in range(epochs):
         train_loss, train_top1 = run_epoch(model, train_loader, device, optimizer)
         scheduler.step()
-        val_loss, val_top1 = run_epoch(model, val_loader, device)
+        said: list[torch.Tensor] = []
+        val_loss, val_top1 = run_epoch(model, val_loader, device, said=said)
+        if scores is not None and val_top1 > max((r["val_top1"] for r in history), default=-1):
+            stems = [Path(file).stem for file, _ in val_loader.dataset.samples]
+            write_scores(scores, stems, torch.cat(said).numpy())
         history.append(
             EpochRecord(
                 epoch=epoch,
@@ -166,8 +194,18 @@ def main() -> None:
     parser.add_argument("--mode", choices=("frozen", "finetune"), default="finetune")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--scores", type=Path, help="written: what the best epoch said")
     args = parser.parse_args()
-    result = run_tutorial(args.data, args.weights, args.mode, args.seed, args.epochs)
+    result = run_tutorial(
+        args.data,
+        args.weights,
+        args.mode,
+        args.seed,
+        args.epochs,
+        args.image_size,
+        args.scores,
+    )
     print(json.dumps(result, indent=1))
 
 
