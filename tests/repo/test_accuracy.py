@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pack_images import REAL_DATA, class_folders, image_bytes
+from pack_images import REAL_DATA, image_bytes
 from sklearn.metrics import average_precision_score
-from tiny_runs import ROOT
+from tiny_runs import CLASSES, ROOT, write_images
 from torchvision.models import resnet18
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -43,6 +43,13 @@ def run(monkeypatch, capsys):
     return run_file
 
 
+def like_a_prepared_set(folder: Path, counts: dict[str, int]) -> Path:
+    """Pictures of one colour a class, of which a stem stands for one."""
+    for path in write_images(folder, counts).glob("*/*/*"):
+        path.rename(path.with_stem(path.parent.name + path.stem))
+    return folder
+
+
 def test_cells_are_run_once_and_tabled(tmp_path, run):
     arguments = ("--out", tmp_path, "--sets", "digits", "--seeds", "3", "--epochs", "1")
     arguments += ("--methods", "logreg", "ours-head", "tutorial")
@@ -59,7 +66,9 @@ def test_cells_are_run_once_and_tabled(tmp_path, run):
     (tmp_path / "digits.ours-head.3.npz").unlink()
     again = run("accuracy.py", *arguments)
     assert not (tmp_path / "digits.ours-head.3.npz").exists(), "the cell was run again"
-    assert re.search(r"^\| digits \| ours-head \| 1 \|.*\| behind: .* of logreg \|$", again, re.M)
+    assert re.search(
+        r"^\| digits \| ours-head \| 1 \|.*: [+-]0\.\d+ ± 0\.000 of logreg \|$", again, re.M
+    )
     with pytest.raises(SystemExit, match="take another --out"):
         run("accuracy.py", *arguments[:-5], "2", *arguments[-4:])
 
@@ -71,13 +80,10 @@ def test_a_loop_says_something_of_every_image(tmp_path, run, module, name):
     if name in OF_OTHERS:
         pytest.importorskip(OF_OTHERS[name])
     of_tiny = name in ("logistic_regression.py", "practitioner_loop.py")
-    counts = {"train/a": 35, "train/b": 35, "val/a": 7, "val/b": 7}
-    folder, weights = class_folders(tmp_path / "images", counts), TINY
-    for path in folder.glob("*/*/*"):  # as in a prepared set a stem stands for one image
-        path.rename(path.with_stem(path.parent.name + path.stem))
+    folder, weights = like_a_prepared_set(tmp_path / "images", {"train": 32, "val": 20}), TINY
     if not of_tiny:
         torch.save(resnet18().state_dict(), weights := tmp_path / "resnet18.pth")
-    epochs = () if name == "logistic_regression.py" else ("--epochs", "1")
+    epochs = () if name == "logistic_regression.py" else ("--epochs", "2")
     out = run(
         name,
         *("--data", folder, "--weights", weights, "--image-size", "32", *epochs),
@@ -86,9 +92,29 @@ def test_a_loop_says_something_of_every_image(tmp_path, run, module, name):
     told, scores = json.loads(out), module("scores").read_scores(tmp_path / "scores")
     assert scores.keys() == {path.stem for path in folder.glob("val/*/*")}
     assert all(np.isclose(of.sum(), 1, atol=1e-3) for of in scores.values())
-    labels = {path.stem: "ab".index(path.parent.name) for path in folder.glob("val/*/*")}
+    labels = {path.stem: CLASSES.index(path.parent.name) for path in folder.glob("val/*/*")}
     top1 = np.mean([scores[stem].argmax() == label for stem, label in labels.items()])
     assert top1 == pytest.approx(told["best"] if of_tiny else told["best_val_top1"])
+
+
+def test_the_practitioner_keeps_his_best_evaluation(tmp_path, run, module, monkeypatch):
+    figures, said = iter((0.5, 0.9, 0.7)), []
+
+    def metric(scores, targets):
+        said.append(scores)
+        return next(figures)
+
+    monkeypatch.setattr(module("loop_data"), "metric", metric)
+    folder = like_a_prepared_set(tmp_path / "images", {"train": 8, "val": 2})
+    out = run(
+        "practitioner_loop.py",
+        *("--data", folder, "--weights", TINY, "--image-size", "32", "--epochs", "3"),
+        *("--scores", tmp_path / "scores"),
+    )
+    assert json.loads(out)["best"] == 0.9
+    kept = list(module("scores").read_scores(tmp_path / "scores").values())
+    assert np.array_equal(kept, said[1])
+    assert not np.array_equal(said[1], said[2])
 
 
 @pytest.mark.parametrize("name", ["logistic_regression.py", "practitioner_loop.py"])
