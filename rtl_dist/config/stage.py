@@ -137,6 +137,7 @@ class StageConfig:
                 f"name: letters, digits, - _ + . and spaces, up to 64 and not {self.name!r}: it"
                 " also names files",
             )
+            check(self.lr is not None or self.solve, "lr: is required", "solve")
             check(
                 (self.epochs is None) != (self.steps is None)
                 or (self.solve and self.epochs is None),
@@ -160,7 +161,6 @@ class StageConfig:
                 "solve: works on cached features; leave cache: off out",
                 "cache",
             )
-            check(self.lr is not None or self.solve, "lr: is missing, or auto", "solve")
             check(
                 self.lr is None or self.lr == "auto" or self.lr > 0,
                 f"lr: must be positive or auto, not {self.lr}",

@@ -51,7 +51,7 @@ class Stream(Enum):
 
     HEAD = (6 << 40,)
     """The first weights of the head."""
-    FOLDS = (10 << 40,)
+    FOLDS = (11 << 40,)
     """Which images are held out in turn while a head's penalty is chosen."""
     TRUNK = (7 << 40,)
     """The first weights of a trunk that has none to load."""
