@@ -90,6 +90,13 @@ def _timm_trunk(name: str, channels: int, download: bool) -> tuple[Any, str, int
     if not timm.is_model(name):
         hint = did_you_mean(name, timm.list_models())
         raise UserError(f"model.name: timm has no model {name!r}{hint}")
+    architecture, _, tag = name.partition(".")
+    tags = timm.list_pretrained(f"{architecture}.*")
+    if tag and name not in tags:
+        raise UserError(
+            f"model.name: timm has no weights {tag!r} of {architecture}; it has"
+            f" {', '.join(tags) or 'none'}"
+        )
     try:
         trunk = timm.create_model(name, pretrained=download, num_classes=0, in_chans=channels)
     except Exception as error:

@@ -77,7 +77,8 @@ def describe_model(
     )
     stem = {"small_stem": True} if config.small_stem else {}
     return {
-        "architecture": config.name.removeprefix("torchvision:"),
+        # without the tag of the weights that it began from: these are others now
+        "architecture": config.name.removeprefix("torchvision:").partition(".")[0],
         "num_classes": dataset.num_classes,
         "num_features": model.head.in_features,
         "label_names": list(dataset.classes),

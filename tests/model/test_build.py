@@ -58,6 +58,7 @@ def test_grey_input_is_what_the_same_grey_in_colour_is():
     ("name", "message"),
     [
         ("resnet5O", "timm has no model 'resnet5O'; did you mean resnet50?"),
+        ("resnet18.x", "timm has no weights 'x' of resnet18; it has resnet18.a1_in1k, resnet18.a2"),
         ("torchvision:resnet5O", "torchvision has no classifier 'resnet5O'; did you mean torchvis"),
         ("torchvision:", "torchvision has no classifier ''"),
         ("!", "timm has no model '!'"),
@@ -67,6 +68,28 @@ def test_grey_input_is_what_the_same_grey_in_colour_is():
 def test_an_unknown_name_is_refused_with_the_nearest(name, message):
     with pytest.raises(UserError, match=f"model.name: {message}"):
         classifier(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "tag"),
+    [("resnet18", "a1_in1k"), ("resnet18.a1_in1k", "a1_in1k"), ("resnet18.tv_in1k", "tv_in1k")],
+)
+def test_a_tag_chooses_the_weights(name, tag, monkeypatch):
+    """timm's bare name means its own newest training; a tag asks for another one's."""
+    asked = []
+
+    def fetch(place, *arguments, **options):
+        asked.append(place)
+        torch.manual_seed(7)
+        return timm.create_model("resnet18").state_dict()
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", fetch)
+    config = ModelConfig(name=name, weights="pretrained")
+    model, origin = build_model(config, DataConfig(path=""), classes=CLASSES, seed=0)
+    assert [place.split("@")[0] for place in asked] == [f"timm/resnet18.{tag}"]
+    assert origin == f"pretrained weights of {name}"
+    torch.manual_seed(7)
+    assert torch.equal(model.trunk.conv1.weight, timm.create_model("resnet18").conv1.weight)
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "torchvision:resnet18"])

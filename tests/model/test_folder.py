@@ -67,7 +67,7 @@ def test_a_model_folder_comes_back_whole(tmp_path, name, channels):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("name", ["test_resnet", "torchvision:resnet18"])
+@pytest.mark.parametrize("name", ["test_resnet", "resnet18.tv_in1k", "torchvision:resnet18"])
 def test_timm_itself_loads_a_model_folder(tmp_path, name, channels):
     model, config = built(name, channels)
     write_model_folder(
