@@ -6,8 +6,10 @@ handled here, so that plots and tables need not know.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,15 +116,17 @@ class History:
         return array[:, 0], array[:, 1], array[:, 2]
 
     @property
+    def parts(self) -> list[History]:
+        """What each stage logged, in the order in which they ran."""
+        groups = itertools.groupby(self.rows, key=lambda row: row.get("stage"))
+        return [History(rows=tuple(rows), unreadable=()) for _, rows in groups]
+
+    @property
     def stages(self) -> list[StageSpan]:
         """The stages in the order in which they ran."""
-        groups: list[list[dict[str, Any]]] = []
-        for row in self.rows:
-            if not groups or groups[-1][0].get("stage") != row.get("stage"):
-                groups.append([])
-            groups[-1].append(row)
         spans, end, step, elapsed = [], 0.0, 0, 0.0
-        for rows in groups:
+        for part in self.parts:
+            rows = part.rows
             start, first_step, seconds = end, step, 0.0
             end, step = rows[-1]["epoch"], int(rows[-1]["step"])
             for row in rows:
@@ -130,7 +134,6 @@ class History:
                 now = row["elapsed_s"] if is_finite(row.get("elapsed_s")) else elapsed
                 seconds += now - elapsed if now >= elapsed else now
                 elapsed = now
-            part = History(rows=tuple(rows), unreadable=())
             _, train, value = part.at_evaluations(self.compared)
             values = part.series(f"val/{self.headline}")
             best = part._highest(self.headline)
@@ -200,6 +203,16 @@ def read_history(run: Path) -> History:
     if not rows:
         raise UserError(f"{path} has no whole row yet; wait until training has logged a step")
     return History(rows=tuple(rows), unreadable=tuple(unreadable))
+
+
+def joined(pieces: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """One curve of several, with a NaN between each two, so that no line joins their values."""
+    some = [piece for piece in pieces if len(piece[0])]
+    if not some:
+        return np.empty(0), np.empty(0)
+    epochs, values = (np.concatenate(arrays) for arrays in zip(*some, strict=True))
+    places = np.cumsum([len(piece[0]) for piece in some])[:-1]
+    return np.insert(epochs, places, epochs[places]), np.insert(values, places, np.nan)
 
 
 def _parse(line: str) -> dict[str, Any] | None:

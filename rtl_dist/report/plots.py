@@ -28,7 +28,7 @@ from rtl_dist.report.figure import (
     plain,
     say,
 )
-from rtl_dist.report.history import History
+from rtl_dist.report.history import History, joined
 from rtl_dist.report.rates import distinct_rates
 
 if TYPE_CHECKING:
@@ -60,14 +60,13 @@ def accuracy_figure(history: History, best: tuple[float, float] | None) -> Figur
     if history.compared != history.headline:
         extra = f" and {METRICS[history.headline].name}"
     dress(axes, title=name[0].upper() + name[1:] + extra, x="epoch", y=f"{name} (%)")
-    epochs, train, value = history.at_evaluations(history.compared)
-    both = np.isfinite(train)
-    if both.sum() > 1:
-        where, upper = _with_breaks(history, epochs[both], train[both])
+    parts = [_trained(part, history.compared) for part in history.parts]
+    epochs, train = joined((x, y) for x, y, _ in parts)
+    if len(epochs) > 1:
         axes.fill_between(
-            where,
-            100 * upper,
-            100 * _with_breaks(history, epochs[both], value[both])[1],
+            epochs,
+            100 * train,
+            100 * joined((x, y) for x, _, y in parts)[1],
             color=ORANGE,
             alpha=0.18,
             linewidth=0,
@@ -109,8 +108,7 @@ def learning_rate_figure(history: History, falling: Collection[str] = ()) -> Fig
     curves = distinct_rates(history, falling)
     few = len(curves) <= len(CYCLE)
     shades = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.9, max(len(curves), 2)))
-    for place, (label, *curve) in enumerate(curves):
-        epochs, rates = _with_breaks(history, *curve)
+    for place, (label, epochs, rates) in enumerate(curves):
         axes.plot(
             epochs,
             rates,
@@ -124,7 +122,7 @@ def learning_rate_figure(history: History, falling: Collection[str] = ()) -> Fig
         axes.set_yscale("log")
         axes.grid(True, which="minor", color="#EFEFEF", linewidth=0.4)
     else:
-        say(axes, "no learning rates were logged")
+        say(axes, _missing(history, "no learning rates were logged"))
     _mark_stages(axes, history)
     outside_legend(axes, ncols=1 + len(curves) // 20)
     return figure
@@ -144,7 +142,7 @@ def throughput_figure(history: History) -> Figure:
         epochs, values = history.series(name)
         values = scale * values
         if not len(values):
-            say(axes, f"{name} was not logged")
+            say(axes, _missing(history, f"{name} was not logged"))
             continue
         axes.plot(*_thin(epochs, values), color=color, linewidth=1.4, **_dots(values))
         axes.set_ylim(0, 1.12 * float(values.max()) or 1.0)
@@ -160,19 +158,20 @@ def throughput_figure(history: History) -> Figure:
 def _pair(axes: Axes, history: History, metric: str, *, scale: float) -> None:
     """Train against validation: steps faint, evaluations strong. The training lines break between
     stages: a line across would show a loss that rises where none was measured."""
-    steps, each = history.series(f"train/{metric}", evaluations=False)
-    epochs, train, value = history.at_evaluations(metric)
-    some = np.isfinite(train)
-    if not len(each) and not len(value):
+    parts = [part.series(f"train/{metric}", evaluations=False) for part in history.parts]
+    num_rows = sum(len(x) for x, _ in parts)
+    epochs, _, value = history.at_evaluations(metric)
+    at, train = joined(_trained(part, metric)[:2] for part in history.parts)
+    if not num_rows and not len(value):
         say(axes, f"neither train/{metric} nor val/{metric} was logged")
         return
-    if len(each):
-        alone = not some.any()
-        between = "training, in between" if len(each) > 1 else None
-        x, y = _with_breaks(history, *_thin(steps, scale * each, _breaks(history, steps)))
+    if num_rows:
+        alone = not len(train)
+        between = "training, in between" if num_rows > 1 else None
+        x, y = joined(_thin(*part, most=_MAX_POINTS * len(part[0]) // num_rows) for part in parts)
         axes.plot(
             x,
-            y,
+            scale * y,
             color=BLUE,
             markersize=4,
             linewidth=1.6 if alone else 0.9,
@@ -180,9 +179,9 @@ def _pair(axes: Axes, history: History, metric: str, *, scale: float) -> None:
             label="training" if alone else between,
             **_dots(y),
         )
-    if some.any():
-        x, y = _with_breaks(history, epochs[some], scale * train[some])
-        axes.plot(x, y, color=BLUE, linestyle="-", linewidth=2.0, label="training", **_dots(y))
+    if len(train):
+        y = scale * train
+        axes.plot(at, y, color=BLUE, linestyle="-", linewidth=2.0, label="training", **_dots(y))
     if len(value):
         axes.plot(
             epochs,
@@ -199,7 +198,8 @@ def _pair(axes: Axes, history: History, metric: str, *, scale: float) -> None:
 def _mark_stages(axes: Axes, history: History, *, named: bool = True) -> None:
     """A line where each later stage starts, and each stage's name above the axes at its start."""
     stages = history.stages
-    low, high = min(0.0, stages[0].start), max(stages[-1].end, 1e-6)
+    low, high = min(0.0, stages[0].start), stages[-1].end
+    high = high if high > low else low + 1  # a run without steps
     axes.set_xlim(low - 0.01 * (high - low), high + 0.02 * (high - low))
     for stage in stages[1:]:
         axes.axvline(stage.start, color=INK, linewidth=1.0, linestyle=(0, (1, 2)), zorder=1)
@@ -231,42 +231,37 @@ def _mark_stages(axes: Axes, history: History, *, named: bool = True) -> None:
 
 
 def _label_levels(starts: Sequence[float], lengths: Sequence[int]) -> list[int]:
-    """For labels that start at these shares of the axis, the lowest rows where none overlap."""
-    ends: list[float] = []
+    """For labels that start at these shares of the axis, the lowest rows where none overlap; of
+    those that would, the earlier is higher, so that they are read downwards."""
+    taken_from: list[float] = []  # by row
     levels = []
-    for start, length in zip(starts, lengths, strict=True):
-        level = next((i for i, end in enumerate(ends) if end <= start), len(ends))
-        if level == len(ends):
-            ends.append(0.0)
-        ends[level] = start + 0.014 * (length + 1)
+    for start, length in zip(reversed(starts), reversed(lengths), strict=True):
+        end = start + 0.014 * (length + 1)
+        level = next((i for i, first in enumerate(taken_from) if end <= first), len(taken_from))
+        taken_from[level : level + 1] = [start]
         levels.append(level)
-    return levels
+    return levels[::-1]
 
 
-def _with_breaks(
-    history: History, epochs: np.ndarray, values: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The same curve with a NaN between stages, so that no line joins two stages' values."""
-    places = _breaks(history, epochs)
-    return np.insert(epochs, places, epochs[places]), np.insert(values, places, np.nan)
+def _missing(history: History, why: str) -> str:
+    """``why`` a panel is empty, or that a solved head was all there was."""
+    return why if history.rows[-1]["step"] else "no steps were taken"
 
 
-def _breaks(history: History, epochs: np.ndarray) -> np.ndarray:
-    """The places in a curve at which a later stage's first point stands."""
-    starts = [stage.start for stage in history.stages[1:]]
-    # A row at a stage's very start still belongs to the stage before it.
-    places = np.unique(np.searchsorted(epochs, starts, side="right"))
-    return places[(places > 0) & (places < len(epochs))]
+def _trained(part: History, metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Epochs, training and validation values of the evaluations that have both."""
+    epochs, train, value = part.at_evaluations(metric)
+    both = np.isfinite(train)
+    return epochs[both], train[both], value[both]
 
 
 def _thin(
-    x: np.ndarray, y: np.ndarray, breaks: np.ndarray | Sequence[int] = ()
+    x: np.ndarray, y: np.ndarray, *, most: int = _MAX_POINTS
 ) -> tuple[np.ndarray, np.ndarray]:
-    """About ``_MAX_POINTS`` points: the means of equal runs of neighbours, none across a break."""
-    if len(x) <= _MAX_POINTS:
+    """At most that many points, at least one: the means of equal runs of neighbours."""
+    if len(x) <= most:
         return x, y
-    cuts = np.linspace(0, len(x), _MAX_POINTS + 1).astype(int)[:-1]
-    cuts = np.union1d(cuts, np.asarray(breaks, dtype=int))
+    cuts = np.linspace(0, len(x), max(1, most) + 1).astype(int)[:-1]
     sizes = np.diff(np.append(cuts, len(x)))
     return np.add.reduceat(x, cuts) / sizes, np.add.reduceat(y, cuts) / sizes
 

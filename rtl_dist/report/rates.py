@@ -12,7 +12,7 @@ from rtl_dist.config.stage import schedule_of
 from rtl_dist.core.errors import UserError
 from rtl_dist.core.text import and_more
 from rtl_dist.report.figure import plain
-from rtl_dist.report.history import History
+from rtl_dist.report.history import History, joined
 
 
 def falling_stages(run: Path) -> set[str]:
@@ -32,34 +32,28 @@ def falling_stages(run: Path) -> set[str]:
 def distinct_rates(
     history: History, falling: Collection[str]
 ) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """Label, epochs and rates of each parameter group; groups with equal rates share a curve.
+    """Label, epochs and rates of each parameter group, NaN between stages; groups with equal rates
+    share a curve.
 
     falling: the stages in which a rate that is lower than in the row before fell there: rows come
         just before a fall.
     """
     found: dict[bytes, tuple[list[str], np.ndarray, np.ndarray]] = {}
     for name in history.names("lr/"):
-        epochs, rates = history.series(name)
-        epochs, rates = epochs[rates > 0], rates[rates > 0]
+        epochs, rates = joined(_rates(part, name, falling) for part in history.parts)
         if len(rates):
             key = epochs.tobytes() + rates.tobytes()
             found.setdefault(key, ([], epochs, rates))[0].append(name.removeprefix("lr/"))
     return [
-        (plain(names[0], 24) + and_more(len(names) - 1), *_with_falls(history, curve, falling))
-        for names, *curve in found.values()
+        (plain(names[0], 24) + and_more(len(names) - 1), *curve) for names, *curve in found.values()
     ]
 
 
-def _with_falls(
-    history: History, curve: list[np.ndarray], falling: Collection[str]
-) -> tuple[np.ndarray, np.ndarray]:
-    """The same curve with each fall drawn downwards at the row before it."""
-    epochs, rates = curve
-    falls = np.zeros(len(rates), dtype=bool)
-    for stage in history.stages:
-        if stage.name in falling:
-            # a row at a stage's very start still belongs to the stage before it
-            inside = (epochs > stage.start) & (epochs <= stage.end)
-            falls[1:] |= inside[1:] & inside[:-1] & (rates[1:] < rates[:-1])
-    places = np.flatnonzero(falls)
+def _rates(part: History, name: str, falling: Collection[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Epochs and rates of a stage, each fall drawn downwards at the row before it."""
+    epochs, rates = part.series(name)
+    epochs, rates = epochs[rates > 0], rates[rates > 0]
+    if part.rows[0].get("stage") not in falling:
+        return epochs, rates
+    places = 1 + np.flatnonzero(rates[1:] < rates[:-1])
     return np.insert(epochs, places, epochs[places - 1]), np.insert(rates, places, rates[places])

@@ -76,8 +76,11 @@ def _best(history: History, results: dict[str, Any]) -> tuple[float, float] | No
     ``results.json`` says which evaluation was chosen; before it is written, or when the choice was
     by another metric whose epoch was not evaluated, the highest value so far.
     """
-    epoch = _dict(results, "best").get("epoch")
-    epochs, values = history.series(f"val/{history.headline}")
+    found = _dict(results, "best")
+    epoch, stage = found.get("epoch"), found.get("stage")
+    # a head that was solved is evaluated at the epoch at which the stage before it ended
+    of_stage = [part for part in history.parts if part.rows[0].get("stage") == stage]
+    epochs, values = (of_stage or [history])[0].series(f"val/{history.headline}")
     if isinstance(epoch, int | float) and len(epochs):
         place = int(abs(epochs - epoch).argmin())
         if abs(epochs[place] - epoch) < 1e-3:
@@ -211,6 +214,12 @@ def _add_stage_table(page: Page, history: History) -> None:
     judged, compared = METRICS[history.headline].name, METRICS[history.compared].name
     what = f"{judged}; train and gap are of {compared}" if judged != compared else judged
     page.paragraph(f"Validation is {what}. The gap is train minus validation.", soft=True)
+    if any(stage.steps == 0 for stage in history.stages):
+        page.paragraph(
+            "A head that was solved takes no steps; its training figures are of the images as"
+            " evaluations see them.",
+            soft=True,
+        )
 
 
 def _add_evaluations(page: Page, run: Path, results: dict[str, Any]) -> None:

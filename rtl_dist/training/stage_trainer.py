@@ -169,6 +169,8 @@ class StageTrainer:
         """What the stage is about to do."""
         trained = sum(p.numel() for p in self.network.parameters)
         total = sum(p.numel() for p in self._run.model.parameters())
+        if not self._stage.num_steps:  # it is solved
+            return f"solving {trained:,} of {total:,} parameters, without steps"
         how = ""
         if self.network.on_features:
             how = f", on cached features from below {self.network.first_trained}"

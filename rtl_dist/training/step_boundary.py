@@ -201,7 +201,9 @@ class StepBoundary:
         if is_best:
             state.best = found
         self._judge_stage(row)
-        self._log.write(row | self._trainer.optimizer.rates | speed)
+        # those of the last step; before a stage's first there was none
+        rates = self._trainer.optimizer.rates if self._steps_done else {}
+        self._log.write(row | rates | speed)
         LOG.info("%s", summary(row, run.dataset.task, is_best=is_best))
         if state.stopped_early and state.step < self._end_step:
             LOG.info(

@@ -27,6 +27,7 @@ from rtl_dist.report.plots import (
     accuracy_figure,
     learning_rate_figure,
     loss_figure,
+    throughput_figure,
 )
 from rtl_dist.report.rates import distinct_rates, falling_stages
 from rtl_dist.report.run import draw_run
@@ -311,7 +312,7 @@ def test_small_pieces():
     assert len(x) == 1500
     assert (y == 1).all()
     assert (np.diff(x) > 0).all()
-    assert _label_levels([0.0, 0.01, 0.5], [8, 8, 8]) == [0, 1, 0]
+    assert _label_levels([0.0, 0.01, 0.5], [8, 8, 8]) == [1, 0, 0]
     page = Page("<&>")
     page.table(("a", "b"), [(None, 0.123456), ("<x>", 2)])
     assert "&lt;&amp;&gt;" in page.render()
@@ -413,6 +414,44 @@ def test_the_legend_is_silent_about_fewer_than_two_points(tmp_path, points):
     shown = [text.get_text() for text in axes.get_legend().get_texts()]
     assert ("training, in between" in shown) == (points == 2)
     assert {"training", "validation"} <= set(shown)
+
+
+SOLVED = {"stage": "solved", "train/loss": 0.5, "train/top1": 0.99, "val/loss": 0.4,
+          "val/top1": 0.95, "gap/top1": 0.04, "elapsed_s": 4.0}  # fmt: skip
+
+
+def test_a_solved_head_is_a_point_of_its_own(tmp_path):
+    """Though it has the epoch and the step at which the stage before it ended."""
+    rows = make_rows()
+    after = 1 + next(n for n, row in enumerate(rows) if row["step"] == 24)
+    run = make_run(tmp_path, [*rows[:after], SOLVED | {"step": 24, "epoch": 3.0}, *rows[after:]])
+    best = {"step": 24, "epoch": 3.0, "stage": "solved", "metric": "val/top1", "value": 0.95}
+    (run / "results.json").write_text(json.dumps({"status": "done", "best": best}))
+    history = read_history(run)
+    assert [(stage.name, stage.steps) for stage in history.stages] == [
+        ("head", 24),
+        ("solved", 0),
+        ("finetune", 40),
+    ]
+    for draw in (loss_figure, lambda history: accuracy_figure(history, None)):
+        line = lines_of(draw(history))["training"]
+        assert pieces_of(line) == [[1, 2, 3], [3], [4, 5, 6, 7, 8]]
+    assert len(pieces_of(lines_of(learning_rate_figure(history))["head"])) == 2
+    text = draw_run(run).read_text()
+    assert "<b>95.00 %</b>best validation" in text
+    assert "solved takes no steps" in text
+
+
+def test_a_run_of_a_solved_head_alone_is_drawn_whole(tmp_path):
+    run = make_run(tmp_path, [SOLVED | {"step": 0, "epoch": 0.0}])
+    assert "solved takes no steps" in draw_run(run).read_text()
+    for name in PLOTS:
+        assert_drawn(run / "plots" / name)
+    history = read_history(run)
+    for draw in (learning_rate_figure, throughput_figure):
+        figure = draw(history)
+        assert figure.axes[0].get_xlim() == (-0.01, 1.02)
+        assert figure.axes[0].texts[0].get_text() == "no steps were taken"
 
 
 def test_of_equal_metrics_the_lower_loss_is_best(tmp_path):
