@@ -122,15 +122,17 @@ def _our_config(cell: Cell, *, head_only: bool) -> Path:
         del tree["stages"][1:]
     if cell.epochs is not None:
         for stage in tree["stages"]:
-            stage["epochs"] = cell.epochs
+            if "epochs" in stage:  # a head that is solved has none
+                stage["epochs"] = cell.epochs
     config = cell.work / shipped.name
     config.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return config
 
 
 def _images_of_ours(log: str, run_folder: Path, *, num_val: int) -> int:
-    """As the job says it: features once an image and view; each image of a step of a stage without
-    features, and of its evaluations unless they have features.
+    """As the job says it: features once an image and view, those that a head is solved on as well;
+    each image of a step of a stage without features, and of its evaluations unless they have
+    features.
 
     Raises:
         ValueError: the log tells of other stages than the metrics.
@@ -138,7 +140,8 @@ def _images_of_ours(log: str, run_folder: Path, *, num_val: int) -> int:
     num_images = sum(map(_number, re.findall(r"features of ([\d,]+) images", log)))
     lines = (run_folder / "metrics.jsonl").read_text().splitlines()
     rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
-    stages = re.split(r"^(?=stage \S+: .* steps of [\d,]+ images)", log, flags=re.MULTILINE)[1:]
+    begins = r"^(?=stage \S+: (?:.* steps of [\d,]+ images|solving .* without steps$))"
+    stages = re.split(begins, log, flags=re.MULTILINE)[1:]
     names = list(dict.fromkeys(row["stage"] for row in rows))
     if len(stages) != len(names):
         raise ValueError(f"{len(stages)} stages in the log, and in the metrics {names}")
@@ -149,7 +152,8 @@ def _images_of_ours(log: str, run_folder: Path, *, num_val: int) -> int:
         first, rest = of_stage.split("\n", 1)
         if "on cached features" in first:
             continue
-        num_images += steps * _number(first.split(" steps of ")[1].split()[0])
+        if steps:
+            num_images += steps * _number(first.split(" steps of ")[1].split()[0])
         if not re.search(r"features of [\d,]+ images of val", rest):
             num_images += num_val * sum("val/loss" in row for row in own)
     results = json.loads((run_folder / "results.json").read_text())
