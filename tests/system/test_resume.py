@@ -132,10 +132,11 @@ def test_asked_to_stop_while_evaluating(tmp_path, dataset, undisturbed, monkeypa
 def test_a_stop_request_saves_and_leaves_with_75(tmp_path, dataset, undisturbed):
     """The same in a process of its own; other signals and moments: ``test_stopping.py``."""
     run = tmp_path / "run"
+    metrics = run / "metrics.jsonl"
     config = write_config(tmp_path / "c.yaml", tiny_config(dataset, run, **CHANGES))
     process = train_process(config, "data.workers=1")
     deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists():
+    while not metrics.exists() or not metrics.stat().st_size:  # until then it has nothing to save
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.005)
