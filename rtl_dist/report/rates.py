@@ -45,7 +45,8 @@ def distinct_rates(
             key = epochs.tobytes() + rates.tobytes()
             found.setdefault(key, ([], epochs, rates))[0].append(name.removeprefix("lr/"))
     return [
-        (plain(names[0], 24) + and_more(len(names) - 1), *curve) for names, *curve in found.values()
+        (plain(names[0], 24) + and_more(len(names) - 1), epochs, rates)
+        for names, epochs, rates in found.values()
     ]
 
 
