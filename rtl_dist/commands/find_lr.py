@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " Several processes (torchrun -m rtl_dist find-lr ...) find the same rate."
     )
     add_config(parser)
-    parser.add_argument("--stage", metavar="NAME", help="default: the first stage of the config")
+    parser.add_argument("--stage", metavar="NAME", help="default: the first stage that takes steps")
 
 
 def run(arguments: argparse.Namespace) -> str:

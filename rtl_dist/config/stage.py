@@ -162,6 +162,12 @@ class StageConfig:
                 "cache",
             )
             check(
+                not (self.solve and self.lr == "auto"),
+                "lr: auto would be found before the head is solved, for another one; give a number"
+                " or leave it out",
+                "solve",
+            )
+            check(
                 self.lr is None or self.lr == "auto" or self.lr > 0,
                 f"lr: must be positive or auto, not {self.lr}",
             )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 _CHUNK = 8192  # rows that are computed at a time
+_ROUNDING = 1e-12  # of a squared mean: what sums of squares leave of no variance at all is less
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,7 @@ class PrincipalAxes:
     mean: torch.Tensor
     """float64 (F,), of the features."""
     scale: torch.Tensor
-    """float64 (): the root mean square of the features' standard deviations; 1 if all are 0."""
+    """float64 (): see ``common_scale``."""
     axes: torch.Tensor
     """float64 (F, F), orthogonal: a column each."""
 
@@ -41,12 +42,18 @@ def principal_axes(features: torch.Tensor) -> PrincipalAxes:
     for centred in _centred(features, mean):
         covariance.addmm_(centred.T, centred)
     covariance /= len(features)
-    spread = covariance.diagonal().mean().sqrt()
     return PrincipalAxes(
         mean=mean,
-        scale=torch.where(spread > 0, spread, 1.0),
+        scale=common_scale(mean, covariance.diagonal()),
         axes=torch.linalg.eigh(covariance).eigenvectors,
     )
+
+
+def common_scale(mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+    """The root mean square of features' standard deviations, (); 1 if they do not change, but for
+    what rounding makes of a mean and a variance, (F,) each."""
+    spread = variance.mean()
+    return torch.where(spread > _ROUNDING * mean.square().mean(), spread.sqrt(), 1.0)
 
 
 def _centred(features: torch.Tensor, mean: torch.Tensor) -> Iterator[torch.Tensor]:

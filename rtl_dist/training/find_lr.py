@@ -27,7 +27,7 @@ def find_lr(config: Config, stage_name: str | None) -> str:
     """Tests one stage from the config's weights, in a folder beside ``run.dir``.
 
     Args:
-        stage_name: None takes the first.
+        stage_name: None takes the first that takes steps.
 
     Works on one process or, under a launcher, on many, with the same answer to rounding.
 
@@ -71,10 +71,21 @@ def find_lr(config: Config, stage_name: str | None) -> str:
 
 def _number_of(name: str | None, config: Config) -> int:
     names = [stage.name for stage in config.stages]
+    stepped = [stage.name for stage in config.stages if stage.epochs or stage.steps]
+    if not stepped:
+        raise UserError(
+            "--stage: no stage of the config takes steps, so there is no learning rate to find; give"
+            f" one of {', '.join(names)} epochs or steps"
+        )
     if name is None:
-        return 0
+        return names.index(stepped[0])
     if name not in names:
         raise UserError(f"--stage: the config has no stage {name!r}; it has {', '.join(names)}")
+    if name not in stepped:
+        raise UserError(
+            f"--stage: stage {name} is solved and takes no steps, so it has no learning rate to"
+            f" find; those that take some: {', '.join(stepped)}"
+        )
     return names.index(name)
 
 

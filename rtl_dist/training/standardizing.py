@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from rtl_dist.optim.principal_axes import common_scale
 from rtl_dist.training.batches import StageBatches, StageReading
 from rtl_dist.training.run import Run
 from rtl_dist.training.stage_network import StageNetwork
@@ -52,6 +53,4 @@ def _measure(
             [torch.tensor([float(len(features))]), features.sum(0), features.square().sum(0)]
         )
     mean, squares = runtime.sum_over_ranks(sums)[1:].div(sums[0]).chunk(2)
-    variance = (squares - mean.square()).clamp(min=0)
-    spread = variance.mean().sqrt()
-    return mean, torch.where(spread > 0, spread, 1.0)
+    return mean, common_scale(mean, squares - mean.square())
