@@ -74,7 +74,7 @@ def _number_of(name: str | None, config: Config) -> int:
     stepped = [stage.name for stage in config.stages if stage.epochs or stage.steps]
     if not stepped:
         raise UserError(
-            "--stage: no stage of the config takes steps, so there is no learning rate to find; give"
+            "--stage: no stage of the config takes steps, so there is no learning rate; give"
             f" one of {', '.join(names)} epochs or steps"
         )
     if name is None:

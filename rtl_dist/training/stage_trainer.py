@@ -93,7 +93,7 @@ class StageTrainer:
         self.network.wrap(on_features=self._batches.are_features)
         if (
             self.network.is_head_alone
-            and run.model.head.mean is None  # else it was stopped, or out of memory, in this step
+            and run.model.head.mean is None  # else solved before a kill, or memory was short
             and reading.first_step == state.stage_first_step < reading.end_step
         ):
             standardize_head(run, self.network, reading, self._batches)

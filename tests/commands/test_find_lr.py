@@ -101,6 +101,27 @@ def test_a_stage_that_is_not_there_is_refused_before_anything_is_made(tmp_path, 
     assert not list(tmp_path.glob("run*"))
 
 
+@pytest.mark.usefixtures("few_steps")
+def test_a_stage_without_steps_is_passed_over_or_refused(tmp_path, config, capsys):
+    solved = ["stages.0.solve=true", "stages.0.steps=0"]
+    assert main(["find-lr", "--config", config, *solved, "--stage", "head"]) == 2
+    error = capsys.readouterr().err
+    assert "--stage: stage head is solved and takes no steps" in error
+    assert "those that take some: top, all" in error
+    assert not list(tmp_path.glob("run*"))
+    assert main(["find-lr", "--config", config, *solved]) == 0
+    assert "stages.1.lr=" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_config_without_steps_has_no_rate_to_find(tmp_path, dataset, capsys):
+    stages = [{"name": "head", "trainable": "head", "solve": True}]
+    content = tiny_config(dataset, tmp_path / "run", stages=stages)
+    config = write_config(tmp_path / "solved.yaml", content)
+    assert main(["find-lr", "--config", config]) == 2
+    assert "--stage: no stage of the config takes steps" in capsys.readouterr().err
+    assert not list(tmp_path.glob("run*"))
+
+
 def test_a_folder_of_a_training_is_refused(tmp_path, config, capsys):
     training = tmp_path / "run-find-lr" / "checkpoints" / "step-00000001"
     training.mkdir(parents=True)

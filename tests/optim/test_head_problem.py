@@ -109,9 +109,7 @@ def test_balanced_sampling_is_a_weight_of_each_sample(features, labels, solution
     require_equal(expected, wanted(features[rows], shown, solution, 0.3, loss=loss))
 
 
-def test_without_a_choice_of_loss_several_labels_are_judged_one_by_one(
-    features, several, solution
-):
+def test_without_a_choice_of_loss_several_labels_are_judged_one_by_one(features, several, solution):
     kinds = [problem_of(features, several), problem_of(features, several, loss="bce")]
     assert not any(problem.one_label for problem in kinds)
     values = [problem.value_and_gradient(solution, 0.1)[0] for problem in kinds]
@@ -119,9 +117,7 @@ def test_without_a_choice_of_loss_several_labels_are_judged_one_by_one(
 
 
 @pytest.mark.parametrize("kind", [SINGLE[1], SINGLE[4]], ids=str)
-def test_rows_computed_in_pieces_make_the_same_sums(
-    features, labels, solution, monkeypatch, kind
-):
+def test_rows_computed_in_pieces_make_the_same_sums(features, labels, solution, monkeypatch, kind):
     problem = problem_of(features, labels, **kind)
     whole, judged = problem.value_and_gradient(solution, 0.3), problem.true_loss(solution)
     monkeypatch.setattr(room, "_CHUNK", 7)
