@@ -1,6 +1,7 @@
 """What a whole run leaves: all that was promised, drawn."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -36,3 +37,22 @@ def test_a_run_learns_and_leaves_the_promised_folder(tmp_path, capsys):
         assert (run / "plots" / f"{name}.png").stat().st_size > 1000
     assert "<html" in (run / "report.html").read_text()
     assert (run / "evaluation" / "test" / "confusion_matrix.png").exists()
+
+
+def test_a_solved_head_is_told_without_rates_or_speed(tmp_path, capsys):
+    stages = [
+        {"name": "head", "trainable": "head", "solve": True},
+        {"name": "all", "trainable": "all", "lr": 1e-2, "steps": 2},
+    ]
+    run = train(tmp_path, make_dataset(tmp_path), stages=stages)
+    assert re.search(
+        r"^stage head: solving 387 of [\d,]+ parameters, without steps$",
+        capsys.readouterr().err,
+        re.MULTILINE,
+    )
+    solved, *stepped = metric_rows(run, timing=True)
+    assert (solved["step"], solved["stage"]) == (0, "head")
+    assert {"train/top1", "val/top1", "gap/top1", "elapsed_s"} <= solved.keys()
+    assert not [name for name in solved if name.startswith(("lr/", "speed/"))]
+    assert all("lr/head" in row for row in stepped)
+    assert "solved takes no steps" in (run / "report.html").read_text()
