@@ -127,7 +127,7 @@ def test_schedule_and_warm_up_of_a_stage_are_its_optimizer_s(load, a, optim, sch
         ),
         (
             [", until: plateau, optim: {schedule: cosine}"],
-            "stages.0.optim.schedule: cosine falls towards an end that until: plateau does not kno",
+            "stages.0.optim.schedule: cosine falls towards an end that until: plateau does not",
         ),
         # plateau
         (["", "", "{factor: 1}"], "optim.factor: must lie between 0 and 1, not 1.0"),
