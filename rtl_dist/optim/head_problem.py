@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from rtl_dist.config import OptimConfig
 
-_CHUNK = 8192  # rows that are computed at a time
+CHUNK = 8192  # rows that are computed at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +87,8 @@ class HeadProblem:
         return F.binary_cross_entropy_with_logits(scores, targets, reduction="none") * self.weights
 
     def _chunks(self) -> Iterator[HeadProblem]:
-        for first in range(0, self.num_samples, _CHUNK):
-            yield self.rows(slice(first, first + _CHUNK))
+        for first in range(0, self.num_samples, CHUNK):
+            yield self.rows(slice(first, first + CHUNK))
 
 
 def head_problem(

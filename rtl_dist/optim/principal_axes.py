@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-_CHUNK = 8192  # rows that are computed at a time
+CHUNK = 8192  # rows that are computed at a time
 _ROUNDING = 1e-12  # of a squared mean: what sums of squares leave of no variance at all is less
 
 
@@ -25,7 +25,7 @@ class PrincipalAxes:
 
     def of(self, features: torch.Tensor) -> torch.Tensor:
         """float (n, F) to float64 (n, F)."""
-        parts = [(rows.double() - self.mean) @ self.axes for rows in features.split(_CHUNK)]
+        parts = [(rows.double() - self.mean) @ self.axes for rows in features.split(CHUNK)]
         return torch.cat(parts).div_(self.scale)
 
     def back(self, solution: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,7 +36,7 @@ class PrincipalAxes:
 
 def principal_axes(features: torch.Tensor) -> PrincipalAxes:
     """Of features, float (n, F) on the host."""
-    mean = sum(rows.double().sum(0) for rows in features.split(_CHUNK)) / len(features)
+    mean = sum(rows.double().sum(0) for rows in features.split(CHUNK)) / len(features)
     assert isinstance(mean, torch.Tensor)
     covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
     for centred in _centred(features, mean):
@@ -57,5 +57,5 @@ def common_scale(mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
 
 
 def _centred(features: torch.Tensor, mean: torch.Tensor) -> Iterator[torch.Tensor]:
-    for rows in features.split(_CHUNK):
+    for rows in features.split(CHUNK):
         yield rows.double() - mean

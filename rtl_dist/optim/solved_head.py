@@ -22,8 +22,8 @@ UNCHOSEN = 0.01
 _NUM_FOLDS = 5
 _WORSE_IN_A_ROW = 2  # weaker penalties than the best that are tried
 _CURVATURE = 0.1  # of the loss along a score: p (1 - p), as it is on the whole
-_SMALL = 2**28  # features times classes
-_LARGE = 2**31  # features times classes: from here on one fold is held out, not each in turn
+SMALL = 2**28  # features times classes: below it one thread is enough
+LARGE = 2**31  # features times classes: from here on one fold is held out, not each in turn
 _LOOSE, _TIGHT = 1e-4, 1e-9  # the largest derivative left: to compare penalties; to keep
 
 
@@ -71,7 +71,7 @@ def few_threads(problem: HeadProblem) -> Iterator[None]:
     """Within the block a small problem on a CPU is computed by one thread: several would spend
     their time waiting for each other, and round by their number."""
     before = torch.get_num_threads()
-    is_small = problem.features.numel() * problem.targets.shape[1] < _SMALL
+    is_small = problem.features.numel() * problem.targets.shape[1] < SMALL
     torch.set_num_threads(1 if is_small else before)
     try:
         yield
@@ -86,7 +86,7 @@ def choose_penalty(problem: HeadProblem, folds: torch.Tensor) -> float:
         folds: int64 (n,), see ``assign_folds``.
     """
     held_out = [fold for fold in folds.unique().tolist() if fold >= 0]
-    if problem.features.numel() * problem.targets.shape[1] > _LARGE:
+    if problem.features.numel() * problem.targets.shape[1] > LARGE:
         held_out = held_out[:1]
     parts = [(problem.rows(folds != fold), problem.rows(folds == fold)) for fold in held_out]
     if not parts:

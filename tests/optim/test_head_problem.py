@@ -120,7 +120,7 @@ def test_without_a_choice_of_loss_several_labels_are_judged_one_by_one(features,
 def test_rows_computed_in_pieces_make_the_same_sums(features, labels, solution, monkeypatch, kind):
     problem = problem_of(features, labels, **kind)
     whole, judged = problem.value_and_gradient(solution, 0.3), problem.true_loss(solution)
-    monkeypatch.setattr(room, "_CHUNK", 7)
+    monkeypatch.setattr(room, "CHUNK", 7)
     require_equal(problem.value_and_gradient(solution, 0.3), whole)
     assert problem.true_loss(solution) == pytest.approx(judged, rel=1e-12)
 

@@ -148,7 +148,7 @@ def test_a_large_problem_is_judged_by_one_fold(monkeypatch):
     chosen(features, labels)
     assert len(solved) % 5 == 0
     whole = len(solved)
-    monkeypatch.setattr(solved_head, "_LARGE", 1)
+    monkeypatch.setattr(solved_head, "LARGE", 1)
     chosen(features, labels)
     assert len(solved) - whole < whole
 
@@ -241,7 +241,7 @@ def test_a_small_problem_is_computed_by_one_thread(monkeypatch):
         with few_threads(problem_of(features, labels)):
             assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 2
-        monkeypatch.setattr(solved_head, "_SMALL", 1)
+        monkeypatch.setattr(solved_head, "SMALL", 1)
         with few_threads(problem_of(features, labels)):
             assert torch.get_num_threads() == 2
     finally:
