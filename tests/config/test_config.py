@@ -433,6 +433,14 @@ def test_a_config_cannot_be_changed():
 # --- the shipped configs -------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("launcher", ["cpu.yaml", "one_gpu.yaml", "multi_gpu.yaml"])
+def test_a_launcher_can_share_the_quickstart(launcher):
+    """Whose header names it."""
+    ranks = yaml.safe_load((CONFIGS.parent / "launch" / launcher).read_text())["num_processes"]
+    batch = load_config(str(CONFIGS / "quickstart.yaml"), []).batch
+    assert batch.global_ % (batch.micro * ranks) == 0
+
+
 def test_configs_are_shipped():
     assert sorted(CONFIGS.glob("*.yaml"))
 
