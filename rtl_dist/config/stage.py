@@ -86,7 +86,8 @@ class StageConfig:
     solve: bool = False
     """Of a stage that trains the head alone: before its steps the head is solved to the optimum of
     its loss on the features of the training images as evaluations see them, with a penalty on its
-    weights that is chosen by cross-validation. Such a stage needs no steps."""
+    weights that is chosen by cross-validation, in place of ``weight_decay``. Such a stage needs no
+    steps."""
     epochs: float | None = None
     """Length in epochs; may be a fraction. Or ``steps``; with ``solve`` may be 0 or null."""
     steps: int | None = None

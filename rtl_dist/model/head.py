@@ -52,9 +52,10 @@ class Head(nn.Linear):
             scale: float (), positive.
         """
         self.fold()
+        mean, scale = (v.to(self.weight.device, torch.float64) for v in (mean, scale))
         weight, bias = self.weight.double(), self.bias.double()
-        self.bias.copy_(bias + weight @ mean.double())
-        self.weight.copy_(weight * scale.double())
+        self.bias.copy_(bias + weight @ mean)
+        self.weight.copy_(weight * scale)
         self.mean, self.scale = (value.to(self.weight, copy=True) for value in (mean, scale))
 
     @torch.no_grad()

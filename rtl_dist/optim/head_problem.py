@@ -58,7 +58,8 @@ class HeadProblem:
         """What a solution is judged by on samples that it does not know: the mean weighted loss
         against their true labels."""
         total = sum(
-            float(part._losses(part._scores(solution), part.true).sum()) for part in self._chunks()
+            float(part._losses(part._scores(solution) + part.shift, part.true).sum())
+            for part in self._chunks()
         )
         return total / self.num_samples
 
@@ -113,8 +114,8 @@ def head_problem(
     balanced = counts.sum() / (num_classes * counts)
     is_weighted = is_balanced or config.class_weights == "balanced"
     one_label = not multi_label and config.loss != "bce"
-    true = labels if multi_label else F.one_hot(labels, num_classes)
-    true = true.to(dtype)
+    true = torch.zeros(len(features), num_classes, dtype=dtype, device=device)
+    true = labels.to(dtype) if multi_label else true.scatter_(1, labels[:, None], 1)
     evenly = 0.5 if multi_label else 1 / num_classes
     weights = torch.ones(len(features), 1, dtype=dtype, device=device)
     if is_weighted and (one_label or is_balanced):

@@ -25,8 +25,10 @@ class PrincipalAxes:
 
     def of(self, features: torch.Tensor) -> torch.Tensor:
         """float (n, F) to float64 (n, F)."""
-        parts = [(rows.double() - self.mean) @ self.axes for rows in features.split(CHUNK)]
-        return torch.cat(parts).div_(self.scale)
+        out = torch.empty(features.shape, dtype=torch.float64)
+        for rows, filled in zip(features.split(CHUNK), out.split(CHUNK), strict=True):
+            torch.matmul(rows.double() - self.mean, self.axes, out=filled)
+        return out.div_(self.scale)
 
     def back(self, solution: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The plain head's weight (C, F) and bias (C,) of a solution (C, F + 1) in these axes."""

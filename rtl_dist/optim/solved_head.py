@@ -7,12 +7,13 @@ steps through batches stops near it, and how near depends on its rate, its lengt
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 
+from rtl_dist.core.errors import StopRequested
 from rtl_dist.optim.head_problem import HeadProblem
 
 PENALTIES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 3e-4, 1e-4, 3e-5, 1e-5)
@@ -22,8 +23,8 @@ UNCHOSEN = 0.01
 _NUM_FOLDS = 5
 _WORSE_IN_A_ROW = 2  # weaker penalties than the best that are tried
 _CURVATURE = 0.1  # of the loss along a score: p (1 - p), as it is on the whole
-SMALL = 2**28  # features times classes: below it one thread is enough
-LARGE = 2**31  # features times classes: from here on one fold is held out, not each in turn
+SMALL = 2**28  # images times features times classes: below it one thread is enough
+LARGE = 2**31  # the same: from here on one fold is held out, not each in turn
 _LOOSE, _TIGHT = 1e-4, 1e-9  # the largest derivative left: to compare penalties; to keep
 
 
@@ -33,6 +34,7 @@ def solve(
     *,
     start: torch.Tensor | None = None,
     precision: float = _TIGHT,
+    give_up: Callable[[], bool] = lambda: False,
 ) -> torch.Tensor:
     """The solution, float64 (C, F + 1) on the host, by L-BFGS (Liu & Nocedal 1989).
 
@@ -43,6 +45,10 @@ def solve(
         penalty: positive.
         start: a solution to begin with; None: zeros.
         precision: the largest derivative that is left, where rounding allows it.
+        give_up: asked at every iteration.
+
+    Raises:
+        StopRequested: ``give_up`` said so.
     """
     from scipy.optimize import minimize
 
@@ -52,6 +58,8 @@ def solve(
     units = torch.cat([curvature.rsqrt(), torch.ones(1, dtype=torch.float64)])
 
     def value_and_gradient(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        if give_up():
+            raise StopRequested("stopped while solving the head; start the same command to go on")
         solution = (torch.from_numpy(flat).view(shape) * units).to(problem.features)
         value, gradient = problem.value_and_gradient(solution, penalty)
         return value, (gradient.double().cpu() * units).numpy().ravel()
@@ -67,23 +75,31 @@ def solve(
 
 
 @contextmanager
-def few_threads(problem: HeadProblem) -> Iterator[None]:
+def few_threads(size: int) -> Iterator[None]:
     """Within the block a small problem on a CPU is computed by one thread: several would spend
-    their time waiting for each other, and round by their number."""
+    their time waiting for each other, and round by their number.
+
+    size: images times features times classes.
+    """
     before = torch.get_num_threads()
-    is_small = problem.features.numel() * problem.targets.shape[1] < SMALL
-    torch.set_num_threads(1 if is_small else before)
+    torch.set_num_threads(1 if size < SMALL else before)
     try:
         yield
     finally:
         torch.set_num_threads(before)
 
 
-def choose_penalty(problem: HeadProblem, folds: torch.Tensor) -> float:
+def choose_penalty(
+    problem: HeadProblem, folds: torch.Tensor, *, give_up: Callable[[], bool] = lambda: False
+) -> float:
     """The penalty with the lowest loss on held-out samples.
 
     Args:
         folds: int64 (n,), see ``assign_folds``.
+        give_up: see ``solve``.
+
+    Raises:
+        StopRequested: ``give_up`` said so.
     """
     held_out = [fold for fold in folds.unique().tolist() if fold >= 0]
     if problem.features.numel() * problem.targets.shape[1] > LARGE:
@@ -96,7 +112,9 @@ def choose_penalty(problem: HeadProblem, folds: torch.Tensor) -> float:
     for penalty in PENALTIES:
         loss = 0.0
         for i, (kept, judged) in enumerate(parts):
-            found = starts[i] = solve(kept, penalty, start=starts[i], precision=_LOOSE)
+            found = starts[i] = solve(
+                kept, penalty, start=starts[i], precision=_LOOSE, give_up=give_up
+            )
             loss += judged.true_loss(found.to(problem.features)) * judged.num_samples
         losses.append(loss)
         if len(losses) - 1 - int(np.argmin(losses)) >= _WORSE_IN_A_ROW:

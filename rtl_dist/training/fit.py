@@ -68,9 +68,15 @@ def _train(
     try:
         boundary = StepBoundary(stage, run, trainer, opened_at=opened_at)
         LOG.info("stage %s: %s", stage.name, trainer.describe())
-        if stage.solve and run.state.step == run.state.stage_first_step:
+        # a checkpoint within the stage was saved with the solved head
+        if stage.solve and kept is None and run.state.step == run.state.stage_first_step:
             boundary.count_bad(solve_head(stage, run, trainer))
         boundary.begin()
+        try:
+            trainer.standardize_head()
+        except OutOfMemory as error:
+            _halve_microbatch(run, error)
+            return trainer.optimizer.state().on_host()
         done = run.state.step - run.state.stage_first_step
         with run.runtime.progress(
             total=stage.num_steps, done=done, what=stage.name, unit="step"

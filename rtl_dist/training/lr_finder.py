@@ -68,6 +68,7 @@ def _measure(
     runtime = run.runtime
     rates: list[float] = []
     losses: list[float] = []
+    trainer.standardize_head()
     growth = math.log(_HIGHEST / _LOWEST) / (STEPS - 1)
     with (
         runtime.heartbeat.phase("looking for a learning rate"),

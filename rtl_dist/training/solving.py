@@ -41,56 +41,67 @@ def solve_head(stage: ResolvedStage, run: Run, trainer: StageTrainer) -> list[st
     if view is None:
         raise UserError(
             f"stages.{stage.number}.solve: the features of the training images cannot be kept, for"
-            " the reason above; mend that by features.cache_dir or features.cache_gb, or leave"
-            " solve out"
+            " the reason above; mend that by features.cache_dir or features.cache_gb, or give the"
+            " stage epochs and an lr in place of solve"
         )
     with runtime.heartbeat.phase("solving the head", open_ended=True):
         weight, bias = runtime.from_main(lambda: _solution(stage, run, view))
-    for model in run.models():
-        model.head.take(weight, bias)
-    _count(stage, run, trainer, view)
-    run.state.last_eval = -1  # of this very step, perhaps, but of another head
+        for model in run.models():
+            model.head.take(weight, bias)
+        runtime.from_main(lambda: _count(stage, run, trainer, view))
+    trainer.totals.accept()
+    state = run.state
+    # what was evaluated and saved at this step is another head
+    state.last_eval, state.eval_was_due = -1, True
+    if (
+        state.step == 0
+    ):  # later there is the stage before to go on from, and this one is found again
+        state.last_checkpoint = -1
     return view.bad
 
 
 @torch.no_grad()
 def _solution(stage: ResolvedStage, run: Run, view: View) -> tuple[torch.Tensor, torch.Tensor]:
     """float64 weight (C, F) and bias (C,) of a plain linear layer."""
-    device = run.runtime.device
+    if not view.features.isfinite().all():
+        raise UserError(
+            f"stages.{stage.number}.solve: the features of some image are infinite or not a number;"
+            " set precision to bf16 or no, or other weights"
+        )
+    device, give_up = run.runtime.device, run.runtime.is_asked
     labels = torch.from_numpy(run.train.labels(view.used.numpy()))
-    axes = principal_axes(view.features)
-    problem = head_problem(
-        axes.of(view.features).to(device),
-        labels.to(device),
-        stage.optim,
-        multi_label=run.dataset.task == MULTI_LABEL,
-        class_counts=run.train.class_counts,
-        is_balanced=run.config.data.sampling == "balanced",
-    )
     folds = assign_folds(labels, seed=stream_key(run.config.seed, Stream.FOLDS) >> 1)
-    with few_threads(problem):
-        penalty = choose_penalty(problem.to(torch.float32), folds.to(device))
-        found = solve(problem, penalty)
-    LOG.info("stage %s: head solved, penalty %g on its weights", stage.name, penalty)
-    return axes.back(found)
+    with few_threads(view.features.numel() * run.dataset.num_classes):
+        axes = principal_axes(view.features)
+        problem = head_problem(
+            axes.of(view.features).to(device),
+            labels.to(device),
+            stage.optim,
+            multi_label=run.dataset.task == MULTI_LABEL,
+            class_counts=run.train.class_counts,
+            is_balanced=run.config.data.sampling == "balanced",
+        )
+        penalty = choose_penalty(problem.to(torch.float32), folds.to(device), give_up=give_up)
+        found = solve(problem, penalty, give_up=give_up)
+        LOG.info("stage %s: head solved, penalty %g on its weights", stage.name, penalty)
+        return axes.back(found)
 
 
 @torch.no_grad()
 def _count(stage: ResolvedStage, run: Run, trainer: StageTrainer, view: View) -> None:
-    """Counts the loss and hits of the solved head on what it was solved on, on rank 0."""
-    if run.runtime.is_main:
-        loss = make_loss(
-            stage.optim,
-            task=run.dataset.task,
-            class_counts=run.train.class_counts,
-            device=run.runtime.device,
-        )
-        head, labels = run.model.head, torch.from_numpy(run.train.labels(view.used.numpy()))
-        was_training = head.training
-        head.eval()
-        for rows in torch.arange(len(labels)).split(4096):
-            inputs = view.features[rows].to(run.runtime.device, head.weight.dtype)
-            of_rows, scores = labels[rows].to(run.runtime.device), head(inputs)
-            trainer.totals.add(loss(scores, of_rows), scores, of_rows)
-        head.train(was_training)
-    trainer.totals.accept()
+    """Counts the loss and hits of the solved head on what it was solved on."""
+    device = run.runtime.device
+    loss = make_loss(
+        stage.optim,
+        task=run.dataset.task,
+        class_counts=run.train.class_counts,
+        device=device,
+    )
+    head, labels = run.model.head, torch.from_numpy(run.train.labels(view.used.numpy()))
+    was_training = head.training
+    head.eval()
+    for rows in torch.arange(len(labels)).split(4096):
+        inputs = view.features[rows].to(device, head.weight.dtype)
+        of_rows, scores = labels[rows].to(device), head(inputs)
+        trainer.totals.add(loss(scores, of_rows), scores, of_rows)
+    head.train(was_training)

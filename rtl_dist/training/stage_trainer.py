@@ -74,7 +74,7 @@ class StageTrainer:
         self.optimizer = StageOptimizer(self.network, stage, run, kept, lr=lr)
         self.features = self._feature_maker()
         left = state.stage_first_step + stage.num_steps - state.step
-        reading = StageReading(
+        self._reading = reading = StageReading(
             stage=stage,
             config=config,
             split=run.train,
@@ -91,12 +91,6 @@ class StageTrainer:
         self._failure: RtlDistError | None = None
         self._data_wait_s = 0.0
         self.network.wrap(on_features=self._batches.are_features)
-        if (
-            self.network.is_head_alone
-            and run.model.head.mean is None  # else solved before a kill, or memory was short
-            and reading.first_step == state.stage_first_step < reading.end_step
-        ):
-            standardize_head(run, self.network, reading, self._batches)
         self.optimizer.prepare()
         self.network.settle()
         self._loss = make_loss(
@@ -111,6 +105,19 @@ class StageTrainer:
             runtime.device, total=state.skipped_steps, in_a_row=state.skipped_in_a_row
         )
         self.ledger = Ledger(run.folder, runtime, state) if config.run.ledger else None
+
+    def standardize_head(self) -> None:
+        """Before the first step of a stage that trains the head alone: from here on it learns from
+        standardised features. Called by all ranks; of no effect elsewhere, or a second time.
+
+        Raises:
+            OutOfMemory: on every rank, if the memory of one does not hold a microbatch.
+            StopRequested, RtlDistError: see ``standardizing``.
+        """
+        run, reading = self._run, self._reading
+        at_start = reading.first_step == run.state.stage_first_step < reading.end_step
+        if self.network.is_head_alone and at_start and run.model.head.mean is None:
+            standardize_head(run, self.network, reading, self._batches)
 
     def step(self, rate_factor: float | None = None) -> StepOutcome:
         """One optimizer step over this rank's microbatches of the global batch. If a rank is asked

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable, Iterator
 
 import torch
 
+from rtl_dist.core.errors import OutOfMemory
+from rtl_dist.data.loading.batch import Batch
 from rtl_dist.optim.principal_axes import common_scale
 from rtl_dist.training.batches import StageBatches, StageReading
 from rtl_dist.training.run import Run
@@ -25,11 +28,24 @@ def standardize_head(
     deviations: features of little spread stay small, as they were in the network's own training.
 
     Raises:
-        StopRequested: on every rank. RtlDistError: on every rank, if the loader of one failed.
+        StopRequested: on every rank. OutOfMemory: on every rank, if the memory of one does not hold
+            a microbatch. RtlDistError: on every rank, if the loader of one failed.
     """
     mean, scale = _measure(run, network, reading, batches)
     for model in run.models():
         model.head.standardize(mean, scale)
+
+
+def _features(
+    network: StageNetwork, batches: Iterable[Batch], *, micro_batch_size: int
+) -> Iterator[torch.Tensor]:
+    """float64 (n, F) of each microbatch, on the host. Raises OutOfMemory."""
+    for batch in batches:
+        try:
+            features = network.inputs_of(batch.inputs)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(f"out of memory with microbatches of {micro_batch_size}") from error
+        yield features.cpu().double()
 
 
 @torch.no_grad()
@@ -46,9 +62,9 @@ def _measure(
     sums = torch.zeros(1 + 2 * run.model.head.in_features, dtype=torch.float64)
     items = batches.at(itertools.islice(reading.positions(), rounds))
     fetched = runtime.heartbeat.while_fetching(items, are_remote=run.train.is_remote)
-    for batch in runtime.in_rounds(fetched, rounds, what="measuring features"):
-        assert batch is not None  # every rank has as many
-        features = network.inputs_of(batch.inputs).cpu().double()
+    computed = _features(network, fetched, micro_batch_size=run.micro_batch_size)
+    for features in runtime.in_rounds(computed, rounds, what="measuring features"):
+        assert features is not None  # every rank has as many
         sums += torch.cat(
             [torch.tensor([float(len(features))]), features.sum(0), features.square().sum(0)]
         )

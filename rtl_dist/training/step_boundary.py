@@ -82,7 +82,7 @@ class StepBoundary:
         from just before an evaluation."""
         self._run.state.elapsed_s = self._log.elapsed_s()
         if self._due().evaluate:
-            if not self._run.state.eval_was_due:
+            if self._run.state.last_checkpoint != self._run.state.step:
                 self._save()
             self._evaluate()
 

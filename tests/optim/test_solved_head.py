@@ -8,6 +8,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from rtl_dist.config import OptimConfig
+from rtl_dist.core.errors import StopRequested
 from rtl_dist.optim import solved_head
 from rtl_dist.optim.head_problem import head_problem
 from rtl_dist.optim.principal_axes import principal_axes
@@ -233,16 +234,30 @@ def test_more_features_than_images():
     assert largest_gradient(problem, found, penalty) < 1e-6
 
 
-def test_a_small_problem_is_computed_by_one_thread(monkeypatch):
+def test_it_can_be_given_up():
     features, labels = drawn(20, 4, 2)
+    problem, asked = problem_of(features, labels), []
+
+    def give_up() -> bool:
+        asked.append(1)
+        return len(asked) == 3
+
+    with pytest.raises(StopRequested, match="stopped while solving the head"):
+        solve(problem, 0.1, give_up=give_up)
+    assert len(asked) == 3
+    with pytest.raises(StopRequested):
+        choose_penalty(problem, assign_folds(labels, seed=0), give_up=lambda: True)
+
+
+def test_a_small_problem_is_computed_by_one_thread(monkeypatch):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        with few_threads(problem_of(features, labels)):
+        with few_threads(1000):
             assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 2
         monkeypatch.setattr(solved_head, "SMALL", 1)
-        with few_threads(problem_of(features, labels)):
+        with few_threads(1000):
             assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

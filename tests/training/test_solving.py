@@ -113,10 +113,23 @@ def test_a_trained_trunk_is_given_the_head_that_fits_it(tmp_path, dataset):
     last = train(tmp_path, dataset, "last", stages=stages[:2])
     assert saved_steps(last) == [3]
     state = json.loads((newest_checkpoint(last) / "state.json").read_text())["state"]
-    assert state["stage"] == 1  # the trained stage's checkpoint of the same step is replaced
-    trained = train(tmp_path, dataset, "trained", stages=stages[:1])
-    assert not torch.equal(weights(last)["head.weight"], weights(trained)["head.weight"])
+    # there is always a whole one: none of the same step takes its place, the head is solved again
+    assert state["stage"] == 0
     assert results(last)["steps"] == 3
+    trained = train(tmp_path, dataset, "trained", stages=stages[:1])
+    assert results(last)["weights_sha256"] != results(trained)["weights_sha256"]
+
+
+@undrawn
+def test_it_is_evaluated_before_its_steps_however_rarely_else(tmp_path, dataset):
+    stage = SOLVED | {"epochs": 2, "lr": 1e-3, "views": 1}
+    run = train(tmp_path, dataset, stages=[stage], eval={"every": "1 epoch"})
+    rows = [row for row in metric_rows(run) if "val/loss" in row]
+    assert rows[0]["step"] == 0
+    alone = train(tmp_path, dataset, "alone", stages=[SOLVED])
+    assert {k: v for k, v in rows[0].items() if k != "elapsed_s"} == {
+        k: v for k, v in metric_rows(alone)[0].items() if k != "elapsed_s"
+    }
 
 
 @undrawn
@@ -144,7 +157,8 @@ def test_steps_go_on_from_the_solution(tmp_path, dataset):
     ids=["alone", "between"],
 )
 def test_it_goes_on_after_a_kill(tmp_path, dataset, monkeypatch, moment, stages):
-    changes = {"stages": stages, "optim": {"ema": 0.9}, "checkpoint": {"every": "1 step"}}
+    ema = 0.9 if stages == [SOLVED] else 0.0
+    changes = {"stages": stages, "optim": {"ema": ema}, "checkpoint": {"every": "1 step"}}
     whole = train(tmp_path, dataset, "whole", **changes)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     place = {
@@ -229,6 +243,11 @@ def test_grey_images(tmp_path, dataset):
         ({"steps": -1}, {}, "stages.0.steps: must be positive"),
         ({"optim": {"loss": "focal"}}, {}, "set stages.0.optim.loss to another"),
         ({}, {"optim": {"loss": "focal"}}, "set optim.loss to another"),
+        (
+            {},
+            {"stages": [ALL, SOLVED], "optim": {"ema": 0.9}},
+            "stages.1.solve: the averaged weights of the stages before make other features",
+        ),
         (
             {},
             {"data": {"path": "x", "backend": "stream", "stream_urls": "x"}},

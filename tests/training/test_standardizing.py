@@ -29,6 +29,7 @@ from rtl_dist.data.format.dataset import open_dataset
 from rtl_dist.evaluation.scoring import eval_transform
 from rtl_dist.model.folder import load_model
 from rtl_dist.model.head import Head
+from rtl_dist.training.stage_network import StageNetwork
 from rtl_dist.training.stage_trainer import StageTrainer
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -135,6 +136,25 @@ def test_they_are_measured_once_where_memory_is_short(tmp_path, dataset, monkeyp
     run = train(tmp_path, dataset, stages=[{**HEAD, "steps": 2}])
     assert len(measured) == 1
     assert "head.mean" in weights(run)
+
+
+def test_memory_that_is_short_while_they_are_measured_halves_the_microbatch(
+    tmp_path, dataset, monkeypatch
+):
+    short, inputs_of = [True], StageNetwork.inputs_of
+
+    def inputs_or_not(self, batch):
+        if short:
+            short.pop()
+            raise torch.OutOfMemoryError
+        return inputs_of(self, batch)
+
+    monkeypatch.setattr(StageNetwork, "inputs_of", inputs_or_not)
+    run = train(tmp_path, dataset, stages=[{**HEAD, "steps": 2}])
+    assert not short
+    assert "head.mean" in weights(run)
+    state = json.loads((newest_checkpoint(run) / "state.json").read_text())["state"]
+    assert [step for step, _ in state["halvings"]] == [0]
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
