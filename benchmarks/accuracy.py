@@ -115,7 +115,7 @@ def run_cell(arguments: argparse.Namespace, out: Path, name: str, method: str, s
     if not METHODS[method].fits(prepared):
         print(f"{name} {method}: only for photographs of one label, left out", flush=True)
         return
-    for path in prepared.folder.rglob("*.*"):
+    for path in filter(Path.is_file, prepared.folder.rglob("*")):
         path.read_bytes()  # so that no side pays for files that are not in the page cache
     weights = (arguments.weights or data / WEIGHTS).resolve()
     with tempfile.TemporaryDirectory() as work:
