@@ -158,11 +158,6 @@ class StageConfig:
                 "trainable",
             )
             check(
-                not self.solve or self.cache == "auto",
-                "solve: works on cached features; leave cache: off out",
-                "cache",
-            )
-            check(
                 not (self.solve and self.lr == "auto"),
                 "lr: auto would be found before the head is solved, for another one; give a number"
                 " or leave it out",

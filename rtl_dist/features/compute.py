@@ -1,7 +1,8 @@
-"""Computes one view, its blocks shared among the ranks, and puts it into the store."""
+"""Computes one view, its blocks shared among the ranks, for the store or for rank 0 alone."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from rtl_dist.data.loading.blocks import blocks_of_rank, cannot_evaluate, num_ro
 from rtl_dist.data.loading.loader import make_loader
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.features.store import FeatureStore
-from rtl_dist.features.view_files import write_block
+from rtl_dist.features.view_files import View, write_block
 from rtl_dist.features.views import ViewPlan
 
 
@@ -60,6 +61,40 @@ def compute_view(
     finally:
         if runtime.is_main:
             store.discard(folder)  # nothing of it is left under this name if all went well
+
+
+def compute_in_memory(plan: ViewPlan, *, runtime: Runtime, workers: int, bar: tqdm[Any]) -> View:
+    """Computes a view for rank 0, without the store; called by all ranks.
+
+    Returns:
+        On other ranks than 0 one without rows, but with all that is damaged.
+
+    Raises:
+        StopRequested: on every rank, if one was asked to stop.
+        RtlDistError: on every rank, if the loader of one failed.
+    """
+    shape = plan.shape
+    mine = blocks_of_rank(
+        shape.num_samples, shape.block_size, rank=runtime.rank, world_size=runtime.world_size
+    )
+    batches = _batches(plan, mine, runtime=runtime, workers=workers)
+    rounds = rounds_of_view(plan, runtime)
+    blocks: list[tuple[int, torch.Tensor, list[int]]] = []
+    bad: list[str] = []
+    for turn, batch in enumerate(runtime.in_rounds(batches, rounds, what="computing features")):
+        if batch is not None:
+            bad += batch.bad
+            rows = _features(plan, mine[turn], batch, runtime)
+            blocks.append((mine[turn], rows, batch.samples[: len(rows)].tolist()))
+        bar.update()
+    gathered = runtime.gather_to_main(blocks)
+    every = sorted((b for of_rank in gathered or [] for b in of_rank), key=lambda block: block[0])
+    nothing = torch.empty((0, *shape.row), dtype=shape.dtype)
+    return View(
+        features=torch.cat([nothing, *(rows for _, rows, _ in every)]),
+        used=torch.tensor([sample for *_, used in every for sample in used], dtype=torch.int64),
+        bad=[name for names in runtime.gather(bad) for name in names],
+    )
 
 
 class _Block(NamedTuple):
@@ -113,14 +148,7 @@ def _write_blocks(
     mine = blocks_of_rank(
         shape.num_samples, shape.block_size, rank=runtime.rank, world_size=runtime.world_size
     )
-    loader = make_loader(
-        plan.microbatches(),
-        mine,
-        workers=workers,
-        device=runtime.device,
-        give_up=runtime.is_asked,
-    )
-    batches = runtime.heartbeat.while_fetching(loader, are_remote=plan.split.is_remote)
+    batches = _batches(plan, mine, runtime=runtime, workers=workers)
     blocks: list[_Block] = []
     bad: list[str] = []
     for turn in range(rounds_of_view(plan, runtime)):
@@ -152,12 +180,31 @@ def _write_blocks(
     )
 
 
-@torch.no_grad()
 def _write_block(
     plan: ViewPlan, folder: Path, first: int, batch: Batch, runtime: Runtime
 ) -> _Block:
+    features = _features(plan, first, batch, runtime)
+    checksum = write_block(folder, first, features)
+    return _Block(first, checksum, batch.samples[: len(features)].tolist())
+
+
+@torch.no_grad()
+def _features(plan: ViewPlan, first: int, batch: Batch, runtime: Runtime) -> torch.Tensor:
+    """The rows of a block, on the host; what fills it up is left out."""
     with runtime.accelerator.autocast():
         features = plan.frozen(batch.inputs)
-    count = min(plan.shape.block_size, plan.shape.num_samples - first)  # what fills it up is left
-    checksum = write_block(folder, first, features[:count].cpu())
-    return _Block(first, checksum, batch.samples[:count].tolist())
+    count = min(plan.shape.block_size, plan.shape.num_samples - first)
+    rows: torch.Tensor = features[:count].cpu()
+    return rows
+
+
+def _batches(plan: ViewPlan, blocks: range, *, runtime: Runtime, workers: int) -> Iterator[Batch]:
+    """The images of a rank's blocks, on its device."""
+    loader = make_loader(
+        plan.microbatches(),
+        blocks,
+        workers=workers,
+        device=runtime.device,
+        give_up=runtime.is_asked,
+    )
+    return runtime.heartbeat.while_fetching(loader, are_remote=plan.split.is_remote)

@@ -11,7 +11,12 @@ from rtl_dist.core.text import readable_size
 from rtl_dist.data.format.split import Split
 from rtl_dist.data.images.augment import EvalTransform
 from rtl_dist.distributed.runtime import Runtime
-from rtl_dist.features.compute import NoCachedFeaturesError, compute_view, rounds_of_view
+from rtl_dist.features.compute import (
+    NoCachedFeaturesError,
+    compute_in_memory,
+    compute_view,
+    rounds_of_view,
+)
 from rtl_dist.features.store import FeatureStore
 from rtl_dist.features.view_files import View
 from rtl_dist.features.views import ViewPlan, ViewPlanner
@@ -23,8 +28,19 @@ class FeatureMaker:
     """Makes, or finds, views of splits for one stage. Every method is called by all ranks."""
 
     def __init__(
-        self, planner: ViewPlanner, features: FeaturesConfig, *, runtime: Runtime, workers: int
+        self,
+        planner: ViewPlanner,
+        features: FeaturesConfig,
+        *,
+        runtime: Runtime,
+        workers: int,
+        uses_store: bool,
     ) -> None:
+        """
+        Args:
+            uses_store: views are kept and found again; else there is only ``view_to_solve_on``.
+        """
+        self._uses_store = uses_store
         self._planner, self._runtime, self._workers = planner, runtime, workers
         folder = features.cache_dir
         root = user_cache_folder() / "features" if folder is None else Path(folder)
@@ -46,13 +62,26 @@ class FeatureMaker:
         views = self._provide(plans, most_to_compute=samples_to_come)
         return None if views is None else dict(zip(numbers, views, strict=True))
 
-    def evaluation_view(
-        self, split: Split, transform: EvalTransform, *, substitutes: bool = False
-    ) -> View | None:
-        """The view that an evaluation of the split has. Raises as ``training_views``, and, unless
-        another sample ``substitutes`` a damaged one, ``DataError`` on every rank if there is such.
-        """
-        plan = self._planner.evaluation(split, transform, substitutes=substitutes)
+    def view_to_solve_on(self, split: Split, transform: EvalTransform) -> View:
+        """The training images as evaluations see them, a damaged one replaced by another. Where the
+        store may not or cannot hold it, rank 0 has it in memory, and the others only what is
+        damaged. Raises as ``training_views``."""
+        plan, runtime = self._planner.evaluation(split, transform, substitutes=True), self._runtime
+        views = self._provide([plan], most_to_compute=split.num_samples)
+        if views is not None:
+            return views[0]
+        rounds = rounds_of_view(plan, runtime)
+        with (
+            runtime.heartbeat.phase("computing features"),
+            runtime.progress(total=rounds, what="features", unit="batch") as bar,
+        ):
+            LOG.info("computing features of %s images of %s", f"{split.num_samples:,}", split.name)
+            return compute_in_memory(plan, runtime=runtime, workers=self._workers, bar=bar)
+
+    def evaluation_view(self, split: Split, transform: EvalTransform) -> View | None:
+        """The view that an evaluation of the split has. Raises as ``training_views``, and
+        ``DataError`` on every rank if a sample is damaged."""
+        plan = self._planner.evaluation(split, transform)
         views = self._provide([plan], most_to_compute=split.num_samples)
         return None if views is None else views[0]
 
@@ -60,6 +89,8 @@ class FeatureMaker:
         """The views of one split, those that are not there computed; None where that cannot be or
         does not pay."""
         split = plans[0].split
+        if not self._uses_store:
+            return None
         try:
             with self._runtime.heartbeat.phase("checking features", open_ended=True):
                 missing = [plan for plan in plans if not self._is_there(plan)]

@@ -32,18 +32,12 @@ def solve_head(stage: ResolvedStage, run: Run, trainer: StageTrainer) -> list[st
         What each damaged training image suffers from, in whose place another one was used.
 
     Raises:
-        StopRequested: on every rank. UserError: the features cannot be kept.
+        StopRequested: on every rank. UserError: on every rank, if some feature is no number.
         RtlDistError: on every rank, if the loader of one failed.
     """
     runtime = run.runtime
-    assert trainer.features is not None  # the config was checked
-    view = trainer.features.evaluation_view(run.train, eval_transform(run.model), substitutes=True)
-    if view is None:
-        raise UserError(
-            f"stages.{stage.number}.solve: the features of the training images cannot be kept, for"
-            " the reason above; mend that by features.cache_dir or features.cache_gb, or give the"
-            " stage epochs and an lr in place of solve"
-        )
+    assert trainer.features is not None  # a head has a frozen part below
+    view = trainer.features.view_to_solve_on(run.train, eval_transform(run.model))
     with runtime.heartbeat.phase("solving the head", open_ended=True):
         weight, bias = runtime.from_main(lambda: _solution(stage, run, view))
         for model in run.models():

@@ -247,7 +247,8 @@ class StageTrainer:
 
     def _feature_maker(self) -> FeatureMaker | None:
         run, config, frozen = self._run, self._run.config, self.network.frozen
-        if frozen is None or self._stage.cache == "off":
+        uses_store = self._stage.cache != "off"
+        if frozen is None or not (uses_store or self._stage.solve):
             return None
         planner = ViewPlanner(
             frozen,
@@ -260,7 +261,13 @@ class StageTrainer:
             micro_batch_size=run.micro_batch_size,
             runtime=run.runtime,
         )
-        return FeatureMaker(planner, config.features, runtime=run.runtime, workers=run.workers)
+        return FeatureMaker(
+            planner,
+            config.features,
+            runtime=run.runtime,
+            workers=run.workers,
+            uses_store=uses_store,
+        )
 
     def _microbatch(self, microbatch: int, per_rank: int, *, last: bool) -> None:
         """Adds one microbatch's gradient. After a failure only the step's last one is passed

@@ -66,7 +66,7 @@ def planner(frozen, dataset, runtime, **changes):
 def maker(root, frozen, dataset, runtime):
     features = FeaturesConfig(cache_dir=str(root))
     plans = planner(frozen, dataset, runtime)
-    return FeatureMaker(plans, features, runtime=runtime, workers=0)
+    return FeatureMaker(plans, features, runtime=runtime, workers=0, uses_store=True)
 
 
 # --- identity ----------------------------------------------------------------------------------

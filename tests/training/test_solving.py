@@ -236,7 +236,6 @@ def test_grey_images(tmp_path, dataset):
     [
         ({"trainable": "all"}, {}, "stages.0.solve: only a head can be solved"),
         ({"trainable": ["layer3", "head"]}, {}, "stages.0.solve: only a head can be solved"),
-        ({"cache": "off"}, {}, "stages.0.solve: works on cached features"),
         ({"lr": "auto"}, {}, "stages.0.lr: auto would be found before the head is solved"),
         ({"solve": False, "epochs": 1}, {}, "stages.0.lr: is required"),
         ({"solve": False, "lr": 1.0}, {}, "stages.0.epochs: a stage has either epochs or steps"),
@@ -263,12 +262,19 @@ def test_what_cannot_be_solved_is_refused_by_name(stage, changes, message):
 
 
 @undrawn
-def test_without_room_for_its_features_it_is_refused(tmp_path, dataset, capsys):
-    features = {"cache_dir": str(tmp_path / "features"), "cache_gb": 1e-6}
-    train(tmp_path, dataset, code=2, stages=[SOLVED], features=features)
-    error = capsys.readouterr().err
-    assert "stages.0.solve: the features of the training images cannot be kept" in error
-    assert "more than features.cache_gb allows" in error
+@pytest.mark.parametrize("limit", ["cache: off", "no room"])
+def test_without_the_store_its_head_is_the_same(tmp_path, dataset, limit):
+    stage, features = dict(SOLVED), {"cache_dir": str(tmp_path / "features")}
+    whole = train(tmp_path, dataset, "whole", stages=[SOLVED])
+    if limit == "no room":
+        features["cache_gb"] = 1e-6
+    else:
+        stage["cache"] = "off"
+    run = train(tmp_path, dataset, stages=[stage], features=features)
+    assert not list((tmp_path / "features").glob("*/features.bin"))
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(run)[name]), name
+    assert metric_rows(run)[0]["val/loss"] == metric_rows(whole)[0]["val/loss"]
 
 
 def test_a_length_can_be_given_from_outside(tmp_path):
@@ -296,6 +302,7 @@ def test_the_solution_does_not_depend_on_the_number_of_processes(tmp_path, datas
         ("two", 2, "a", [SOLVED]),
         ("three", 1, "a", stepped),
         ("four", 2, "b", stepped),
+        ("five", 2, "c", [SOLVED | {"cache": "off"}]),
     ):
         changes = {"stages": stages, "checkpoint": {"every": "1 step", "keep": 9}}
         changes |= {"features": {"cache_dir": str(tmp_path / features)}, "precision": "fp64"}
@@ -303,8 +310,10 @@ def test_the_solution_does_not_depend_on_the_number_of_processes(tmp_path, datas
         file = write_config(tmp_path / "c.yaml", config)
         require_done(run_ranks(file, world_size=world_size))
     require_equal_runs(tmp_path / "one", tmp_path / "two")
-    for step in (0, 3):
-        one, two = (at(tmp_path / name, step) for name in ("three", "four"))
+    for step, names in (
+        (0, ("three", "four")), (3, ("three", "four")), (0, ("one", "five"))
+    ):  # fmt: skip
+        one, two = (at(tmp_path / name, step) for name in names)
         assert one.keys() == two.keys()
         for key in one:
             torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-9)
