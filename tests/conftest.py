@@ -39,6 +39,12 @@ def pytest_runtest_setup(item):
 
 
 @pytest.fixture
+def own_features(tmp_path, monkeypatch):
+    """Features that other tests have kept are not found, nor this one's by them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+
+
+@pytest.fixture
 def undrawn(monkeypatch):
     """Runs draw no report at their end, which takes longer than a tiny run."""
     monkeypatch.setattr("rtl_dist.report.run.draw_run", lambda run: None)

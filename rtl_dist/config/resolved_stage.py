@@ -128,10 +128,9 @@ def resolve_stage(
 
 def resolve_stages(config: Config, *, num_samples: int) -> list[ResolvedStage]:
     """The stages of a run over ``num_samples`` training samples, laid end to end."""
-    lengths = [(stage.epochs or None, stage.steps) for stage in config.stages]
     spans = stage_spans(
-        [epochs for epochs, _ in lengths],
-        [steps if epochs or steps else 0 for epochs, steps in lengths],
+        [stage.epochs or None for stage in config.stages],
+        [stage.steps if stage.takes_steps else 0 for stage in config.stages],
         num_samples=num_samples,
         global_batch_size=config.batch.global_,
     )

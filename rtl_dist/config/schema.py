@@ -204,9 +204,8 @@ class Config:
         if not self.stages[number].solve:
             return
         path, optim = self._optim_of(number)
-        below = [s.trainable for s in self.stages[:number] if s.trainable not in ("head", ["head"])]
         check(
-            self.optim.ema == 0 or not below,
+            self.optim.ema == 0 or all(s.trains_head_alone for s in self.stages[:number]),
             f"stages.{number}.solve: the averaged weights of the stages before make other features,"
             " which another head would fit; solve before them, or set optim.ema: 0",
             "optim",

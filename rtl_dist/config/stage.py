@@ -131,6 +131,15 @@ class StageConfig:
     view and kept on disk (see ``features``), where it fits and pays. Needs ``views``; the trained
     weights are the same either way."""
 
+    @property
+    def takes_steps(self) -> bool:
+        """Whether it has a length; one that solves its head needs none."""
+        return bool(self.epochs or self.steps)
+
+    @property
+    def trains_head_alone(self) -> bool:
+        return self.trainable in ("head", ["head"])
+
     def __post_init__(self) -> None:
         with Checks() as check:
             check(
@@ -153,7 +162,7 @@ class StageConfig:
                     "solve",
                 )
             check(
-                not self.solve or self.trainable in ("head", ["head"]),
+                not self.solve or self.trains_head_alone,
                 f"solve: only a head can be solved, not {self.trainable}; set trainable: head",
                 "trainable",
             )

@@ -91,8 +91,7 @@ def _timm_trunk(name: str, channels: int, download: bool) -> tuple[Any, str, int
         hint = did_you_mean(name, timm.list_models())
         raise UserError(f"model.name: timm has no model {name!r}{hint}")
     architecture, _, tag = name.partition(".")
-    tags = timm.list_pretrained(f"{architecture}.*")
-    if tag and name not in tags:
+    if tag and name not in (tags := timm.list_pretrained(f"{architecture}.*")):
         raise UserError(
             f"model.name: timm has no weights {tag!r} of {architecture}; it has"
             f" {', '.join(tags) or 'none'}"

@@ -71,7 +71,7 @@ def find_lr(config: Config, stage_name: str | None) -> str:
 
 def _number_of(name: str | None, config: Config) -> int:
     names = [stage.name for stage in config.stages]
-    stepped = [stage.name for stage in config.stages if stage.epochs or stage.steps]
+    stepped = [stage.name for stage in config.stages if stage.takes_steps]
     if not stepped:
         raise UserError(
             "--stage: no stage of the config takes steps, so there is no learning rate; give"

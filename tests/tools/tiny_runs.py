@@ -168,6 +168,11 @@ def weights(run: Path, name: str = "model") -> dict[str, torch.Tensor]:
     return load_file(newest_checkpoint(run) / f"{name}.safetensors")
 
 
+def weights_at(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """The model's tensors in the checkpoint of a step."""
+    return load_file(run / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
+
+
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from killed_runs import require_done, run_ranks
 from report_helpers import assert_self_contained
-from safetensors.torch import load_file
 from tiny_runs import (
     CLASSES,
     Killed,
@@ -20,6 +19,7 @@ from tiny_runs import (
     tiny_config,
     train,
     weights,
+    weights_at,
     write_config,
     write_images,
 )
@@ -33,6 +33,7 @@ from rtl_dist.prepare.packing.pack import pack
 from rtl_dist.training import solving
 from rtl_dist.training.stage_evaluator import StageEvaluator
 
+pytestmark = pytest.mark.usefixtures("own_features")
 SOLVED = {"name": "head", "trainable": "head", "solve": True}
 ALL = {"name": "all", "trainable": "all", "lr": 1e-2, "batchnorm": "train", "steps": 3}
 undrawn = pytest.mark.usefixtures("undrawn")
@@ -41,15 +42,6 @@ undrawn = pytest.mark.usefixtures("undrawn")
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_dataset(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(autouse=True)
-def _no_features_of_other_tests(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
-
-
-def at(run: Path, step: int) -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
 
 
 def saved_steps(run: Path) -> list[int]:
@@ -313,7 +305,7 @@ def test_the_solution_does_not_depend_on_the_number_of_processes(tmp_path, datas
     for step, names in (
         (0, ("three", "four")), (3, ("three", "four")), (0, ("one", "five"))
     ):  # fmt: skip
-        one, two = (at(tmp_path / name, step) for name in names)
+        one, two = (weights_at(tmp_path / name, step) for name in names)
         assert one.keys() == two.keys()
         for key in one:
             torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-9)

@@ -19,7 +19,7 @@ from rtl_dist.config.loader import to_dict
 from rtl_dist.config.resolved_stage import resolve_stages
 from rtl_dist.core.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("undrawn", "own_features")
 ALL = {"name": "all", "trainable": "all", "lr": 1e-2, "batchnorm": "train"}
 HEAD = {"name": "head", "trainable": "head", "lr": 1e-2}
 
@@ -27,11 +27,6 @@ HEAD = {"name": "head", "trainable": "head", "lr": 1e-2}
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_dataset(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(autouse=True)
-def _no_features_of_other_tests(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
 
 
 # --- what a stage may do otherwise ---

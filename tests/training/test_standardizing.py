@@ -21,6 +21,7 @@ from tiny_runs import (
     tiny_config,
     train,
     weights,
+    weights_at,
     write_config,
 )
 
@@ -32,7 +33,7 @@ from rtl_dist.model.head import Head
 from rtl_dist.training.stage_network import StageNetwork
 from rtl_dist.training.stage_trainer import StageTrainer
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("undrawn", "own_features")
 HEAD = {"name": "head", "trainable": "head", "lr": 1e-2}
 ALL = {"name": "all", "trainable": "all", "lr": 1e-2, "batchnorm": "train"}
 
@@ -40,15 +41,6 @@ ALL = {"name": "all", "trainable": "all", "lr": 1e-2, "batchnorm": "train"}
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_dataset(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(autouse=True)
-def _no_features_of_other_tests(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
-
-
-def at(run: Path, step: int) -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
 
 
 def features_of(run: Path, dataset: Path, samples: list[int]) -> torch.Tensor:
@@ -83,7 +75,8 @@ def test_they_are_measured_on_the_stage_s_first_images(tmp_path, dataset, views)
 def test_only_a_head_alone_is_given_them_and_the_next_stage_finds_it_plain(tmp_path, dataset):
     stages = [{**HEAD, "steps": 2}, {**ALL, "steps": 2}]
     run = train(tmp_path, dataset, stages=stages, checkpoint={"every": "1 step", "keep": 9})
-    assert [("head.mean" in at(run, step)) for step in (1, 2, 3, 4)] == [True, True, False, False]
+    has_mean = ["head.mean" in weights_at(run, step) for step in (1, 2, 3, 4)]
+    assert has_mean == [True, True, False, False]
 
 
 def test_cached_and_computed_features_have_the_same(tmp_path, dataset):
@@ -196,7 +189,7 @@ def test_two_processes_measure_and_learn_what_one_does(tmp_path, dataset):
         config = write_config(tmp_path / "c.yaml", tiny_config(dataset, run, **changes))
         require_done(run_ranks(config, "checkpoint.keep=9", world_size=world_size))
     for step in (4, 5):
-        one, two = (at(tmp_path / name, step) for name in "12")
+        one, two = (weights_at(tmp_path / name, step) for name in "12")
         assert one.keys() == two.keys()
         assert ("head.mean" in one) == (step == 4)
         for name in one:

@@ -23,7 +23,7 @@ from tiny_runs import (
 from rtl_dist.training.stage_optimizer import StageOptimizer
 from rtl_dist.training.stage_trainer import StageTrainer
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("undrawn", "own_features")
 ALL = {"name": "all", "trainable": "all", "lr": 1e-2, "batchnorm": "train"}
 HEAD = {"name": "head", "trainable": "head", "lr": 1e-2}
 
@@ -31,11 +31,6 @@ HEAD = {"name": "head", "trainable": "head", "lr": 1e-2}
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_dataset(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(autouse=True)
-def _no_features_of_other_tests(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
 
 
 @pytest.fixture
