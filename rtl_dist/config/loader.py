@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 import yaml
 
 from rtl_dist.config.convert import Problem, build, to_dict
-from rtl_dist.config.optim import STEADY
 from rtl_dist.config.overrides import Overrides
 from rtl_dist.config.schema import Config
 from rtl_dist.config.yaml_text import YamlFault, read_yaml
@@ -115,7 +114,11 @@ def _inherited(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
             if isinstance(own, dict) and isinstance(of_all, dict):
                 origins = {key: f"{name}.{key}" for key in of_all}
                 if name == "optim":
-                    of_stage = _rate_keys(stage, of_all)
+                    of_stage = {
+                        key: stage[key]
+                        for key in ("schedule", "warmup")
+                        if stage.get(key) is not None
+                    }
                     of_all = {**of_all, **of_stage}
                     origins |= {key: f"stages.{number}.{key}" for key in of_stage}
                 sections[name] = {**of_all, **own}
@@ -126,14 +129,6 @@ def _inherited(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
                 }
         whole.append({**stage, **sections} if sections else stage)
     return {**tree, "stages": whole}, inherited
-
-
-def _rate_keys(stage: dict[str, Any], optim: dict[str, Any]) -> dict[str, Any]:
-    """The keys of ``optim`` that a stage has outside of its own section, or that its end rules."""
-    keys = {key: stage[key] for key in ("schedule", "warmup") if stage.get(key) is not None}
-    if stage.get("until") == "plateau" and optim.get("schedule") not in STEADY:
-        keys.setdefault("schedule", "constant")
-    return keys
 
 
 def _moved(problem: Problem, inherited: dict[str, str]) -> Problem:

@@ -8,8 +8,6 @@ from typing import Literal
 from rtl_dist.config.checks import Checks
 
 Schedule = Literal["cosine", "linear", "constant", "step", "plateau"]
-STEADY: tuple[Schedule, ...] = ("constant", "plateau")
-"""Those that need not know where the stage ends."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
-from typing import Literal
 
 from rtl_dist.config.optim import OptimConfig, Schedule
 from rtl_dist.config.schema import Config
-from rtl_dist.config.stage import AugmentConfig, EarlyStopConfig, StageConfig, schedule_of
+from rtl_dist.config.stage import AugmentConfig, EarlyStopConfig, StageConfig
 
-_PLATEAU_PATIENCE = 2  # evaluations
 _LR_OF_SOLVED = 1e-3  # from an optimum there is not far to go
 
 
@@ -68,12 +66,12 @@ class ResolvedStage(StageConfig):
     augment: AugmentConfig
     """Its own keys, and the run's for all else."""
     early_stop: EarlyStopConfig
-    """With the patience that counts: a plateau has one in any case; null: none."""
+    """Its own keys, and the run's for all else."""
     optim: OptimConfig
     """Its own keys, and the run's for all else; ``schedule`` and ``warmup`` as here."""
     schedule: Schedule
     """Of the learning rate after warm-up."""
-    lr: float | Literal["auto"]
+    lr: float
     """Of the head at the end of warm-up; see ``StageConfig``."""
     warmup: float
     """Below 1 a fraction of the stage, from 1 a number of steps."""
@@ -102,13 +100,9 @@ def resolve_stage(
     optim = stage.optim or config.optim
     optim = replace(
         optim,
-        schedule=schedule_of(stage, optim),
+        schedule=stage.schedule or optim.schedule,
         warmup=optim.warmup if stage.warmup is None else stage.warmup,
     )
-    early_stop = stage.early_stop or config.early_stop
-    if stage.until == "plateau" and early_stop.patience is None:
-        until_lower = optim.patience + 1 if optim.schedule == "plateau" else 0
-        early_stop = replace(early_stop, patience=until_lower + _PLATEAU_PATIENCE)
     return ResolvedStage(
         **{f.name: getattr(stage, f.name) for f in fields(StageConfig)}
         | {
@@ -116,7 +110,7 @@ def resolve_stage(
             "span": span,
             "image_size": stage.image_size or config.data.image_size,
             "augment": stage.augment or config.augment,
-            "early_stop": early_stop,
+            "early_stop": stage.early_stop or config.early_stop,
             "optim": optim,
             "lr": _LR_OF_SOLVED if stage.lr is None else stage.lr,
             "schedule": optim.schedule,

@@ -13,7 +13,7 @@ from typing import Literal
 from rtl_dist.config.checks import Checks
 from rtl_dist.config.data import DataConfig
 from rtl_dist.config.optim import OptimConfig
-from rtl_dist.config.stage import AugmentConfig, EarlyStopConfig, StageConfig, schedule_of
+from rtl_dist.config.stage import AugmentConfig, EarlyStopConfig, StageConfig
 from rtl_dist.core.intervals import Duration, Every
 
 Precision = Literal["auto", "no", "fp16", "bf16", "fp64"]
@@ -236,7 +236,7 @@ class Config:
                 f" and set optim.{key}",
                 "optim",
             )
-        schedule = schedule_of(stage, optim)
+        schedule = stage.schedule or optim.schedule
         check(
             schedule != "step" or optim.step_size is not None,
             f"{path}.step_size: schedule: step needs it, in epochs",
@@ -247,7 +247,7 @@ class Config:
             return
         lr, early_stop = stage.lr, stage.early_stop or self.early_stop
         check(
-            lr is None or lr == "auto" or optim.min_lr < lr,
+            lr is None or optim.min_lr < lr,
             f"{path}.min_lr: must be below stages.{number}.lr, {lr}",
             "optim",
             "stages",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rtl_dist.config.checks import Checks
-from rtl_dist.config.optim import STEADY, OptimConfig, Schedule
+from rtl_dist.config.optim import OptimConfig, Schedule
 from rtl_dist.core.tasks import Task
 
 
@@ -92,26 +92,19 @@ class StageConfig:
     """Length in epochs; may be a fraction. Or ``steps``; with ``solve`` may be 0 or null."""
     steps: int | None = None
     """Length in optimizer steps. Or ``epochs``."""
-    until: Literal["end", "plateau"] = "end"
-    """end: the stage takes its whole length. plateau: it ends once ``early_stop.patience``
-    evaluations (2, where that is null; under ``schedule: plateau`` 2 after the rate first fell)
-    brought nothing better, and its length is the most it may take; as its end is not known before,
-    the rate then stays constant after warm-up, or falls by ``schedule: plateau``."""
     trainable: str | list[str] = "all"
     """head, all, or a part of the model or a list of them, such as [layer4, head]; ``layer3+``
     means a part and all above it. All else is frozen."""
-    lr: float | Literal["auto"] | None = None
-    """Learning rate of the head at the end of warm-up; deeper parts by ``layer_decay``. auto: found
-    by a range test on the stage's own first steps, which then are taken back. null, only with
-    ``solve``: 1e-3, if there are steps."""
+    lr: float | None = None
+    """Learning rate of the head at the end of warm-up; deeper parts by ``layer_decay``. null, only
+    with ``solve``: 1e-3, if there are steps."""
     layer_decay: float = 1.0
     """Each part further from the head learns at this factor of the one above it."""
     batchnorm: Literal["frozen", "stats", "train"] = "frozen"
     """BatchNorm within the trainable parts. frozen: running statistics used and held, affine held.
     stats: statistics follow the data, affine held. train: both learn."""
     schedule: Schedule | None = None
-    """Of this stage; null: ``optim.schedule``, but under ``until: plateau`` constant where that has
-    to know the end."""
+    """Of this stage; null: ``optim.schedule``."""
     warmup: float | None = None
     """Of this stage; null: ``optim.warmup``."""
     optim: OptimConfig | None = None
@@ -166,16 +159,7 @@ class StageConfig:
                 f"solve: only a head can be solved, not {self.trainable}; set trainable: head",
                 "trainable",
             )
-            check(
-                not (self.solve and self.lr == "auto"),
-                "lr: auto would be found before the head is solved, for another one; give a number"
-                " or leave it out",
-                "solve",
-            )
-            check(
-                self.lr is None or self.lr == "auto" or self.lr > 0,
-                f"lr: must be positive or auto, not {self.lr}",
-            )
+            check(self.lr is None or self.lr > 0, f"lr: must be positive, not {self.lr}")
             check(0 < self.layer_decay <= 1, "layer_decay: must lie in 0 to 1")
             check(self.views is None or self.views > 0, "views: must be positive or null")
             check(self.trainable != [], "trainable: must name at least one part")
@@ -185,16 +169,6 @@ class StageConfig:
                 f"image_size: must be at least 8, not {self.image_size}",
             )
             own = self.optim
-            for key, schedule in (
-                ("schedule", self.schedule),
-                ("optim.schedule", own and own.schedule),
-            ):
-                check(
-                    self.until == "end" or schedule is None or schedule in STEADY,
-                    f"{key}: {schedule} falls towards an end that until: plateau does not know;"
-                    " leave it out, or set it to plateau",
-                    "until",
-                )
             for key in ("schedule", "warmup"):
                 one, other = getattr(self, key), own and getattr(own, key)
                 check(
@@ -202,10 +176,3 @@ class StageConfig:
                     f"{key}: {one} and optim.{key}: {other} of the same stage differ; give one",
                     "optim",
                 )
-
-
-def schedule_of(stage: StageConfig, optim: OptimConfig) -> Schedule:
-    """A stage's schedule, where ``optim`` says what it does not: one that has to know the end of
-    the stage is constant where nobody does."""
-    schedule = stage.schedule or optim.schedule
-    return "constant" if stage.until == "plateau" and schedule not in STEADY else schedule

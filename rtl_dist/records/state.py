@@ -62,8 +62,6 @@ class TrainState:
     """How often ``schedule: plateau`` had the rate of the current stage fall."""
     stopped_early: bool = False
     """The current stage's patience is over, so it ends at this step."""
-    lr: float | None = None
-    """The head's rate that was found for the current stage; None unless its config says auto."""
     is_compiled: bool | None = None
     """Whether compiling the current stage was found to pay, where the config says auto; None: not
     yet judged."""
@@ -104,6 +102,6 @@ class TrainState:
     def begin_next_stage(self) -> None:
         self.stage += 1
         self.stage_first_step = self.step
-        self.stage_best = self.lr = self.is_compiled = None
+        self.stage_best = self.is_compiled = None
         self.evals_without_best = self.evals_at_rate = self.times_lowered = 0
         self.stopped_early = False

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rtl_dist.core.files import read_object, write_bytes
-from rtl_dist.records.lr_finder import FOLDER
 from rtl_dist.report.figure import (
     BLUE,
     GREEN,
@@ -49,11 +48,6 @@ class RangeTest:
             " all steps were taken back. The choice is a tenth of the largest rate at which the"
             " smoothed loss is still within 5 % of its lowest."
         )
-
-
-def find_range_tests(run: Path) -> list[Path]:
-    """The files of a run's range tests, in order of their names."""
-    return sorted((run / FOLDER).glob("*.json"))
 
 
 def read_range_test(path: Path) -> RangeTest | None:

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from rtl_dist.config import read_run_config
-from rtl_dist.config.stage import schedule_of
 from rtl_dist.core.errors import UserError
 from rtl_dist.core.text import and_more
 from rtl_dist.report.figure import plain
@@ -25,7 +24,7 @@ def falling_stages(run: Path) -> set[str]:
     return {
         stage.name
         for stage in config.stages
-        if schedule_of(stage, stage.optim or config.optim) in ("step", "plateau")
+        if (stage.schedule or (stage.optim or config.optim).schedule) in ("step", "plateau")
     }
 
 

@@ -15,7 +15,6 @@ from rtl_dist.report.evaluation import PICTURES, headline, read_summary
 from rtl_dist.report.figure import png
 from rtl_dist.report.history import History, read_history
 from rtl_dist.report.html import Cell, Page, percent
-from rtl_dist.report.lr_finder import draw_range_test, find_range_tests, read_range_test
 from rtl_dist.report.rates import falling_stages
 
 REPORT = "report.html"
@@ -36,8 +35,8 @@ def draw_run(run: Path) -> Path:
     """Writes ``plots/*.png`` and ``report.html`` into a run folder; returns the page's path.
 
     Works on a finished run, on one that is still going and on one that was killed: whatever of
-    ``results.json``, ``config.yaml``, ``environment.json``, ``lr_finder/<stage>.json`` and
-    ``evaluation/<split>/`` is there is shown.
+    ``results.json``, ``config.yaml``, ``environment.json`` and ``evaluation/<split>/`` is there is
+    shown.
 
     Raises:
         UserError: ``metrics.jsonl`` is missing or has no whole row yet.
@@ -61,7 +60,6 @@ def draw_run(run: Path) -> Path:
     page.heading("Curves")
     for name, caption in _PLOTS.items():
         page.picture((run / "plots" / name).read_bytes(), caption)
-    _add_range_tests(page, run, history)
     page.heading("Stages")
     _add_stage_table(page, history)
     _add_evaluations(page, run, results)
@@ -165,21 +163,6 @@ def _halvings(results: dict[str, Any]) -> list[tuple[Any, Any]]:
     found = results.get("microbatch_halvings")
     items = [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
     return [(item.get("from_step"), item.get("micro")) for item in items]
-
-
-def _add_range_tests(page: Page, run: Path, history: History) -> None:
-    """Draws and shows the range test of each stage whose rate was looked for."""
-    paths = find_range_tests(run)
-    if not paths:
-        return
-    page.heading("Learning rates that were looked for")
-    read = {path: read_range_test(path) for path in paths}
-    names = [stage.name for stage in history.stages]
-    tests = [test for test in read.values() if test is not None]
-    for test in sorted(tests, key=lambda t: (*names, t.stage).index(t.stage)):
-        page.picture(draw_range_test(test, run).read_bytes(), test.caption)
-    for path in (path for path, test in read.items() if test is None):
-        page.paragraph(f"{path.relative_to(run)} is damaged: it has no picture here.", soft=True)
 
 
 def _add_stage_table(page: Page, history: History) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from rtl_dist.config import Config
+from rtl_dist.config import Config, ResolvedStage
 from rtl_dist.core.errors import UserError
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.distributed.stopping import StopRequests
@@ -19,6 +19,9 @@ from rtl_dist.report.lr_finder import draw_range_test, read_range_test
 from rtl_dist.training.begin import open_data, open_run
 from rtl_dist.training.lr_finder import find_learning_rate
 from rtl_dist.training.resolve import resolve
+from rtl_dist.training.run import Run
+from rtl_dist.training.solving import solve_head
+from rtl_dist.training.stage_trainer import StageTrainer
 
 LOG = logging.getLogger("rtl_dist")
 
@@ -47,14 +50,17 @@ def find_lr(config: Config, stage_name: str | None) -> str:
         dataset = open_data(config, runtime)
         config = resolve(config, runtime, dataset)
         with open_run(config, runtime, folder, dataset) as (run, stages, _):
-            stage = stages[number]
-            if number:
+            stage, before = stages[number], stages[:number]
+            if stepped := [earlier.name for earlier in before if earlier.takes_steps]:
                 LOG.info(
                     "stage %s is tested with the config's weights, not after stage %s; give"
-                    " model.weights=RUN, or lr: auto in the config, to test what a run has then",
+                    " model.weights=RUN to test what a run has then",
                     stage.name,
-                    config.stages[number - 1].name,
+                    stepped[-1],
                 )
+            else:
+                for earlier in before:
+                    _solve(earlier, run)
             found = find_learning_rate(stage, run)
 
             def draw() -> str:
@@ -67,6 +73,16 @@ def find_lr(config: Config, stage_name: str | None) -> str:
         return ""
     what_to_type = f"stages.{number}.lr={found:.2g}"
     return f"stage {stage.name}: lr {found:.2g}, see {picture}; to train with it: {what_to_type}"
+
+
+def _solve(stage: ResolvedStage, run: Run) -> None:
+    """A stage that takes no steps, as a training does it."""
+    trainer = StageTrainer(stage, run)
+    try:
+        solve_head(stage, run, trainer)
+    finally:
+        trainer.close()
+    run.state.begin_next_stage()
 
 
 def _number_of(name: str | None, config: Config) -> int:

@@ -9,7 +9,6 @@ from rtl_dist.config import ResolvedStage
 from rtl_dist.core.errors import OutOfMemory, UserError
 from rtl_dist.model.batchnorm import learning_layers
 from rtl_dist.records.checkpoint import Snapshot
-from rtl_dist.training.lr_finder import find_learning_rate
 from rtl_dist.training.run import Run
 from rtl_dist.training.solving import solve_head
 from rtl_dist.training.stage_optimizer import OptimizerState
@@ -33,15 +32,9 @@ def fit(stage: ResolvedStage, run: Run, restored: Snapshot | None) -> None:
     """
     opened_at = time.perf_counter()
     run.runtime.heartbeat.beat(stage=stage.name, step=run.state.step)
-    lr = stage.lr if stage.lr != "auto" else run.state.lr
-    while lr is None:
-        try:
-            lr = run.state.lr = find_learning_rate(stage, run)
-        except OutOfMemory as error:
-            _halve_microbatch(run, error)
     kept = OptimizerState(restored.optimizer, restored.scaler) if restored else None
     with run.runtime.heartbeat.phase("training"):
-        while (kept := _train(stage, run, kept, lr=lr, opened_at=opened_at)) is not None:
+        while (kept := _train(stage, run, kept, opened_at=opened_at)) is not None:
             opened_at = time.perf_counter()
     if run.stage_best and stage.patience is not None:
         assert run.state.stage_best is not None
@@ -58,13 +51,12 @@ def _train(
     run: Run,
     kept: OptimizerState | None,
     *,
-    lr: float,
     opened_at: float,
 ) -> OptimizerState | None:
     """Trains to the stage's end, or until memory does not hold a microbatch: then returns what the
     optimizer knows, on the host, to go on with smaller ones. Nothing else is left of this attempt.
     """
-    trainer = StageTrainer(stage, run, kept, lr=lr)
+    trainer = StageTrainer(stage, run, kept)
     try:
         boundary = StepBoundary(stage, run, trainer, opened_at=opened_at)
         LOG.info("stage %s: %s", stage.name, trainer.describe())

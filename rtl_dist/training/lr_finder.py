@@ -1,15 +1,15 @@
 """The learning-rate range test (Smith 2017, arXiv 1506.01186) of one stage.
 
-The stage's own steps are taken at rates that grow from step to step, and then taken back. The loss
-of a step is counted exactly over all ranks, so the answer is the same on every rank and, to
-rounding, at any number of them.
+The stage's own steps are taken at rates that grow from step to step. The loss of a step is counted
+exactly over all ranks, so what is measured is the same on every rank and, to rounding, at any
+number of them.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
+from dataclasses import replace
 
 from rtl_dist.config import ResolvedStage
 from rtl_dist.core.errors import RtlDistError, StopRequested
@@ -17,6 +17,7 @@ from rtl_dist.core.files import write_json
 from rtl_dist.optim.counts import non_finite, train_metrics
 from rtl_dist.records.lr_finder import FOLDER, smoothed, suggest
 from rtl_dist.training.run import Run
+from rtl_dist.training.solving import solve_head
 from rtl_dist.training.stage_trainer import StageTrainer
 
 LOG = logging.getLogger("rtl_dist")
@@ -27,37 +28,25 @@ _HOPELESS = 3.0  # times the lowest loss: the test ends
 
 def find_learning_rate(stage: ResolvedStage, run: Run) -> float:
     """The rate that ``suggest`` makes of the test; what was measured is written to
-    ``lr_finder/<stage>.json``. Model, average and state are as before.
+    ``lr_finder/<stage>.json``. What the steps did to the model stays.
 
     Raises:
         StopRequested: on every rank. RtlDistError: a rank's loader failed, or the loss is never a
             number.
     """
     LOG.info("stage %s: looking for its learning rate in up to %d steps", stage.name, STEPS)
-    models = run.models()
-    weights = [{k: v.clone() for k, v in model.state_dict().items()} for model in models]
-    state = copy.deepcopy(vars(run.state))
-    scaler = run.runtime.accelerator.scaler
-    scale = scaler.state_dict() if scaler else {}
-    trainer = StageTrainer(stage, run, lr=1.0, num_steps=STEPS)
+    trainer = StageTrainer(replace(stage, lr=1.0), run, num_steps=STEPS)
     try:
+        if stage.solve:
+            solve_head(stage, run, trainer)
         rates, losses = _measure(trainer, run, stage)
     finally:
         trainer.close()
-        for model, values in zip(models, weights, strict=True):
-            model.load_state_dict(values)
-        if scaler:
-            scaler.load_state_dict(scale)
-        state["is_compiled"] = run.state.is_compiled  # the stage's, whatever its rate
-        vars(run.state).update(state)
     found = suggest(rates, losses)
     content = {"stage": stage.name, "lr": found, "rates": rates, "losses": losses}
     run.runtime.from_main(lambda: write_json(run.folder / FOLDER / f"{stage.name}.json", content))
     if found is None:
-        raise RtlDistError(
-            f"stages.{stage.number}.lr: auto found no rate at which the loss is a number; set one"
-        )
-    LOG.info("stage %s: lr %.2g, a tenth of what still lowers the loss", stage.name, found)
+        raise RtlDistError(f"stage {stage.name}: the loss is a number at no learning rate")
     return found
 
 

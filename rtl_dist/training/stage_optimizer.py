@@ -38,17 +38,13 @@ class StageOptimizer:
         stage: ResolvedStage,
         run: Run,
         kept: OptimizerState | None,
-        *,
-        lr: float,
     ) -> None:
         """
         Args:
             kept: of an optimizer to go on with.
-            lr: of the head, the stage's own or what was found for it.
         """
         self._network, self._stage, self._run, self._kept = network, stage, run, kept
-        self._lr = lr
-        self._optimizer = build_optimizer(run.model, stage, stage.optim, lr=lr)
+        self._optimizer = build_optimizer(run.model, stage, stage.optim, lr=stage.lr)
         if kept is not None and kept.tensors:
             restore_optimizer(self._optimizer, network.names, kept.tensors)
         done = run.state.step - run.state.stage_first_step
@@ -70,7 +66,7 @@ class StageOptimizer:
         return stage_rate_factor(
             self._stage,
             step_in_stage,
-            lr=self._lr,
+            lr=self._stage.lr,
             times_lowered=self._run.state.times_lowered,
         )
 

@@ -59,19 +59,17 @@ class StageTrainer:
         run: Run,
         kept: OptimizerState | None = None,
         *,
-        lr: float,
         num_steps: int | None = None,
     ) -> None:
         """
         Args:
             kept: of an optimizer to go on with.
-            lr: of the head, the stage's own or what was found for it.
             num_steps: to read data for; None: what is left of the stage.
         """
         self._stage, self._run = stage, run
         config, runtime, state, dataset = run.config, run.runtime, run.state, run.dataset
         self.network = StageNetwork(stage, run)
-        self.optimizer = StageOptimizer(self.network, stage, run, kept, lr=lr)
+        self.optimizer = StageOptimizer(self.network, stage, run, kept)
         self.features = self._feature_maker()
         left = state.stage_first_step + stage.num_steps - state.step
         self._reading = reading = StageReading(
@@ -184,7 +182,7 @@ class StageTrainer:
             how = f", on cached features from below {self.network.first_trained}"
         elif self.network.frozen is not None:
             how = f", all below {self.network.first_trained} without autograd"
-        most = "up to " if self._stage.until == "plateau" else ""
+        most = "up to " if self._stage.patience is not None else ""
         return (
             f"{most}{self._stage.num_steps} steps of {self._run.config.batch.global_} images,"
             f" training {trained:,} of {total:,} parameters{how}"

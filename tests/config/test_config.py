@@ -223,7 +223,7 @@ def test_null_is_a_value_where_the_type_allows_it(load):
         ),
         ("stages: [{name: a, epochs: 0, lr: 1}]", "stages.0.epochs: must be positive"),
         ("stages: [{name: a, steps: 0, lr: 1}]", "stages.0.steps: must be positive"),
-        ("stages: [{name: a, steps: 1, lr: 0}]", "stages.0.lr: must be positive or auto, not 0.0"),
+        ("stages: [{name: a, steps: 1, lr: 0}]", "stages.0.lr: must be positive, not 0.0"),
         ("stages: [{name: a, steps: 1, lr: 1, layer_decay: 0}]", "stages.0.layer_decay: must lie"),
         ("stages: [{name: a, steps: 1, lr: 1, views: 0}]", "stages.0.views: must be positive"),
         ("stages: [{name: a, steps: 1, lr: 1, trainable: []}]", "stages.0.trainable: must name"),
@@ -375,7 +375,7 @@ def everything_set():
             "stages": [
                 {"name": "a", "steps": 7, "lr": 1e-7, "trainable": ["layer4", "head"], "views": 3},
                 {"name": "b", "epochs": 0.3, "lr": 2, "trainable": "head", "layer_decay": 0.1}
-                | {"batchnorm": "stats", "cache": "off", "until": "plateau", "image_size": 17}
+                | {"batchnorm": "stats", "cache": "off", "image_size": 17}
                 | {"schedule": "constant", "warmup": 0.7, "augment": {"hflip": 0.9}}
                 | {
                     "early_stop": {"patience": 6},
@@ -462,7 +462,7 @@ def test_a_shipped_config_parses_and_its_header_names_its_command(path):
         (["--config", "{file}", "sed=1"], "rtl-dist: 'sed=1': unknown key sed; did you mean seed?"),
         (
             ["--config", "{file}", "stages.0.lr=-1"],
-            "rtl-dist: 'stages.0.lr=-1': stages.0.lr: must be positive or auto",
+            "rtl-dist: 'stages.0.lr=-1': stages.0.lr: must be positive",
         ),
         (["--config", "{bad}"], "rtl-dist: {bad}: seed: must lie in 0 to 2^63 - 1"),
         (["--config", "none.yaml"], "rtl-dist: no config file none.yaml; shipped ones are in"),

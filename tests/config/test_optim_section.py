@@ -61,13 +61,6 @@ def test_overrides_reach_a_stage_that_has_no_section(load):
         (", schedule: linear, warmup: 3, optim: {name: sgd}", "{}", "linear", 3),
         (", optim: {schedule: linear, warmup: 3}", "{}", "linear", 3),
         (", schedule: linear, optim: {schedule: linear, warmup: 3}", "{}", "linear", 3),
-        # one that has to know the stage's end is left where nobody does
-        (", until: plateau", "{}", "constant", 0.05),
-        (", until: plateau, optim: {name: sgd}", "{}", "constant", 0.05),
-        (", until: plateau, optim: {name: sgd}", "{schedule: step}", "constant", 0.05),
-        (", until: plateau", "{schedule: plateau}", "plateau", 0.05),
-        (", until: plateau, optim: {name: sgd}", "{schedule: plateau}", "plateau", 0.05),
-        (", until: plateau, schedule: plateau", "{}", "plateau", 0.05),
     ],
 )
 def test_schedule_and_warm_up_of_a_stage_are_its_optimizer_s(load, a, optim, schedule, warmup):
@@ -121,14 +114,6 @@ def test_schedule_and_warm_up_of_a_stage_are_its_optimizer_s(load, a, optim, sch
         ([", optim: {schedule: step}"], "stages.0.optim.step_size: schedule: step needs it, in"),
         (["", "", "{schedule: step, step_size: 0}"], "optim.step_size: must be positive, in epo"),
         (["", "", "{gamma: 1.5}"], "optim.gamma: must lie between 0 and 1, not 1.5"),
-        (
-            [", until: plateau, schedule: step", "", "{step_size: 1}"],
-            "stages.0.schedule: step falls towards an end that until: plateau does not know; leave",
-        ),
-        (
-            [", until: plateau, optim: {schedule: cosine}"],
-            "stages.0.optim.schedule: cosine falls towards an end that until: plateau does not",
-        ),
         # plateau
         (["", "", "{factor: 1}"], "optim.factor: must lie between 0 and 1, not 1.0"),
         (["", "", "{patience: -1}"], "optim.patience: must be at least 0"),
@@ -159,14 +144,6 @@ def test_a_section_that_no_stage_is_trained_by_is_in_no_check(load):
     own = ", optim: {class_weights: none}"
     config = load(own, own, "{class_weights: balanced}", "data.sampling=balanced")
     assert list(config.optim_sections()) == ["stages.0.optim", "stages.1.optim"]
-
-
-def test_a_stage_on_a_plateau_ends_only_after_its_rate_fell(load):
-    config = load(", until: plateau, schedule: plateau", ", until: plateau", "{patience: 3}")
-    a, b = resolved(config)
-    assert (a.patience, b.patience) == (3 + 1 + 2, 2)  # the rate falls at the fourth
-    assert a.early_stop.metric == "val/loss"
-    assert load(", schedule: plateau, early_stop: {patience: 5}", "", "{patience: 3}")
 
 
 def test_configs_without_the_section_are_as_they_were(load):

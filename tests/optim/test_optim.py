@@ -46,13 +46,6 @@ def test_rates_fall_by_layer_decay_from_the_head_down():
     assert set_learning_rates(optimizer, 1.0) == {k: pytest.approx(2 * v) for k, v in rates.items()}
 
 
-def test_the_rate_is_the_one_found_for_the_stage():
-    model, stage = resnet(), StageConfig(name="head", epochs=1, lr="auto", trainable="head")
-    freeze_for(model, stage)
-    optimizer = build_optimizer(model, stage, OptimConfig(), lr=0.02)
-    assert set_learning_rates(optimizer, 0.5) == {"lr/head": 0.01}
-
-
 def test_a_rate_that_something_else_has_set_is_noticed():
     model, stage = resnet(), StageConfig(name="all", epochs=1, lr=0.1, layer_decay=0.5)
     freeze_for(model, stage)

@@ -72,7 +72,7 @@ def make_rows(multi=False, epochs=(3, 5), steps_per_epoch=8):
 
 
 def make_range_test(run, name, content=None):
-    """``lr_finder/<name>.json`` as a stage with ``lr: auto`` leaves it, or other content."""
+    """``lr_finder/<name>.json`` as a range test leaves it, or other content."""
     rng = np.random.default_rng(2)
     rates = np.geomspace(1e-6, 1.0, 80)
     losses = 2.3 - 1.5 / (1 + (2e-3 / rates)) + (3 * rates) ** 2 + rng.normal(0, 0.05, 80)
@@ -209,31 +209,6 @@ def test_steps_not_taken_and_smaller_microbatches_are_told(tmp_path):
     assert "1 step was not taken" in draw_run(make_run(tmp_path, rows, results=False)).read_text()
     (run / "results.json").write_text(json.dumps({"microbatch_halvings": [1, {}], "x": 2}))
     assert_self_contained(draw_run(run))
-
-
-def test_range_tests_are_drawn_in_the_order_of_the_stages(tmp_path):
-    run = make_run(tmp_path, make_rows())
-    make_range_test(run, "finetune")
-    make_range_test(run, "head")
-    make_range_test(run, "a.b c+_é-1")
-    text = assert_self_contained(draw_run(run))
-    for name in ("finetune", "head", "a.b c+_é-1"):
-        assert_drawn(run / "plots" / f"lr_finder_{name}.png")
-    places = [text.index(f">Stage {name}: 0.012 was chosen.") for name in ("head", "finetune")]
-    assert places == sorted(places)
-    assert "Stage a.b c+_é-1: 0.012" in text
-    assert "a tenth of the largest rate at which the smoothed loss is still within 5 %" in text
-    assert text.count("data:image/png;base64,") == len(PLOTS) + 3
-    assert_no_leftovers(run)
-
-
-def test_a_damaged_range_test_is_told_and_the_rest_drawn(tmp_path):
-    run = make_run(tmp_path, make_rows())
-    make_range_test(run, "head")
-    make_range_test(run, "x").write_text('{"stage": "x", "ra')
-    text = assert_self_contained(draw_run(run))
-    assert "lr_finder/x.json is damaged" in text
-    assert "Stage head: 0.012" in text
 
 
 @pytest.mark.parametrize("content", [

@@ -14,17 +14,15 @@ from killed_runs import Exit, Fault, require_done, run_ranks
 from safetensors.torch import load_file
 from tiny_runs import make_dataset
 
-from rtl_dist.training import lr_finder
-
 pytestmark = pytest.mark.launch
-SHORT = ("stages.0.steps=6", "stages.0.lr=1e-3", "stages.1.steps=4")
-CACHED = ("stages.0.steps=15", "stages.0.lr=1e-3", "stages.1.steps=1")  # long enough to pay
+SHORT = ("stages.0.steps=6", "stages.1.steps=4")
+CACHED = ("stages.0.steps=15", "stages.1.steps=1")  # long enough to pay
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> str:
     """Two stages, 20 steps of 32 images in 4 microbatches, in float64, with BatchNorm in training,
-    dropout and mixup; the first trains from cached features and finds its own rate."""
+    dropout and mixup; the first trains from cached features."""
     folder = tmp_path_factory.mktemp("launch")
     content = {
         "seed": 4,
@@ -32,7 +30,7 @@ def config(tmp_path_factory) -> str:
                  "test": None},
         "model": {"name": "test_resnet", "weights": "none", "dropout": 0.1},
         "stages": [
-            {"name": "top", "steps": 16, "trainable": "layer4+", "lr": "auto", "views": 1,
+            {"name": "top", "steps": 16, "trainable": "layer4+", "lr": 1e-3, "views": 1,
              "batchnorm": "train"},
             {"name": "all", "steps": 4, "trainable": "all", "lr": 3e-3, "batchnorm": "train",
              "augment": {"mixup": 0.2}},
@@ -59,16 +57,6 @@ def largest_difference(one: dict, other: dict) -> float:
     return max(float((one[k].double() - other[k].double()).abs().max()) for k in one)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShortRangeTest(Fault):
-    """No fault: every rank looks for the rate in fewer steps."""
-
-    rank: int | None = None
-
-    def install(self, mark: int) -> None:
-        lr_finder.STEPS = 20
-
-
 @pytest.fixture(scope="module")
 def runs(config, tmp_path_factory) -> Callable[[int], Path]:
     """The same job by the number of processes, each with a feature folder of its own."""
@@ -79,7 +67,7 @@ def runs(config, tmp_path_factory) -> Callable[[int], Path]:
         features = f"features.cache_dir={folder / f'features-{world_size}'}"
         run = folder / str(world_size)
         run_dir = f"run.dir={run}"
-        exits = run_ranks(config, run_dir, features, world_size=world_size, fault=ShortRangeTest())
+        exits = run_ranks(config, run_dir, features, world_size=world_size)
         require_done(exits)
         assert "on cached features from below layer4" in exits[0].output
         return run
@@ -92,9 +80,6 @@ def test_any_number_of_processes_gives_the_same_weights(runs, world_size):
     for name in ("model", "ema"):
         one, other = tensors(runs(1), name), tensors(runs(world_size), name)
         assert largest_difference(one, other) < 1e-10  # BatchNorm's statistics, too
-    before = [json.loads((runs(n) / "lr_finder" / "top.json").read_text()) for n in (1, world_size)]
-    assert before[0]["lr"] == before[1]["lr"]
-    assert before[0]["losses"] == pytest.approx(before[1]["losses"], rel=1e-5)
 
 
 def test_processes_find_each_other_s_features(config, runs, tmp_path):

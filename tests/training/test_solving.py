@@ -228,7 +228,6 @@ def test_grey_images(tmp_path, dataset):
     [
         ({"trainable": "all"}, {}, "stages.0.solve: only a head can be solved"),
         ({"trainable": ["layer3", "head"]}, {}, "stages.0.solve: only a head can be solved"),
-        ({"lr": "auto"}, {}, "stages.0.lr: auto would be found before the head is solved"),
         ({"solve": False, "epochs": 1}, {}, "stages.0.lr: is required"),
         ({"solve": False, "lr": 1.0}, {}, "stages.0.epochs: a stage has either epochs or steps"),
         ({"steps": -1}, {}, "stages.0.steps: must be positive"),

@@ -206,16 +206,6 @@ def test_killed_between_saving_and_the_evaluation_that_has_it_fall(
     require_equal_runs(falling, train(tmp_path, dataset, **FALLING))
 
 
-def test_a_plateau_s_rate_falls_before_its_stage_ends(tmp_path, dataset):
-    still = {**HEAD, "steps": 40, "lr": 1e-9, "until": "plateau", "schedule": "plateau"}
-    optim = {"patience": 1, "warmup": 0}
-    run = train(tmp_path, dataset, stages=[still], eval={"every": "2 steps"}, optim=optim)
-    rows = [row for row in metric_rows(run) if "val/top1" in row]
-    # the first is the best; the second after it has the rate fall, the fourth ends the stage
-    assert [row["step"] for row in rows] == [2, 4, 6, 8, 10]
-    assert [row["lr/head"] for row in rows] == pytest.approx([1e-9, 1e-9, 1e-9, 1e-10, 1e-10])
-
-
 def test_steps_fall_where_the_rows_say(tmp_path, dataset):
     """57 images in batches of 16: an epoch is 3.56 steps."""
     optim = {"schedule": "step", "step_size": 1, "gamma": 0.5, "warmup": 0}

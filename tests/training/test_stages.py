@@ -63,10 +63,6 @@ def test_a_stage_s_own_keys_change_only_what_they_say():
         ({"stages": [{"epochs": 1, **HEAD, "augment": {"erase": 1}}]}, "stages.0.augment.erase"),
         ({"stages": [{"epochs": 1, **HEAD, "lr": "best"}]}, "stages.0.lr"),
         (
-            {"stages": [{"epochs": 1, **HEAD, "until": "plateau", "schedule": "cosine"}]},
-            "stages.0.schedule: cosine falls towards an end",
-        ),
-        (
             {"data": {"path": "x", "sampling": "balanced"}, "optim": {"class_weights": "balanced"}},
             "choose one",
         ),
@@ -125,9 +121,16 @@ def test_parts_and_all_above_them(tmp_path, dataset, trainable, moving):
 # --- how a stage ends ---
 
 
-def test_a_plateau_moves_on_at_a_constant_rate(tmp_path, dataset):
+def test_a_stage_without_anything_better_moves_on(tmp_path, dataset):
     stages = [
-        {**HEAD, "name": "still", "steps": 40, "lr": 1e-9, "until": "plateau"},
+        {
+            **HEAD,
+            "name": "still",
+            "steps": 40,
+            "lr": 1e-9,
+            "schedule": "constant",
+            "early_stop": {"patience": 2},
+        },
         {**ALL, "name": "next", "steps": 4},
     ]
     run = train(tmp_path, dataset, stages=stages, eval={"every": "2 steps"})
@@ -202,28 +205,3 @@ def test_balanced_sampling_shows_small_classes_more_often(tmp_path):
     samples = [n for line in lines for n in json.loads(line)["samples"]]
     counts = torch.bincount(torch.from_numpy(split.labels(samples)))
     assert counts.tolist() == [32, 32, 32]
-
-
-def test_the_rate_found_is_the_same_after_a_kill(tmp_path, dataset, monkeypatch):
-    changes = {
-        "stages": [
-            {**HEAD, "steps": 4, "lr": "auto", "views": 1},
-            {**ALL, "steps": 4, "lr": "auto"},
-        ],
-        "checkpoint": {"every": "1 step"},
-    }
-    whole = train(tmp_path, dataset, "whole", **changes)
-    found = {
-        path.stem: json.loads(path.read_text()) for path in (whole / "lr_finder").glob("*.json")
-    }
-    assert set(found) == {"head", "all"}
-    for name, part in (("head", found["head"]), ("all", found["all"])):
-        highest = max(row["lr/head"] for row in metric_rows(whole) if row["stage"] == name)
-        assert 1e-6 <= highest <= part["lr"] <= 0.1
-
-    with killed_after(6, monkeypatch):
-        train(tmp_path, dataset, "killed", **changes)
-    (tmp_path / "killed" / "lr_finder" / "all.json").unlink()
-    killed = train(tmp_path, dataset, "killed", **changes)
-    assert not (killed / "lr_finder" / "all.json").exists()  # not looked for again
-    assert same(weights(killed), weights(whole))

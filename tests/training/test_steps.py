@@ -199,7 +199,7 @@ def test_a_stop_while_evaluating_off_the_checkpoints_loses_nothing(
 
 
 def test_a_stage_that_ends_early_is_proved_and_saved(tmp_path, dataset, monkeypatch, capsys):
-    stages = [{**HEAD, "steps": 40, "lr": 1e-9, "until": "plateau"}]
+    stages = [{**HEAD, "steps": 40, "lr": 1e-9, "early_stop": {"patience": 2}}]
     changes = {"stages": stages, "eval": {"every": "2 steps"}, "checkpoint": {"every": "99 steps"}}
     train(tmp_path, dataset, **changes)
     capsys.readouterr()

@@ -13,7 +13,6 @@ from kills import (
     EVALUATE,
     SAVE,
     STAGE_ENDS,
-    STEP,
     TRAINER,
     gone_on,
     killed,
@@ -28,8 +27,8 @@ from rtl_dist.records.state import TrainState
 from rtl_dist.report.evaluation import write_evaluation
 from rtl_dist.report.run import draw_run
 from rtl_dist.training.finish import finish
-from rtl_dist.training.lr_finder import find_learning_rate
 from rtl_dist.training.run import Run
+from rtl_dist.training.solving import solve_head
 
 pytestmark = pytest.mark.launch
 
@@ -100,17 +99,17 @@ def test_the_first_of_two_ranks_killed_as_a_checkpoint_is_written(
     require_equal_runs(undisturbed[2], run)
 
 
-# --- in stages that find their rate, go back to their best weights and end early ------------------
+# --- in stages that solve their head, go back to their best weights and end early ------------------
 
 
 @pytest.fixture(scope="module")
 def eventful(dataset, tmp_path_factory) -> tuple[str, Path]:
     """A config, and its run undisturbed."""
     stages = [
-        {"name": "found", "steps": 5, "trainable": "head", "lr": "auto", "views": 2},
+        {"name": "solved", "steps": 5, "trainable": "head", "solve": True, "views": 2},
         {"name": "wild", "steps": 40, "trainable": ["layer3", "head"], "lr": 0.3,
          "early_stop": {"patience": 2}},
-        {"name": "still", "steps": 40, "trainable": "all", "lr": 1e-9, "until": "plateau",
+        {"name": "still", "steps": 40, "trainable": "all", "lr": 1e-9,
          "early_stop": {"patience": 1}},
     ]  # fmt: skip
     folder = tmp_path_factory.mktemp("eventful")
@@ -133,8 +132,8 @@ def shown_together(faults: list[Kill]) -> str:
     "faults",
     one_of_each(
         [
-            [Kill(place=STEP, call=30)],  # while it looks for the rate
-            [Kill(place=find_learning_rate, after=True)],
+            [Kill(place=solve_head)],
+            [Kill(place=solve_head, after=True)],
             [Kill(place=CROSS, call=1, after=True), Kill(place=CROSS, call=5, after=True)],
             [Kill(place=Run.keep_as_stage_best, call=2, after=True)],
             [Kill(place=Run.go_back_to_stage_best)],
@@ -152,8 +151,6 @@ def test_killed_in_stages_that_judge_for_themselves(tmp_path, eventful, faults):
     killed(config, run, *faults)
     gone_on(config, run)
     require_equal_runs(undisturbed, run)
-    found = [(one / "lr_finder" / "found.json").read_bytes() for one in (undisturbed, run)]
-    assert found[0] == found[1]
 
 
 # --- in an evaluation --------------------------------------------------------------------------
