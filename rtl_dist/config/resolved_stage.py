@@ -115,7 +115,7 @@ def resolve_stage(
             "lr": _LR_OF_SOLVED if stage.lr is None else stage.lr,
             "schedule": optim.schedule,
             "warmup": optim.warmup,
-            "steps_per_epoch": Fraction(num_samples, config.batch.global_),
+            "steps_per_epoch": Fraction(num_samples, config.batch.total),
         }
     )
 
@@ -126,7 +126,7 @@ def resolve_stages(config: Config, *, num_samples: int) -> list[ResolvedStage]:
         [stage.epochs or None for stage in config.stages],
         [stage.steps if stage.takes_steps else 0 for stage in config.stages],
         num_samples=num_samples,
-        global_batch_size=config.batch.global_,
+        global_batch_size=config.batch.total,
     )
     return [
         resolve_stage(number, config, span, num_samples=num_samples)

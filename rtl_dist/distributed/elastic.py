@@ -116,7 +116,7 @@ def largest_share(num_microbatches: int, world_size: int) -> int:
 def _num_microbatches(batch: BatchConfig) -> int:
     """Of a global batch. With ``batch.micro: auto`` their size is not known yet, so each sample
     counts as one: the number of processes must at least divide ``batch.global``."""
-    return batch.global_ // (1 if batch.micro == "auto" else batch.micro)
+    return batch.total // (1 if batch.micro == "auto" else batch.micro)
 
 
 def meet(store: Any, *, rank: int, world_size: int, timeout_s: float = 600.0) -> str:

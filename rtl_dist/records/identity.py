@@ -11,7 +11,7 @@ from rtl_dist.core.errors import UserError
 from rtl_dist.data.format.dataset import Dataset
 
 # What may differ between a run and its continuation: where things are and what is reported.
-_FREE = ("run", "track", "checkpoint", "eval", "early_stop", "compile", "features")
+_FREE = ("run", "track", "checkpoint", "eval", "early_stop", "compile", "features", "recipe")
 _FREE_KEYS = {
     "data": (
         "path",

@@ -23,12 +23,15 @@ LOG = logging.getLogger("rtl_dist")
 
 
 def keep_resolved(config: Config) -> Config:
-    """The config with what an earlier start of this run resolved: the canonical microbatch and the
-    precision are part of the run, whatever hardware it goes on with."""
+    """The config with what an earlier start of this run resolved: the canonical microbatch, the
+    precision and what a recipe chose are part of the run, whatever it goes on with."""
     run = Path(config.run.dir)
     if not has_checkpoint(run):
         return config
     earlier = read_run_config(run)
+    if config.recipe == "auto" and isinstance(earlier.recipe, list):
+        batch = replace(config.batch, global_=config.batch.global_ or earlier.batch.global_)
+        config = replace(config, recipe=earlier.recipe, stages=earlier.stages, batch=batch)
     if config.batch.micro == "auto":
         config = replace(config, batch=replace(config.batch, micro=earlier.batch.micro))
     if config.precision == "auto":

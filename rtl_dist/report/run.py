@@ -102,7 +102,9 @@ def _cards(
     if history.headline in test:
         cards.append((percent(test[history.headline]), f"test {name}", "the best weights"))
     if best is not None:
-        cards.append((percent(best[1]), f"best validation {name}", f"epoch {best[0]:.4g}"))
+        stage = _dict(results, "best").get("stage")
+        where = f"stage {stage}, " if isinstance(stage, str) else ""
+        cards.append((percent(best[1]), f"best validation {name}", f"{where}epoch {best[0]:.4g}"))
     stages = history.stages
     if stages[-1].gap is not None:
         cards.append((f"{100 * stages[-1].gap:+.2f}", "gap", "train minus validation, points"))

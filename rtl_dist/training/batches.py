@@ -46,7 +46,7 @@ class StageReading:
 
     @property
     def global_batch_size(self) -> int:
-        return self.config.batch.global_
+        return self.config.batch.total
 
     @property
     def transform(self) -> TrainTransform:

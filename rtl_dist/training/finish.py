@@ -125,9 +125,10 @@ def _evaluate_test(run: Run, best: Path) -> dict[str, float] | None:
 
 def _last_word(run: Run, test: dict[str, float] | None) -> str:
     best, data = run.state.best, run.config.data
-    reached = (
-        "" if best is None else f"best {best.metric} {best.value:.4f} at epoch {best.epoch:.1f}"
-    )
+    reached = ""
+    if best is not None:
+        where = f"stage {best.stage}, epoch {best.epoch:.1f}"
+        reached = f"best {best.metric} {best.value:.4f} ({where})"
     if test is not None:
         name = run.dataset.task.headline
         reached += f", {data.test}/{name} {test[name]:.4f} on {test['num_samples']:,} images"

@@ -103,5 +103,5 @@ def _halve_microbatch(run: Run, error: OutOfMemory) -> None:
         error,
         run.state.step,
         smaller,
-        run.config.batch.global_,
+        run.config.batch.total,
     )

@@ -27,7 +27,7 @@ def resolve_micro_batch_size(config: Config, runtime: Runtime, *, num_classes: i
         UserError: the number of microbatches is not a multiple of the number of processes, or not
             one image fits.
     """
-    total, world_size = config.batch.global_, runtime.world_size
+    total, world_size = config.batch.total, runtime.world_size
     if config.batch.micro != "auto":
         _require_shareable(total, config.batch.micro, world_size)
         return config.batch.micro

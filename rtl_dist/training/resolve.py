@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 from rtl_dist.config import Config, EarlyStopConfig
+from rtl_dist.config.recipe import recipe_for
 from rtl_dist.core.errors import UserError
 from rtl_dist.core.tasks import MULTI_LABEL
 from rtl_dist.data.format.dataset import Dataset
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.training.memory import resolve_micro_batch_size
+
+LOG = logging.getLogger("rtl_dist")
 
 
 def resolve(config: Config, runtime: Runtime, dataset: Dataset) -> Config:
@@ -17,7 +21,11 @@ def resolve(config: Config, runtime: Runtime, dataset: Dataset) -> Config:
 
     Raises:
         UserError: the processes, the metric or the mixing do not fit the data or the batch.
+        DataError: on every rank; ``data.train`` cannot be opened.
     """
+    if config.recipe == "auto":
+        split = runtime.on_every_rank(lambda: dataset.split(config.data.train))
+        config = _by_recipe(config, num_images=split.num_samples)
     stages = [
         stage
         if stage.early_stop is None
@@ -32,18 +40,34 @@ def resolve(config: Config, runtime: Runtime, dataset: Dataset) -> Config:
         precision=runtime.precision,
         early_stop=_measured(config.early_stop, dataset, "early_stop"),
         stages=stages,
+        batch=replace(config.batch, global_=config.batch.total),
     )
     if dataset.task == MULTI_LABEL:
         _require_single_label_options_unused(config)
     if config.batch.sync_batchnorm and runtime.device.type != "cuda":
         raise UserError("batch.sync_batchnorm: torch has it for GPUs only; set it to false")
     micro = resolve_micro_batch_size(config, runtime, num_classes=dataset.num_classes)
-    if config.batch.sync_batchnorm and micro * runtime.world_size != config.batch.global_:
+    if config.batch.sync_batchnorm and micro * runtime.world_size != config.batch.total:
         raise UserError(
             "batch.sync_batchnorm: takes one microbatch a process, whose layers wait for each"
-            f" other; set batch.micro={max(1, config.batch.global_ // runtime.world_size)}"
+            f" other; set batch.micro={max(1, config.batch.total // runtime.world_size)}"
         )
     return replace(config, batch=replace(config.batch, micro=micro))
+
+
+def _by_recipe(config: Config, *, num_images: int) -> Config:
+    batch = config.batch
+    recipe = recipe_for(
+        num_images, batch=batch.global_, micro=None if batch.micro == "auto" else batch.micro
+    )
+    for line in recipe.told:
+        LOG.info("recipe: %s", line)
+    return replace(
+        config,
+        recipe=recipe.told,
+        stages=recipe.stages,
+        batch=replace(batch, global_=recipe.batch),
+    )
 
 
 def _measured(early_stop: EarlyStopConfig, dataset: Dataset, path: str) -> EarlyStopConfig:

@@ -113,7 +113,7 @@ class StageEvaluator:
         """This rank's share of the first microbatches of the stream, which are the same at any
         number of ranks."""
         run = self._run
-        batch = run.config.batch.global_
+        batch = run.config.batch.total
         num_images = math.ceil(min(_STATISTICS_SAMPLES, run.train.num_samples) / batch) * batch
         return range(0, num_images, run.micro_batch_size)[
             run.runtime.rank :: run.runtime.world_size

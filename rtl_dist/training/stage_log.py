@@ -53,7 +53,7 @@ class StageLog:
         that was spent waiting for the loader."""
         elapsed = time.perf_counter() - self._window_opened_at
         steps = self._run.state.step - self._window_first_step
-        images, waited = steps * self._run.config.batch.global_, self._waited_s
+        images, waited = steps * self._run.config.batch.total, self._waited_s
         self.restart_window()
         if not images:
             return {}

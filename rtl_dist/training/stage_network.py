@@ -63,7 +63,7 @@ class StageNetwork:
             state.is_compiled = compiling_pays(
                 self.trained,
                 lambda: self.inputs_of(self._black_images(run.micro_batch_size)),
-                num_images=self._stage.num_steps * run.config.batch.global_,
+                num_images=self._stage.num_steps * run.config.batch.total,
                 runtime=run.runtime,
                 what=self._stage.name,
             )

@@ -129,7 +129,7 @@ class StageTrainer:
             step_in_stage = run.state.step - run.state.stage_first_step
             rate_factor = self.optimizer.planned_factor(step_in_stage)
         self.optimizer.set_rates(rate_factor)
-        per_rank = run.config.batch.global_ // run.micro_batch_size // run.runtime.world_size
+        per_rank = run.config.batch.total // run.micro_batch_size // run.runtime.world_size
         network.statistics.begin()
         for i in range(per_rank):
             if per_rank > 1 and run.runtime.asked_to_stop():
@@ -154,7 +154,7 @@ class StageTrainer:
         self.totals.accept()
         self.skipped.note(outcome.taken)
         self._run.state.step += 1
-        self._run.state.samples_seen += self._run.config.batch.global_
+        self._run.state.samples_seen += self._run.config.batch.total
 
     def fold_totals(self) -> None:
         """Reads the device's counts into the run's state; a deliberate wait for it, at logging and
@@ -184,7 +184,7 @@ class StageTrainer:
             how = f", all below {self.network.first_trained} without autograd"
         most = "up to " if self._stage.patience is not None else ""
         return (
-            f"{most}{self._stage.num_steps} steps of {self._run.config.batch.global_} images,"
+            f"{most}{self._stage.num_steps} steps of {self._run.config.batch.total} images,"
             f" training {trained:,} of {total:,} parameters{how}"
         )
 

@@ -54,7 +54,7 @@ def _measure(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """float64 (F,) mean and () scale, the same on every rank."""
     runtime = run.runtime
-    batch_size = run.config.batch.global_
+    batch_size = run.config.batch.total
     num_samples = min(_SAMPLES, run.train.num_samples)
     num_steps = min(math.ceil(num_samples / batch_size), reading.end_step - reading.first_step)
     rounds = num_steps * batch_size // run.micro_batch_size // runtime.world_size

@@ -95,7 +95,7 @@ class StepBoundary:
             save_every=config.checkpoint.every,
             eval_every=config.eval.every,
             num_samples=self._run.train.num_samples,
-            global_batch_size=config.batch.global_,
+            global_batch_size=config.batch.total,
             rate_falls=falls_at_once(self._stage, self._steps_done),
         )
 

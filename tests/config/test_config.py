@@ -372,6 +372,7 @@ def everything_set():
                 "dropout": 0.3,
                 "small_stem": True,
             },
+            "recipe": ["batch.global 32: why"],
             "stages": [
                 {"name": "a", "steps": 7, "lr": 1e-7, "trainable": ["layer4", "head"], "views": 3},
                 {"name": "b", "epochs": 0.3, "lr": 2, "trainable": "head", "layer_decay": 0.1}
