@@ -40,7 +40,8 @@ def find_lr(config: Config, stage_name: str | None) -> str:
     Raises:
         RtlDistError: with the exit code to leave with; see ``errors``.
     """
-    number = _number_of(stage_name, config)
+    if config.recipe != "auto":
+        _number_of(stage_name, config)  # refused before anything is opened
     config = _beside_the_run(config)
     with (
         StopRequests() as stops,
@@ -49,6 +50,7 @@ def find_lr(config: Config, stage_name: str | None) -> str:
     ):
         dataset = open_data(config, runtime)
         config = resolve(config, runtime, dataset)
+        number = _number_of(stage_name, config)
         with open_run(config, runtime, folder, dataset) as (run, stages, _):
             stage, before = stages[number], stages[:number]
             if stepped := [earlier.name for earlier in before if earlier.takes_steps]:
