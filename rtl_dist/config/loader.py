@@ -9,6 +9,7 @@ import yaml
 
 from rtl_dist.config.convert import Problem, build, to_dict
 from rtl_dist.config.overrides import Overrides
+from rtl_dist.config.recipe import lay_under
 from rtl_dist.config.schema import Config
 from rtl_dist.config.yaml_text import YamlFault, read_yaml
 from rtl_dist.core.errors import UserError
@@ -36,6 +37,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise UserError(f"{path}: expected sections such as data: and stages:, found nothing")
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections such as data: and stages:, found {tree!r}")
+    lay_under(tree)  # so that overrides find the stages
     return _checked(tree, str(path), Overrides(tree, overrides or []))
 
 
@@ -72,6 +74,7 @@ def read_run_config(run: str | Path) -> Config:
 
 def _checked(tree: dict[str, Any], origin: str, overrides: Overrides) -> Config:
     found: list[Problem] = []
+    lay_under(tree)
     whole, inherited = _inherited(tree)
     config: Config = build(Config, whole, "", found)
     # what a stage has from elsewhere is wrong there, once

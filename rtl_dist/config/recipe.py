@@ -1,4 +1,4 @@
-"""``recipe: auto``: the batch and the stages of a fine-tuning, by the number of training images.
+"""``recipe: auto``: what fine-tuning needs to know, chosen by the number of training images.
 
 How each rule was measured, and on which data sets: docs/recipes.md.
 """
@@ -6,18 +6,44 @@ How each rule was measured, and on which data sets: docs/recipes.md.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from rtl_dist.config.stage import StageConfig
 
-_BATCH = 32
+_HEAD = {"name": "head", "trainable": "head", "solve": True}
+_FINETUNE = {"name": "finetune", "trainable": "all"}
+_LAYER_DECAY = 0.5
+_WARMUP = 0.3
+
+SMALLEST_BATCH = 32  # and the larger ones are its multiples
 _LARGER_BATCH = 64
 _LARGER_FROM = 10_000  # images
 _STEPS = 480  # of a small data set
 _MOST_EPOCHS, _FEWEST_EPOCHS = 40, 8
-_RATE = 1e-3  # at a batch of _BATCH
-_LAYER_DECAY = 0.75
-_WARMUP = 0.3
+_RATE = 1e-3  # at the smallest batch
+
+
+def lay_under(tree: dict[str, Any]) -> None:
+    """Where a config's tree says ``recipe: auto``, makes auto what it leaves open."""
+    if tree.get("recipe") != "auto":
+        return
+    stages = tree.get("stages") or [dict(_HEAD), dict(_FINETUNE)]
+    tree["stages"] = stages
+    batch = tree.setdefault("batch", {})
+    if isinstance(batch, dict):
+        batch.setdefault("global", "auto")
+    for stage in stages if isinstance(stages, list) else []:
+        if not isinstance(stage, dict) or stage.get("trainable", "all") != "all":
+            continue
+        if not stage.keys() & {"epochs", "steps"}:
+            stage["epochs"] = "auto"
+        if "lr" not in stage:
+            stage["lr"] = "auto"
+            stage.setdefault("layer_decay", _LAYER_DECAY)
+        sections = [stage.get("optim"), tree.get("optim")]
+        if not any(isinstance(section, dict) and "warmup" in section for section in sections):
+            stage.setdefault("warmup", _WARMUP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,42 +53,63 @@ class Recipe:
     batch: int
     """Of ``batch.global``."""
     stages: list[StageConfig]
-    """The head solved, then all of the network trained."""
+    """Without an auto."""
     told: list[str]
     """What was chosen and why, a line each."""
 
 
-def recipe_for(num_images: int, *, batch: int | None = None, micro: int | None = None) -> Recipe:
-    """The recipe for so many training images.
+def recipe_for(
+    stages: list[StageConfig],
+    num_images: int,
+    *,
+    batch: int | Literal["auto"] = "auto",
+    micro: int | Literal["auto"] = "auto",
+) -> Recipe:
+    """What each auto becomes for so many training images.
 
     Args:
-        batch: ``batch.global``, where the config says it.
-        micro: ``batch.micro``, where the config says it; a batch that is chosen is a multiple.
+        batch: ``batch.global``.
+        micro: ``batch.micro``; a batch that is chosen is a multiple of it.
     """
-    chosen = batch or _batch_for(num_images, micro or 1)
-    epochs = min(_MOST_EPOCHS, max(_FEWEST_EPOCHS, math.ceil(_STEPS * _BATCH / num_images)))
-    rate = float(f"{_RATE * math.sqrt(chosen / _BATCH):.2g}")
-    finetune = StageConfig(
-        name="finetune",
-        epochs=epochs,
-        trainable="all",
-        lr=rate,
-        layer_decay=_LAYER_DECAY,
-        warmup=_WARMUP,
-    )
-    steps = math.ceil(epochs * num_images / chosen)
-    return Recipe(
-        batch=chosen,
-        stages=[StageConfig(name="head", trainable="head", solve=True), finetune],
-        told=[
-            f"batch.global {chosen}: "
-            + ("as the config says" if batch else f"for {num_images:,} training images"),
-            f"stages.1.epochs {epochs}: {steps:,} steps",
-            f"stages.1.lr {rate:g}: {_RATE:g} at a batch of {_BATCH}, by the root of the batch",
-        ],
-    )
+    told = []
+    if batch == "auto":
+        parts = 1 if micro == "auto" else micro
+        batch = math.ceil(_batch_for(num_images) / parts) * parts
+        told.append(f"batch.global {batch}: for {num_images:,} training images")
+    filled = []
+    for number, stage in enumerate(stages):
+        if stage.epochs == "auto":
+            epochs = _epochs_for(num_images)
+            steps = math.ceil(epochs * num_images / batch)
+            told.append(f"stages.{number}.epochs {epochs}: {steps:,} steps")
+            stage = replace(stage, epochs=epochs)
+        if stage.lr == "auto":
+            rate = float(f"{_RATE * math.sqrt(batch / SMALLEST_BATCH):.2g}")
+            why = f"{_RATE:g} at a batch of {SMALLEST_BATCH}, by the root of it"
+            told.append(f"stages.{number}.lr {rate:g}: {why}")
+            stage = replace(stage, lr=rate)
+        filled.append(stage)
+    return Recipe(batch=batch, stages=filled, told=told)
 
 
-def _batch_for(num_images: int, micro: int) -> int:
-    wanted = _BATCH if num_images < _LARGER_FROM else _LARGER_BATCH
-    return math.ceil(wanted / micro) * micro
+def kept(stages: list[StageConfig], chosen: list[StageConfig]) -> list[StageConfig]:
+    """``stages`` with each auto as it was chosen before, for the same stages."""
+    if len(stages) != len(chosen):
+        return stages
+    return [
+        replace(
+            stage,
+            lr=before.lr if stage.lr == "auto" else stage.lr,
+            epochs=before.epochs if stage.epochs == "auto" else stage.epochs,
+        )
+        for stage, before in zip(stages, chosen, strict=True)
+    ]
+
+
+def _batch_for(num_images: int) -> int:
+    return SMALLEST_BATCH if num_images < _LARGER_FROM else _LARGER_BATCH
+
+
+def _epochs_for(num_images: int) -> int:
+    wanted = math.ceil(_STEPS * SMALLEST_BATCH / num_images)
+    return min(_MOST_EPOCHS, max(_FEWEST_EPOCHS, wanted))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
+from typing import Literal
 
 from rtl_dist.config.optim import OptimConfig, Schedule
 from rtl_dist.config.schema import Config
@@ -71,6 +72,8 @@ class ResolvedStage(StageConfig):
     """Its own keys, and the run's for all else; ``schedule`` and ``warmup`` as here."""
     schedule: Schedule
     """Of the learning rate after warm-up."""
+    epochs: float | None
+    """Length in epochs; None: ``steps`` says, or there is none."""
     lr: float
     """Of the head at the end of warm-up; see ``StageConfig``."""
     warmup: float
@@ -112,7 +115,8 @@ def resolve_stage(
             "augment": stage.augment or config.augment,
             "early_stop": stage.early_stop or config.early_stop,
             "optim": optim,
-            "lr": _LR_OF_SOLVED if stage.lr is None else stage.lr,
+            "epochs": _number(stage.epochs),
+            "lr": _LR_OF_SOLVED if stage.lr is None else _number(stage.lr),
             "schedule": optim.schedule,
             "warmup": optim.warmup,
             "steps_per_epoch": Fraction(num_samples, config.batch.total),
@@ -120,10 +124,15 @@ def resolve_stage(
     )
 
 
+def _number(value: float | Literal["auto"] | None) -> float | None:
+    assert value != "auto"  # chosen by ``recipe_for`` before
+    return value
+
+
 def resolve_stages(config: Config, *, num_samples: int) -> list[ResolvedStage]:
     """The stages of a run over ``num_samples`` training samples, laid end to end."""
     spans = stage_spans(
-        [stage.epochs or None for stage in config.stages],
+        [_number(stage.epochs) or None for stage in config.stages],
         [stage.steps if stage.takes_steps else 0 for stage in config.stages],
         num_samples=num_samples,
         global_batch_size=config.batch.total,

@@ -13,12 +13,10 @@ from typing import Literal
 from rtl_dist.config.checks import Checks
 from rtl_dist.config.data import DataConfig
 from rtl_dist.config.optim import OptimConfig
-from rtl_dist.config.recipe import recipe_for
 from rtl_dist.config.stage import AugmentConfig, EarlyStopConfig, StageConfig
 from rtl_dist.core.intervals import Duration, Every
 
 Precision = Literal["auto", "no", "fp16", "bf16", "fp64"]
-_BATCH = 256  # where neither the config nor a recipe says
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +67,9 @@ class ModelConfig:
 class BatchConfig:
     """How the samples of a step are shared out."""
 
-    global_: int | None = field(default=None, metadata={"key": "global"})
-    """Samples an optimizer step, over all processes; never depends on the hardware. null: 256, or
-    by ``recipe``."""
+    global_: int | Literal["auto"] = field(default=256, metadata={"key": "global"})
+    """Samples an optimizer step, over all processes; never depends on the hardware. auto: by the
+    number of training images, see ``recipe``."""
     micro: Literal["auto"] | int = "auto"
     """Samples of one forward pass; part of the run's identity (BatchNorm, mixup and dropout see one
     microbatch), so auto is resolved once and written to the run's config: on a GPU the largest that
@@ -82,16 +80,17 @@ class BatchConfig:
 
     @property
     def total(self) -> int:
-        """Samples an optimizer step, over all processes."""
-        return _BATCH if self.global_ is None else self.global_
+        """Samples an optimizer step, over all processes; of a resolved config."""
+        assert self.global_ != "auto"
+        return self.global_
 
     def __post_init__(self) -> None:
         with Checks() as check:
-            check(self.total > 0, "global: must be positive")
+            check(self.global_ == "auto" or self.global_ > 0, "global: must be auto or positive")
             if self.micro != "auto":
                 check(self.micro > 0, "micro: must be auto or positive")
                 check(
-                    self.global_ is None
+                    self.global_ == "auto"
                     or min(self.global_, self.micro) <= 0
                     or self.global_ % self.micro == 0,
                     f"micro: {self.micro} does not divide batch.global {self.global_}",
@@ -164,11 +163,12 @@ class Config:
     model: ModelConfig = ModelConfig()
     """The network and the weights that it starts from."""
     recipe: Literal["auto"] | list[str] | None = None
-    """auto: the stages, and the batch where ``batch.global`` is null, are chosen by measured rules
-    for as many training images as there are: the head solved, then the whole network fine-tuned.
-    The run's config has them in their own keys, and here what was chosen and why, of no effect."""
-    stages: list[StageConfig] = field(default_factory=list)
-    """What is trained, in order; at least one, but with ``recipe: auto`` none."""
+    """auto: what the config does not say of ``batch.global`` and of stages that train the whole
+    network is ``auto``; with no stages at all, the head is solved, then the whole network
+    fine-tuned. An auto is chosen by measured rules for as many training images as there are, and
+    the run's config has in its place what was chosen, and here why, which is of no effect."""
+    stages: list[StageConfig]
+    """What is trained, in order; at least one."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The optimizer, the loss, and what becomes of the learning rate within a stage, in every stage
     that does not say otherwise."""
@@ -193,8 +193,19 @@ class Config:
 
     def __post_init__(self) -> None:
         with Checks() as check:
-            self._check_recipe(check)
-            self._check_batch(check)
+            check(
+                len(self.stages) > 0,
+                "stages: must name at least one stage; recipe: auto chooses them",
+                "recipe",
+            )
+            check(
+                self.model.weights != "none" or not self.chooses,
+                "model.weights: none, and what is auto is chosen for a network that was trained"
+                " before; give numbers, as configs/tiny_backbone.yaml does",
+                "recipe",
+                "batch",
+                "stages",
+            )
             names = [stage.name for stage in self.stages]
             check(len(set(names)) == len(names), f"stages: names must differ, not {names}")
             check(0 <= self.seed < 2**63, "seed: must lie in 0 to 2^63 - 1")
@@ -210,71 +221,44 @@ class Config:
                     "optim",
                     "stages",
                 )
-            for number in range(len(self._planned)):
+            for number in range(len(self.stages)):
                 self._check_stage_optim(check, number)
                 self._check_solved(check, number)
 
-    def _check_batch(self, check: Checks) -> None:
-        """That the microbatches make up the default batch; a recipe's is made up of them."""
-        total, micro = self.batch.total, self.batch.micro
-        check(
-            micro == "auto" or self.recipe == "auto" or total % micro == 0,
-            f"batch.micro: {micro} does not divide batch.global {total}",
-            "recipe",
-        )
-
     @property
-    def _planned(self) -> list[StageConfig]:
-        """The stages, or such as a recipe will choose."""
-        return self.stages or recipe_for(1000).stages
-
-    def _check_recipe(self, check: Checks) -> None:
-        """That there are stages, or a recipe and what it asks of the rest."""
-        if self.recipe != "auto":
-            check(
-                len(self.stages) > 0,
-                "stages: must name at least one stage; recipe: auto chooses them",
-                "recipe",
-            )
-            return
-        check(not self.stages, "recipe: auto chooses the stages; leave one of both out", "stages")
-        check(
-            self.model.weights != "none",
-            "recipe: auto fine-tunes weights that were trained, and model.weights is none; give the"
-            " stages yourself, as configs/tiny_backbone.yaml does",
-            "model",
-        )
+    def chooses(self) -> bool:
+        """Whether something in it is left to the rules of ``recipe``."""
+        return self.batch.global_ == "auto" or any(stage.chooses for stage in self.stages)
 
     def _check_solved(self, check: Checks, number: int) -> None:
         """What a stage that is solved asks of the rest."""
-        if not self._planned[number].solve:
+        if not self.stages[number].solve:
             return
         path, optim = self._optim_of(number)
-        solve = f"stages.{number}.solve" if self.stages else "recipe"
         check(
-            self.optim.ema == 0 or all(s.trains_head_alone for s in self._planned[:number]),
-            f"{solve}: the averaged weights of the stages before make other features,"
+            self.optim.ema == 0 or all(s.trains_head_alone for s in self.stages[:number]),
+            f"stages.{number}.solve: the averaged weights of the stages before make other features,"
             " which another head would fit; solve before them, or set optim.ema: 0",
             "optim",
             "stages",
         )
         check(
             optim.loss != "focal",
-            f"{solve}: the focal loss has no one optimum; set"
-            f" {path}.loss to another, or leave {solve.rpartition('.')[2]} out",
+            f"stages.{number}.solve: the focal loss has no one optimum; set {path}.loss to another,"
+            " or leave solve out",
             "optim",
             "stages",
         )
         check(
             self.data.backend == "indexed",
-            f"{solve}: needs data.backend: indexed",
+            f"stages.{number}.solve: needs data.backend: indexed",
             "data",
             "stages",
         )
 
     def _check_stage_optim(self, check: Checks, number: int) -> None:
         """What a stage's optimizer must have of the run's, and its schedule of other keys."""
-        stage = self._planned[number]
+        stage = self.stages[number]
         path, optim = self._optim_of(number)
         for key in ("ema", "ema_batchnorm"):
             check(
@@ -294,7 +278,7 @@ class Config:
             return
         lr, early_stop = stage.lr, stage.early_stop or self.early_stop
         check(
-            lr is None or optim.min_lr < lr,
+            lr is None or lr == "auto" or optim.min_lr < lr,
             f"{path}.min_lr: must be below stages.{number}.lr, {lr}",
             "optim",
             "stages",
@@ -310,16 +294,16 @@ class Config:
 
     def _optim_of(self, number: int) -> tuple[str, OptimConfig]:
         """The path and the section by which a stage is trained."""
-        own = self._planned[number].optim
+        own = self.stages[number].optim
         return ("optim", self.optim) if own is None else (f"stages.{number}.optim", own)
 
     def optim_sections(self) -> dict[str, OptimConfig]:
         """Those by which some stage is trained, by path."""
-        return dict(self._optim_of(number) for number in range(len(self._planned)))
+        return dict(self._optim_of(number) for number in range(len(self.stages)))
 
     def mixing_keys(self) -> Iterator[str]:
         """The keys by which some stage mixes the images of a microbatch."""
-        for number, stage in enumerate(self._planned):
+        for number, stage in enumerate(self.stages):
             section = "augment" if stage.augment is None else f"stages.{number}.augment"
             for name in ("mixup", "cutmix"):
                 if getattr(stage.augment or self.augment, name) > 0:

@@ -88,16 +88,18 @@ class StageConfig:
     its loss on the features of the training images as evaluations see them, with a penalty on its
     weights that is chosen by cross-validation, in place of ``weight_decay``. Such a stage needs no
     steps."""
-    epochs: float | None = None
-    """Length in epochs; may be a fraction. Or ``steps``; with ``solve`` may be 0 or null."""
+    epochs: float | Literal["auto"] | None = None
+    """Length in epochs; may be a fraction. Or ``steps``; with ``solve`` may be 0 or null. auto, if
+    all is trained: by the number of training images, see ``recipe``."""
     steps: int | None = None
     """Length in optimizer steps. Or ``epochs``."""
     trainable: str | list[str] = "all"
     """head, all, or a part of the model or a list of them, such as [layer4, head]; ``layer3+``
     means a part and all above it. All else is frozen."""
-    lr: float | None = None
-    """Learning rate of the head at the end of warm-up; deeper parts by ``layer_decay``. null, only
-    with ``solve``: 1e-3, if there are steps."""
+    lr: float | Literal["auto"] | None = None
+    """Learning rate of the head at the end of warm-up; deeper parts by ``layer_decay``. auto, if
+    all is trained: by the batch, see ``recipe``. null, only with ``solve``: 1e-3, if there are
+    steps."""
     layer_decay: float = 1.0
     """Each part further from the head learns at this factor of the one above it."""
     batchnorm: Literal["frozen", "stats", "train"] = "frozen"
@@ -125,6 +127,11 @@ class StageConfig:
     weights are the same either way."""
 
     @property
+    def chooses(self) -> bool:
+        """Whether its length or its rate is left to the rules of ``recipe``."""
+        return "auto" in (self.epochs, self.lr)
+
+    @property
     def takes_steps(self) -> bool:
         """Whether it has a length; one that solves its head needs none."""
         return bool(self.epochs or self.steps)
@@ -150,7 +157,7 @@ class StageConfig:
             for name in ("epochs", "steps"):
                 length = getattr(self, name)
                 check(
-                    length is None or length > 0 or (self.solve and length == 0),
+                    length is None or length == "auto" or length > 0 or (self.solve and not length),
                     f"{name}: must be positive",
                     "solve",
                 )
@@ -159,7 +166,16 @@ class StageConfig:
                 f"solve: only a head can be solved, not {self.trainable}; set trainable: head",
                 "trainable",
             )
-            check(self.lr is None or self.lr > 0, f"lr: must be positive, not {self.lr}")
+            check(
+                self.lr is None or self.lr == "auto" or self.lr > 0,
+                f"lr: must be positive or auto, not {self.lr}",
+            )
+            for name in ("epochs", "lr"):
+                check(
+                    getattr(self, name) != "auto" or self.trainable == "all",
+                    f"{name}: auto is for a stage that trains all; give a number",
+                    "trainable",
+                )
             check(0 < self.layer_decay <= 1, "layer_decay: must lie in 0 to 1")
             check(self.views is None or self.views > 0, "views: must be positive or null")
             check(self.trainable != [], "trainable: must name at least one part")

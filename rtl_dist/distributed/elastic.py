@@ -23,6 +23,7 @@ from datetime import timedelta
 from typing import Any
 
 from rtl_dist.config import BatchConfig
+from rtl_dist.config.recipe import SMALLEST_BATCH
 from rtl_dist.core.errors import RtlDistError
 from rtl_dist.distributed.launchers import COLLECTIVE_TIMEOUT
 
@@ -115,8 +116,10 @@ def largest_share(num_microbatches: int, world_size: int) -> int:
 
 def _num_microbatches(batch: BatchConfig) -> int:
     """Of a global batch. With ``batch.micro: auto`` their size is not known yet, so each sample
-    counts as one: the number of processes must at least divide ``batch.global``."""
-    return batch.total // (1 if batch.micro == "auto" else batch.micro)
+    counts as one: the number of processes must at least divide ``batch.global``, or, where that is
+    not known either, the smallest of which any that is chosen is a multiple."""
+    total = SMALLEST_BATCH if batch.global_ == "auto" else batch.global_
+    return max(1, total // (1 if batch.micro == "auto" else batch.micro))
 
 
 def meet(store: Any, *, rank: int, world_size: int, timeout_s: float = 600.0) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from rtl_dist.config import Config, read_run_config
+from rtl_dist.config.recipe import kept
 from rtl_dist.data.format.dataset import Dataset
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.records.checkpoint import (
@@ -29,9 +30,12 @@ def keep_resolved(config: Config) -> Config:
     if not has_checkpoint(run):
         return config
     earlier = read_run_config(run)
-    if config.recipe == "auto" and isinstance(earlier.recipe, list):
-        batch = replace(config.batch, global_=config.batch.global_ or earlier.batch.global_)
-        config = replace(config, recipe=earlier.recipe, stages=earlier.stages, batch=batch)
+    if config.chooses and isinstance(earlier.recipe, list):
+        batch = config.batch
+        if batch.global_ == "auto":
+            batch = replace(batch, global_=earlier.batch.global_)
+        stages = kept(config.stages, earlier.stages)
+        config = replace(config, recipe=earlier.recipe, stages=stages, batch=batch)
     if config.batch.micro == "auto":
         config = replace(config, batch=replace(config.batch, micro=earlier.batch.micro))
     if config.precision == "auto":

@@ -40,8 +40,7 @@ def find_lr(config: Config, stage_name: str | None) -> str:
     Raises:
         RtlDistError: with the exit code to leave with; see ``errors``.
     """
-    if config.recipe != "auto":
-        _number_of(stage_name, config)  # refused before anything is opened
+    number = _number_of(stage_name, config)
     config = _beside_the_run(config)
     with (
         StopRequests() as stops,
@@ -50,7 +49,6 @@ def find_lr(config: Config, stage_name: str | None) -> str:
     ):
         dataset = open_data(config, runtime)
         config = resolve(config, runtime, dataset)
-        number = _number_of(stage_name, config)
         with open_run(config, runtime, folder, dataset) as (run, stages, _):
             stage, before = stages[number], stages[:number]
             if stepped := [earlier.name for earlier in before if earlier.takes_steps]:

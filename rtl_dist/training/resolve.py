@@ -23,7 +23,7 @@ def resolve(config: Config, runtime: Runtime, dataset: Dataset) -> Config:
         UserError: the processes, the metric or the mixing do not fit the data or the batch.
         DataError: on every rank; ``data.train`` cannot be opened.
     """
-    if config.recipe == "auto":
+    if config.chooses:
         split = runtime.on_every_rank(lambda: dataset.split(config.data.train))
         config = _by_recipe(config, num_images=split.num_samples)
     stages = [
@@ -40,7 +40,6 @@ def resolve(config: Config, runtime: Runtime, dataset: Dataset) -> Config:
         precision=runtime.precision,
         early_stop=_measured(config.early_stop, dataset, "early_stop"),
         stages=stages,
-        batch=replace(config.batch, global_=config.batch.total),
     )
     if dataset.task == MULTI_LABEL:
         _require_single_label_options_unused(config)
@@ -57,9 +56,7 @@ def resolve(config: Config, runtime: Runtime, dataset: Dataset) -> Config:
 
 def _by_recipe(config: Config, *, num_images: int) -> Config:
     batch = config.batch
-    recipe = recipe_for(
-        num_images, batch=batch.global_, micro=None if batch.micro == "auto" else batch.micro
-    )
+    recipe = recipe_for(config.stages, num_images, batch=batch.global_, micro=batch.micro)
     for line in recipe.told:
         LOG.info("recipe: %s", line)
     return replace(

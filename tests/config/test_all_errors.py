@@ -56,7 +56,7 @@ checkpoint: {every: daily}
         "  augment.mixup: expected a number, found 'abc'",
         "  augment.hflip: must lie in 0 to 1, not 2.0",
         "  unknown key stages.0.trainabel; did you mean trainable?",
-        "  stages.0.lr: expected a number, found 'abc'",
+        "  stages.0.lr: expected a number, found 'abc'; or must be one of auto; found 'abc'",
         "  stages.0.epochs: must be positive",
         "  stages.1.lr: is required",
         "  stages.1.epochs: a stage has either epochs or steps",
@@ -100,9 +100,12 @@ stages: [{STAGE}, {STAGE}]
             "data: {path: d}\nstages: [{name: a, steps: x, lr: 1}]",
             "stages.0.steps: expected a whole number, found 'x'",
         ),
-        (GOOD + "batch: {global: x, micro: 7}", "batch.global: expected a whole number, found 'x'"),
+        (
+            GOOD + "batch: {global: x, micro: 7}",
+            "batch.global: expected a whole number, found 'x'; or must be one of auto; found 'x'",
+        ),
         (GOOD + "batch: {global: 10, micro: 0}", "batch.micro: must be auto or positive"),
-        (GOOD + "batch: {global: -4, micro: 8}", "batch.global: must be positive"),
+        (GOOD + "batch: {global: -4, micro: 8}", "batch.global: must be auto or positive"),
         (
             f"data: {{path: d, backend: steam, stream_urls: a.tar}}\nstages: [{STAGE}]",
             "data.backend: must be one of indexed, stream; found 'steam'",
@@ -119,7 +122,7 @@ stages: [{STAGE}, {STAGE}]
         ),
         (
             "data: {path: d}\nstages: [{name: a, epochs: 1, lr: 1}, {name: a, epochs: 1, lr: 0}]",
-            "stages.1.lr: must be positive, not 0.0",
+            "stages.1.lr: must be positive or auto, not 0.0",
         ),
         # what stages have from the run's own section is wrong there, once
         (
@@ -162,7 +165,7 @@ def test_errors_of_several_overrides_name_each(lines):
         "6 errors in the overrides of FILE:",
         "  'optm.ema=1': unknown key optm; did you mean optim?",
         "  'seed=abc': seed: expected a whole number, found 'abc'",
-        "  'stages.0.lr=-1': stages.0.lr: must be positive, not -1.0",
+        "  'stages.0.lr=-1': stages.0.lr: must be positive or auto, not -1.0",
         "  'stages.3.lr=1': '3' is not a position in a list of 1, counted from 0",
         "  'foo' is not an override; write key=value, such as seed=1",
         "  'data=[1': the value is not valid YAML",

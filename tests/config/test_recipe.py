@@ -1,55 +1,113 @@
 """``recipe: auto``: what it chooses, what it leaves to the config, and what it cannot choose for."""
 
-import math
+from pathlib import Path
 
 import pytest
 import yaml
 
-from rtl_dist.config import Config, parse_config
-from rtl_dist.config.recipe import recipe_for
+from rtl_dist.config import Config, StageConfig, load_config, parse_config
+from rtl_dist.config.recipe import kept, recipe_for
 from rtl_dist.core.errors import UserError
+
+ALL = StageConfig(name="all", epochs="auto", lr="auto")
+SIZES = (1, 50, 244, 1_097, 5_000, 9_999, 10_000, 60_000, 100_000, 10_000_000)
 
 
 def config_of(**changes) -> Config:
     return parse_config({"recipe": "auto", "data": {"path": "d"}, **changes})
 
 
-@pytest.mark.parametrize("num_images", [1, 20, 244, 1_097, 9_999, 10_000, 100_000, 10_000_000])
-def test_its_stages_are_a_head_that_is_solved_and_then_all_of_the_network(num_images):
-    recipe = recipe_for(num_images)
-    head, finetune = recipe.stages
+# --- what it says of every data set ---
+
+
+def test_without_stages_a_head_is_solved_and_then_all_of_the_network_trained():
+    head, finetune = config_of().stages
     assert head.solve
     assert not head.takes_steps
     assert finetune.trainable == "all"
     assert finetune.batchnorm == "frozen"
-    assert 0 < finetune.lr <= 1e-2
-    assert len(recipe.told) == 3
-    # a config in plain keys, and again the same
-    parse_config({"data": {"path": "d"}, "stages": [vars(head), vars(finetune)]})
+    assert finetune.layer_decay < 1
+    assert finetune.takes_steps
+    assert (finetune.lr, finetune.epochs, finetune.steps) == ("auto", "auto", None)
+
+
+def test_what_the_config_says_goes_before():
+    given = {"name": "a", "layer_decay": 0.9, "warmup": 7}
+    (stage,) = config_of(stages=[given]).stages
+    assert (stage.layer_decay, stage.warmup) == (0.9, 7)
+    (stage,) = config_of(stages=[{"name": "a"}], optim={"warmup": 7}).stages
+    assert stage.warmup is None
+    (stage,) = config_of(stages=[{"name": "a", "optim": {"warmup": 7}}]).stages
+    assert stage.warmup is None
+    (stage,) = config_of(stages=[{"name": "a", "lr": 1e-3, "steps": 3}]).stages
+    assert (stage.epochs, stage.steps, stage.lr) == (None, 3, 1e-3)
+    assert stage.layer_decay == 1.0  # it was weighed with a rate of its own
+
+
+def test_overrides_reach_the_stages_that_it_names(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("recipe: auto\ndata: {path: d}\n", encoding="utf-8")
+    config = load_config(file, ["stages.1.epochs=3", "batch.global=128"])
+    assert config.stages[1].epochs == 3
+    assert config.batch.global_ == 128
+    file.write_text("data: {path: d}\n", encoding="utf-8")
+    assert [stage.name for stage in load_config(file, ["recipe=auto"]).stages] == [
+        "head",
+        "finetune",
+    ]
+
+
+# --- what it says of a number of images ---
+
+
+@pytest.mark.parametrize("num_images", SIZES)
+def test_every_number_of_images_gets_a_whole_config(num_images, tmp_path):
+    config = config_of()
+    recipe = recipe_for(config.stages, num_images)
+    assert recipe.stages[0] == config.stages[0]
+    assert 0 < recipe.stages[1].lr <= 1e-2
+    told = [line.partition(":")[0].split() for line in recipe.told]
+    assert [key for key, _ in told] == ["batch.global", "stages.1.epochs", "stages.1.lr"]
+    chosen = (recipe.batch, recipe.stages[1].epochs, recipe.stages[1].lr)
+    assert [float(value) for _, value in told] == list(chosen)
 
 
 def test_more_images_are_gone_through_less_often_in_no_smaller_batches():
-    recipes = [recipe_for(n) for n in (50, 244, 1_097, 5_000, 9_999, 10_000, 60_000, 1_000_000)]
-    epochs = [recipe.stages[1].epochs for recipe in recipes]
-    steps = [
-        math.ceil(epoch * n / recipe.batch)
-        for n, epoch, recipe in zip(
-            (50, 244, 1_097, 5_000, 9_999, 10_000, 60_000, 1_000_000), epochs, recipes, strict=True
-        )
-    ]
+    recipes = [recipe_for([ALL], num_images) for num_images in SIZES]
+    epochs = [recipe.stages[0].epochs for recipe in recipes]
     assert epochs == sorted(epochs, reverse=True)
     assert epochs[0] > epochs[-1] >= 1
     batches = [recipe.batch for recipe in recipes]
     assert batches == sorted(batches)
-    assert steps[0] < steps[2] < steps[-1]
 
 
-def test_what_the_config_says_stays():
-    recipe = recipe_for(244, batch=128)
+def test_rate_and_batch_follow_what_is_given():
+    recipe = recipe_for([ALL], 244, batch=128)
     assert recipe.batch == 128
-    assert recipe.stages[1].lr == pytest.approx(2 * recipe_for(244, batch=32).stages[1].lr, rel=0.1)
-    assert "as the config says" in recipe.told[0]
-    assert recipe_for(244, micro=24).batch % 24 == 0
+    assert recipe.stages[0].lr == pytest.approx(
+        2 * recipe_for([ALL], 244, batch=32).stages[0].lr, rel=0.1
+    )
+    assert not any("batch.global" in line.split(":")[0] for line in recipe.told)
+    assert recipe_for([ALL], 244, micro=24).batch % 24 == 0
+
+
+def test_a_stage_that_says_all_is_left_alone():
+    whole = [StageConfig(name="a", steps=5, lr=0.1), StageConfig(name="b", epochs=2, lr=0.1)]
+    recipe = recipe_for(whole, 244, batch=8)
+    assert recipe.stages == whole
+    assert recipe.told == []
+
+
+def test_what_was_chosen_before_fills_only_what_is_open():
+    head = StageConfig(name="head", trainable="head", solve=True)
+    before = [head, StageConfig(name="all", epochs=9, lr=0.5)]
+    assert kept([head, ALL], before) == before
+    other = StageConfig(name="all", steps=3, lr=0.1)
+    assert kept([head, other], before) == [head, other]
+    assert kept([ALL], before) == [ALL]
+
+
+# --- what it cannot choose for ---
 
 
 def test_a_batch_that_is_chosen_need_not_be_made_of_the_microbatches_of_256():
@@ -64,16 +122,32 @@ def test_a_batch_that_is_chosen_need_not_be_made_of_the_microbatches_of_256():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"stages": [{"name": "a", "epochs": 1, "lr": 1}]}, "recipe: auto chooses the stages; lea"),
         ({"recipe": "best"}, "recipe: must be one of auto"),
-        ({"recipe": None}, "stages: must name at least one stage; recipe: auto chooses them"),
-        ({"recipe": ["batch.global 32: so"]}, "stages: must name at least one stage"),
-        ({"model": {"weights": "none"}}, "recipe: auto fine-tunes weights that were trained"),
+        ({"recipe": None}, "stages: is required"),
+        ({"recipe": None, "stages": []}, "stages: must name at least one stage; recipe: auto"),
+        ({"recipe": ["batch.global 32: so"], "stages": [{"name": "a"}]}, "stages.0.lr: is requir"),
+        ({"stages": [{"name": "a", "trainable": "layer4+"}]}, "stages.0.lr: is required"),
+        (
+            {"stages": [{"name": "a", "trainable": "layer4+", "lr": 1}]},
+            "stages.0.epochs: a stage has either epochs or steps",
+        ),
+        (
+            {"stages": [{"name": "a", "trainable": "layer4+", "lr": "auto", "epochs": 1}]},
+            "stages.0.lr: auto is for a stage that trains all",
+        ),
+        (
+            {"recipe": None, "stages": [{"name": "a", "lr": "auto", "epochs": 1}]}
+            | {"model": {"weights": "none"}},
+            "model.weights: none, and what is auto is chosen for",
+        ),
+        ({"stages": {"a": 1}}, "stages: expected a list"),
+        ({"stages": ["a"]}, "stages.0: expected a section"),
+        ({"model": {"weights": "none"}}, "model.weights: none, and what is auto is chosen for"),
         (
             {"data": {"path": "d", "backend": "stream", "stream_urls": "a.tar"}},
-            "recipe: needs data.backend: indexed",
+            "stages.0.solve: needs data.backend: indexed",
         ),
-        ({"optim": {"loss": "focal"}}, "set optim.loss to another, or leave recipe out"),
+        ({"optim": {"loss": "focal"}}, "stages.0.solve: the focal loss has no one optimum"),
         ({"optim": {"schedule": "step"}}, "optim.step_size: schedule: step needs it"),
         (
             {"data": {"path": "d", "sampling": "balanced"}, "optim": {"class_weights": "balanced"}},
@@ -87,8 +161,9 @@ def test_what_it_cannot_choose_for_is_told_before_anything_begins(changes, messa
     assert message in str(told.value)
 
 
-def test_what_was_chosen_reads_back(tmp_path):
-    recipe = recipe_for(244)
-    stages = [{"name": "a", "epochs": 1, "lr": 1}]
-    text = yaml.safe_dump({"recipe": recipe.told, "data": {"path": "d"}, "stages": stages})
-    assert parse_config(yaml.safe_load(text)).recipe == recipe.told
+def test_what_was_chosen_reads_back_and_changes_nothing(tmp_path: Path):
+    told = recipe_for([ALL], 244).told
+    tree = {"recipe": told, "data": {"path": "d"}, "stages": [{"name": "a", "epochs": 1, "lr": 1}]}
+    read = parse_config(yaml.safe_load(yaml.safe_dump(tree)))
+    assert read.recipe == told
+    assert read.stages == parse_config({**tree, "recipe": None}).stages

@@ -7,7 +7,7 @@ import yaml
 from tiny_runs import killed_after, make_dataset, metric_rows, require_equal_runs, results, train
 
 from rtl_dist.cli import main
-from rtl_dist.config import read_run_config
+from rtl_dist.config import parse_config, read_run_config
 from rtl_dist.config import recipe as rules
 from rtl_dist.config.recipe import recipe_for
 
@@ -39,7 +39,12 @@ def test_the_run_has_the_recipe_in_plain_keys_with_its_reasons(
     tmp_path, dataset, by_recipe, capsys
 ):
     run = train(tmp_path, dataset, **by_recipe)
-    config, recipe = read_run_config(run), recipe_for(NUM_TRAIN, micro=4)
+    config, recipe = (
+        read_run_config(run),
+        recipe_for(
+            parse_config({"recipe": "auto", "data": {"path": "d"}}).stages, NUM_TRAIN, micro=4
+        ),
+    )
     assert config.recipe == recipe.told
     assert config.batch.global_ == recipe.batch
     assert [stage.name for stage in config.stages] == ["head", "finetune"]
