@@ -122,7 +122,7 @@ def _our_config(cell: Cell, *, head_only: bool) -> Path:
         del tree["stages"][1:]
     if cell.epochs is not None:
         for stage in tree["stages"]:
-            if "epochs" in stage:  # a head that is solved has none
+            if not stage.get("solve"):
                 stage["epochs"] = cell.epochs
     config = cell.work / shipped.name
     config.write_text(yaml.safe_dump(tree), encoding="utf-8")
