@@ -9,12 +9,12 @@ from rtl_dist.commands.common import add_config
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "The learning-rate range test of one stage: steps at growing rates, then a tenth of the"
-        " largest rate at which the smoothed loss is still within 5 % of its lowest. It starts from"
+        "The learning-rate range test of one stage: steps at growing rates, and the largest one at"
+        " which the smoothed loss is still within 5 % of its lowest. It starts from"
         " the config's weights, with the head solved where the config solves it first; for a stage"
         " after others that take steps, model.weights=RUN starts from those of a run. Figures"
         " and picture go to a folder beside run.dir, which is left alone: its name and -find-lr."
-        " Several processes (torchrun -m rtl_dist find-lr ...) find the same rate."
+        " Several processes (torchrun -m rtl_dist find-lr ...) measure the same."
     )
     add_config(parser)
     parser.add_argument("--stage", metavar="NAME", help="default: the first stage that takes steps")

@@ -1,4 +1,4 @@
-"""A learning-rate range test: where its file is, its curve smoothed, the rate it suggests."""
+"""A learning-rate range test: where its file is, its curve smoothed, up to where it holds."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def smoothed(losses: list[float]) -> list[float]:
     return result
 
 
-def suggest(rates: list[float], losses: list[float]) -> float | None:
-    """A tenth of the largest rate at which the smoothed loss is still near its lowest: the rule of
-    Howard & Gugger (2020, fastai's ``minimum``), made so that noise in a flat part does not matter.
-    None if the loss was a number at no rate."""
+def holds_up_to(rates: list[float], losses: list[float]) -> float | None:
+    """The largest rate at which the smoothed loss is still near its lowest; None if the loss was a
+    number at no rate. It is no advice: which rate trains best is another question
+    (docs/recipes.md)."""
     if not losses:
         return None
     values = smoothed(losses)
     near = max(i for i, value in enumerate(values) if value <= _NEAR * min(values))
-    return rates[near] / 10
+    return rates[near]

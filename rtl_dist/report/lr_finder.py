@@ -1,4 +1,4 @@
-"""The picture of a learning-rate range test: the loss at each rate, and the rate chosen."""
+"""The picture of a learning-rate range test: the loss at each rate, and up to where it holds."""
 
 from __future__ import annotations
 
@@ -33,21 +33,12 @@ class RangeTest:
 
     stage: str
     """The stage's name, which can name files."""
-    lr: float | None
-    """The rate that was chosen; None: none was found."""
+    holds_up_to: float | None
+    """The largest rate at which the smoothed loss is near its lowest; None: there is none."""
     rates: list[float]
     """The learning rate of each step."""
     losses: list[float]
     """The training loss before each step, in nats."""
-
-    @property
-    def caption(self) -> str:
-        chosen = "no rate was found" if self.lr is None else f"{self.lr:.2g} was chosen"
-        return (
-            f"Stage {self.stage}: {chosen}. From step to step the rate was raised, and at the end"
-            " all steps were taken back. The choice is a tenth of the largest rate at which the"
-            " smoothed loss is still within 5 % of its lowest."
-        )
 
 
 def read_range_test(path: Path) -> RangeTest | None:
@@ -55,14 +46,14 @@ def read_range_test(path: Path) -> RangeTest | None:
     try:
         content = read_object(path)
         points = list(zip(content["rates"], content["losses"], strict=True))
-        lr = content["lr"]
+        up_to = content["holds_up_to"]
     except (ValueError, KeyError, TypeError):
         return None
     if not all(is_finite(rate) and rate > 0 and is_finite(loss) for rate, loss in points):
         return None
     return RangeTest(
         stage=path.stem,
-        lr=lr if is_finite(lr) and lr > 0 else None,
+        holds_up_to=up_to if is_finite(up_to) and up_to > 0 else None,
         rates=[rate for rate, _ in points],
         losses=[loss for _, loss in points],
     )
@@ -80,7 +71,7 @@ def draw_range_test(test: RangeTest, run: Path) -> Path:
 
 
 def range_test_figure(test: RangeTest) -> Figure:
-    """Loss against rate, raw and smoothed, with the chosen rate."""
+    """Loss against rate, raw and smoothed, with the largest rate near the lowest."""
     figure = new_figure(9.0, 4.6)
     axes = figure.add_subplot()
     title = f"Looking for the learning rate of {plain(test.stage)}"
@@ -106,8 +97,8 @@ def range_test_figure(test: RangeTest) -> Figure:
     low, high = min(test.losses), max(values)  # what single steps lost beyond that is cut off
     margin = 0.06 * (high - low) or 1.0
     axes.set_ylim(low - margin, high + margin)
-    if (lr := test.lr) is not None:
-        near = min(range(len(values)), key=lambda i: abs(math.log(test.rates[i] / 10 / lr)))
+    if (up_to := test.holds_up_to) is not None:
+        near = min(range(len(values)), key=lambda i: abs(math.log(test.rates[i] / up_to)))
         axes.plot(
             test.rates[near],
             values[near],
@@ -118,10 +109,10 @@ def range_test_figure(test: RangeTest) -> Figure:
             zorder=4,
             label="largest rate within 5 %\nof the lowest",
         )
-        axes.axvline(lr, color=GREEN, linewidth=2.0, linestyle="--", label="chosen: a tenth of it")
+        axes.axvline(up_to, color=GREEN, linewidth=1.2, linestyle="--")
         axes.annotate(
-            f"{lr:.2g}",
-            (lr, 1.0),
+            f"{up_to:.2g}",
+            (up_to, 1.0),
             xytext=(5, -4),
             xycoords=("data", "axes fraction"),
             textcoords="offset points",

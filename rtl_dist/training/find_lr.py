@@ -17,7 +17,7 @@ from rtl_dist.records.lr_finder import FOLDER
 from rtl_dist.records.run_folder import WATCHED, owned_run_folder
 from rtl_dist.report.lr_finder import draw_range_test, read_range_test
 from rtl_dist.training.begin import open_data, open_run
-from rtl_dist.training.lr_finder import find_learning_rate
+from rtl_dist.training.lr_finder import measure_rates
 from rtl_dist.training.resolve import resolve
 from rtl_dist.training.run import Run
 from rtl_dist.training.solving import solve_head
@@ -35,7 +35,7 @@ def find_lr(config: Config, stage_name: str | None) -> str:
     Works on one process or, under a launcher, on many, with the same answer to rounding.
 
     Returns:
-        on rank 0 one line: what was found and what to type; elsewhere "".
+        on rank 0 one line: what was found; elsewhere "".
 
     Raises:
         RtlDistError: with the exit code to leave with; see ``errors``.
@@ -61,7 +61,7 @@ def find_lr(config: Config, stage_name: str | None) -> str:
             else:
                 for earlier in before:
                     _solve(earlier, run)
-            found = find_learning_rate(stage, run)
+            found = measure_rates(stage, run)
 
             def draw() -> str:
                 test = read_range_test(folder / FOLDER / f"{stage.name}.json")
@@ -71,8 +71,12 @@ def find_lr(config: Config, stage_name: str | None) -> str:
             picture: str = runtime.from_main(draw)
     if not runtime.is_main:
         return ""
-    what_to_type = f"stages.{number}.lr={found:.2g}"
-    return f"stage {stage.name}: lr {found:.2g}, see {picture}; to train with it: {what_to_type}"
+    told = f"stage {stage.name}: as the rate grows, the loss holds up to {found:.2g}, see {picture}"
+    if any(each.solve for each in stages[: number + 1]):
+        told += (
+            "; the head was solved before, so it can only rise at first: a good rate lies higher"
+        )
+    return told
 
 
 def _solve(stage: ResolvedStage, run: Run) -> None:

@@ -15,7 +15,7 @@ from rtl_dist.config import ResolvedStage
 from rtl_dist.core.errors import RtlDistError, StopRequested
 from rtl_dist.core.files import write_json
 from rtl_dist.optim.counts import non_finite, train_metrics
-from rtl_dist.records.lr_finder import FOLDER, smoothed, suggest
+from rtl_dist.records.lr_finder import FOLDER, holds_up_to, smoothed
 from rtl_dist.training.run import Run
 from rtl_dist.training.solving import solve_head
 from rtl_dist.training.stage_trainer import StageTrainer
@@ -26,15 +26,15 @@ STEPS = 80
 _HOPELESS = 3.0  # times the lowest loss: the test ends
 
 
-def find_learning_rate(stage: ResolvedStage, run: Run) -> float:
-    """The rate that ``suggest`` makes of the test; what was measured is written to
+def measure_rates(stage: ResolvedStage, run: Run) -> float:
+    """The rate that the stage's loss ``holds_up_to``; what was measured is written to
     ``lr_finder/<stage>.json``. What the steps did to the model stays.
 
     Raises:
         StopRequested: on every rank. RtlDistError: a rank's loader failed, or the loss is never a
             number.
     """
-    LOG.info("stage %s: looking for its learning rate in up to %d steps", stage.name, STEPS)
+    LOG.info("stage %s: a range test of its learning rate, up to %d steps", stage.name, STEPS)
     trainer = StageTrainer(replace(stage, lr=1.0), run, num_steps=STEPS)
     try:
         if stage.solve:
@@ -42,8 +42,8 @@ def find_learning_rate(stage: ResolvedStage, run: Run) -> float:
         rates, losses = _measure(trainer, run, stage)
     finally:
         trainer.close()
-    found = suggest(rates, losses)
-    content = {"stage": stage.name, "lr": found, "rates": rates, "losses": losses}
+    found = holds_up_to(rates, losses)
+    content = {"stage": stage.name, "holds_up_to": found, "rates": rates, "losses": losses}
     run.runtime.from_main(lambda: write_json(run.folder / FOLDER / f"{stage.name}.json", content))
     if found is None:
         raise RtlDistError(f"stage {stage.name}: the loss is a number at no learning rate")

@@ -9,7 +9,6 @@ from report_helpers import assert_drawn, assert_no_leftovers
 from tiny_runs import make_dataset, tiny_config, write_config
 
 from rtl_dist.cli import main
-from rtl_dist.config import load_config
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +34,7 @@ def found_in(folder, stage):
     return json.loads((folder / "lr_finder" / f"{stage}.json").read_text())
 
 
-def test_it_says_what_to_type_and_draws_it(tmp_path, config, capsys):
+def test_it_says_what_it_found_and_draws_it(tmp_path, config, capsys):
     assert main(["find-lr", "--config", config]) == 0
     last_line = capsys.readouterr().out.strip().splitlines()[-1]
     folder = tmp_path / "run-find-lr"
@@ -45,9 +44,9 @@ def test_it_says_what_to_type_and_draws_it(tmp_path, config, capsys):
     assert not (tmp_path / "run").exists()
 
     found = found_in(folder, "head")
-    override = re.search(r"stages\.0\.lr=\S+", last_line)[0]
-    assert load_config(config, [override]).stages[0].lr == pytest.approx(found["lr"], rel=0.06)
-    assert load_config(config, [f"stages.0.lr={found['lr']}"]).stages[0].lr == found["lr"]
+    told = float(re.search(r"holds up to (\S+),", last_line)[1])
+    assert told == pytest.approx(found["holds_up_to"], rel=0.06)
+    assert "solved" not in last_line
 
 
 @pytest.mark.usefixtures("few_steps")
@@ -58,7 +57,7 @@ def test_a_stage_of_its_name_from_a_runs_weights_leaves_the_run_alone(tmp_path, 
     arguments = ["find-lr", "--config", config, f"model.weights={run}", "--stage", "top"]
     assert main(arguments) == 0
     output = capsys.readouterr()
-    assert "stages.1.lr=" in output.out.splitlines()[-1]
+    assert output.out.splitlines()[-1].startswith("stage top: as the rate grows")
     assert f"weights and head from {run}" in output.err
     assert content_of(run) == before
     assert found_in(tmp_path / "run-find-lr", "top")["stage"] == "top"
@@ -81,7 +80,7 @@ def test_a_loss_that_is_never_a_number_is_told(tmp_path, config, capsys, monkeyp
     monkeypatch.setattr("rtl_dist.training.lr_finder.non_finite", lambda counts: 1)
     assert main(["find-lr", "--config", config]) == 1
     assert "stage head: the loss is a number at no learning rate" in capsys.readouterr().err
-    assert found_in(tmp_path / "run-find-lr", "head")["lr"] is None
+    assert found_in(tmp_path / "run-find-lr", "head")["holds_up_to"] is None
     results = tmp_path / "run-find-lr" / "results.json"
     assert json.loads(results.read_text())["status"] == "failed"
     monkeypatch.undo()
@@ -106,7 +105,7 @@ def test_a_stage_without_steps_is_passed_over_or_refused(tmp_path, config, capsy
     assert "those that take some: top, all" in error
     assert not list(tmp_path.glob("run*"))
     assert main(["find-lr", "--config", config, *solved]) == 0
-    assert "stages.1.lr=" in capsys.readouterr().out.splitlines()[-1]
+    assert "stage top: as the rate grows" in capsys.readouterr().out.splitlines()[-1]
 
 
 @pytest.mark.usefixtures("few_steps")
@@ -124,7 +123,9 @@ def test_a_head_that_is_solved_first_is_solved_first(tmp_path, dataset, stage, c
         content = tiny_config(dataset, run, stages=stages, precision="no")
         config = write_config(tmp_path / "c.yaml", content)
         assert main(["find-lr", "--config", config, "--stage", stage]) == 0
-        assert ("head solved" in capsys.readouterr().err) == solve
+        output = capsys.readouterr()
+        assert ("head solved" in output.err) == solve
+        assert ("a good rate lies higher" in output.out) == solve
         losses[solve] = found_in(tmp_path / f"{solve}-find-lr", stage)["losses"]
     assert max(losses[True][:2]) < 0.7 * min(losses[False][:2])
 
@@ -154,7 +155,7 @@ def test_two_processes_find_the_rate_of_one(tmp_path, config, capsys):
     exits = run_command(arguments, world_size=2)
     require_done(exits)
     assert exits[0].last_line == line.replace(str(tmp_path / "run"), str(tmp_path / "two"))
-    assert "stages.0.lr" not in exits[1].output
+    assert "as the rate grows" not in exits[1].output
     one, two = (found_in(tmp_path / f"{name}-find-lr", "head") for name in ("run", "two"))
     assert two["rates"] == one["rates"]
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)

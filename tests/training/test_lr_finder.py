@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from rtl_dist.records.lr_finder import smoothed, suggest
+from rtl_dist.records.lr_finder import holds_up_to, smoothed
 
 
 def rates_of(count: int) -> list[float]:
@@ -33,35 +33,35 @@ def test_smoothing_leaves_a_constant_alone():
     assert smoothed([0.7] * 50) == pytest.approx([0.7] * 50, rel=1e-12)
 
 
-def test_a_tenth_of_the_last_rate_near_the_lowest_loss(monkeypatch):
+def test_it_is_the_last_rate_near_the_lowest_loss(monkeypatch):
     monkeypatch.setattr("rtl_dist.records.lr_finder.SMOOTHING", 0.0)
     losses = [2.0, 1.5, 1.0, 1.04, 1.06, 1.02, 3.0]
-    assert suggest(rates_of(7), losses) == pytest.approx(1e-1 / 10)
-    assert suggest(rates_of(7), [2.0, 1.5, 1.0, 1.04, 1.06, 1.2, 3.0]) == pytest.approx(1e-4)
+    assert holds_up_to(rates_of(7), losses) == pytest.approx(1e-1)
+    assert holds_up_to(rates_of(7), [2.0, 1.5, 1.0, 1.04, 1.06, 1.2, 3.0]) == pytest.approx(1e-3)
 
 
-def test_it_lies_on_the_slope():
+def test_it_lies_at_the_lowest_loss():
     rates = rates_of(80)
-    found = suggest(rates, curve(rates))
-    assert 3e-4 < found < 3e-3  # the lowest loss is at 1e-2
+    found = holds_up_to(rates, curve(rates))
+    assert 3e-3 < found < 3e-2  # the lowest loss is at 1e-2
 
 
 @pytest.mark.parametrize("size", [0.05, 0.2])
 def test_noise_moves_it_little(size):
     rates = rates_of(80)
-    plain = suggest(rates, curve(rates))
+    plain = holds_up_to(rates, curve(rates))
     noise = [size * math.sin(12.9898 * i * i) for i in range(80)]
-    found = suggest(rates, [a + b for a, b in zip(curve(rates), noise, strict=True)])
+    found = holds_up_to(rates, [a + b for a, b in zip(curve(rates), noise, strict=True)])
     assert abs(math.log10(found / plain)) < 0.3
 
 
 def test_losses_that_only_fall_or_only_grow():
     rates = rates_of(80)
-    assert suggest(rates, [2 - 0.02 * i for i in range(80)]) == pytest.approx(rates[-1] / 10)
-    growing = suggest(rates, [2 + 0.2 * i for i in range(80)])
-    assert rates[0] / 10 <= growing < rates[3] / 10
+    assert holds_up_to(rates, [2 - 0.02 * i for i in range(80)]) == pytest.approx(rates[-1])
+    growing = holds_up_to(rates, [2 + 0.2 * i for i in range(80)])
+    assert rates[0] <= growing < rates[3]
 
 
 def test_few_losses_or_none():
-    assert suggest([], []) is None
-    assert suggest([1e-6], [2.0]) == pytest.approx(1e-7)
+    assert holds_up_to([], []) is None
+    assert holds_up_to([1e-6], [2.0]) == pytest.approx(1e-6)
