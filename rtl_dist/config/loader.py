@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,7 +10,7 @@ import yaml
 
 from rtl_dist.config.convert import Problem, build, to_dict
 from rtl_dist.config.overrides import Overrides
-from rtl_dist.config.recipe import lay_under
+from rtl_dist.config.recipe import give_stages, lay_under
 from rtl_dist.config.schema import Config
 from rtl_dist.config.yaml_text import YamlFault, read_yaml
 from rtl_dist.core.errors import UserError
@@ -37,8 +38,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise UserError(f"{path}: expected sections such as data: and stages:, found nothing")
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections such as data: and stages:, found {tree!r}")
-    lay_under(tree)  # so that overrides find the stages
-    return _checked(tree, str(path), Overrides(tree, overrides or []))
+    overrides = overrides or []
+    if tree.get("recipe") == "auto" or "recipe=auto" in overrides:
+        give_stages(tree)  # for overrides of their keys
+    return _checked(tree, str(path), Overrides(tree, overrides))
 
 
 def parse_config(tree: dict[str, Any], *, origin: str = "config") -> Config:
@@ -47,7 +50,7 @@ def parse_config(tree: dict[str, Any], *, origin: str = "config") -> Config:
     Raises:
         UserError: see ``load_config``.
     """
-    return _checked(tree, origin, Overrides(tree, []))
+    return _checked(copy.deepcopy(tree), origin, Overrides({}, []))
 
 
 def parse_section(section: type[T], tree: dict[str, Any], *, origin: str) -> T:

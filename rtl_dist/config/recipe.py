@@ -16,34 +16,43 @@ _FINETUNE = {"name": "finetune", "trainable": "all"}
 _LAYER_DECAY = 0.5
 _WARMUP = 0.3
 
-SMALLEST_BATCH = 32  # and the larger ones are its multiples
-_LARGER_BATCH = 64
+_BATCH, _LARGER_BATCH = 32, 64
 _LARGER_FROM = 10_000  # images
 _STEPS = 480  # of a small data set
 _MOST_EPOCHS, _FEWEST_EPOCHS = 40, 8
-_RATE = 1e-3  # at the smallest batch
+_RATE = 1e-3  # at the smaller batch
+
+
+def give_stages(tree: dict[str, Any]) -> None:
+    """Names the stages of a recipe in a config's tree that has none."""
+    if not tree.get("stages"):
+        tree["stages"] = [dict(_HEAD), dict(_FINETUNE)]
 
 
 def lay_under(tree: dict[str, Any]) -> None:
-    """Where a config's tree says ``recipe: auto``, makes auto what it leaves open."""
-    if tree.get("recipe") != "auto":
-        return
-    stages = tree.get("stages") or [dict(_HEAD), dict(_FINETUNE)]
-    tree["stages"] = stages
-    batch = tree.setdefault("batch", {})
-    if isinstance(batch, dict):
-        batch.setdefault("global", "auto")
+    """Makes auto what a config's tree with ``recipe: auto`` leaves open, and says there, as beside
+    each rate that is auto without a recipe, what such rates were measured together with."""
+    is_open = tree.get("recipe") == "auto"
+    if is_open:
+        give_stages(tree)
+        if tree.get("batch") is None:
+            tree["batch"] = {}
+        if isinstance(tree["batch"], dict):
+            tree["batch"].setdefault("global", "auto")
+    stages = tree.get("stages")
     for stage in stages if isinstance(stages, list) else []:
-        if not isinstance(stage, dict) or stage.get("trainable", "all") != "all":
+        if not isinstance(stage, dict):
             continue
-        if not stage.keys() & {"epochs", "steps"}:
-            stage["epochs"] = "auto"
-        if "lr" not in stage:
-            stage["lr"] = "auto"
+        fills = is_open and stage.get("trainable", "all") == "all"
+        if fills:
+            if stage.get("epochs") is None and stage.get("steps") is None:
+                stage["epochs"] = "auto"
+            stage.setdefault("lr", "auto")
+        if fills or stage.get("lr") == "auto":
             stage.setdefault("layer_decay", _LAYER_DECAY)
-        sections = [stage.get("optim"), tree.get("optim")]
-        if not any(isinstance(section, dict) and "warmup" in section for section in sections):
-            stage.setdefault("warmup", _WARMUP)
+            sections = [stage.get("optim"), tree.get("optim")]
+            if not any(isinstance(section, dict) and "warmup" in section for section in sections):
+                stage.setdefault("warmup", _WARMUP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +64,7 @@ class Recipe:
     stages: list[StageConfig]
     """Without an auto."""
     told: list[str]
-    """What was chosen and why, a line each."""
+    """What was chosen and why, ``key value: reason`` each."""
 
 
 def recipe_for(
@@ -73,43 +82,37 @@ def recipe_for(
     """
     told = []
     if batch == "auto":
-        parts = 1 if micro == "auto" else micro
-        batch = math.ceil(_batch_for(num_images) / parts) * parts
+        batch = batches_with(micro)[num_images >= _LARGER_FROM]
         told.append(f"batch.global {batch}: for {num_images:,} training images")
     filled = []
     for number, stage in enumerate(stages):
         if stage.epochs == "auto":
-            epochs = _epochs_for(num_images)
-            steps = math.ceil(epochs * num_images / batch)
-            told.append(f"stages.{number}.epochs {epochs}: {steps:,} steps")
+            wanted = math.ceil(_STEPS * _BATCH / num_images)
+            epochs = min(_MOST_EPOCHS, max(_FEWEST_EPOCHS, wanted))
+            told.append(
+                f"stages.{number}.epochs {epochs}: {_STEPS} steps of {_BATCH} images, but"
+                f" {_FEWEST_EPOCHS} to {_MOST_EPOCHS} epochs"
+            )
             stage = replace(stage, epochs=epochs)
         if stage.lr == "auto":
-            rate = float(f"{_RATE * math.sqrt(batch / SMALLEST_BATCH):.2g}")
-            why = f"{_RATE:g} at a batch of {SMALLEST_BATCH}, by the root of it"
+            rate = float(f"{_RATE * math.sqrt(batch / _BATCH):.2g}")
+            scaled = "" if batch == _BATCH else f", times the square root of {batch} / {_BATCH}"
+            why = f"{_RATE:g} for batches of {_BATCH}{scaled}"
             told.append(f"stages.{number}.lr {rate:g}: {why}")
             stage = replace(stage, lr=rate)
         filled.append(stage)
     return Recipe(batch=batch, stages=filled, told=told)
 
 
-def kept(stages: list[StageConfig], chosen: list[StageConfig]) -> list[StageConfig]:
-    """``stages`` with each auto as it was chosen before, for the same stages."""
-    if len(stages) != len(chosen):
-        return stages
-    return [
-        replace(
-            stage,
-            lr=before.lr if stage.lr == "auto" else stage.lr,
-            epochs=before.epochs if stage.epochs == "auto" else stage.epochs,
-        )
-        for stage, before in zip(stages, chosen, strict=True)
-    ]
+def batches_with(micro: int | Literal["auto"]) -> tuple[int, int]:
+    """The batches of which one is chosen: of few images, of many."""
+    parts = 1 if micro == "auto" else micro
+    return math.ceil(_BATCH / parts) * parts, math.ceil(_LARGER_BATCH / parts) * parts
 
 
-def _batch_for(num_images: int) -> int:
-    return SMALLEST_BATCH if num_images < _LARGER_FROM else _LARGER_BATCH
-
-
-def _epochs_for(num_images: int) -> int:
-    wanted = math.ceil(_STEPS * SMALLEST_BATCH / num_images)
-    return min(_MOST_EPOCHS, max(_FEWEST_EPOCHS, wanted))
+def chosen_by(recipe: str | list[str] | None) -> dict[str, str]:
+    """The keys that an earlier ``Recipe.told`` names, with the values that were chosen."""
+    if not isinstance(recipe, list):
+        return {}
+    claims = (line.partition(":")[0].split() for line in recipe)
+    return {claim[0]: claim[1] for claim in claims if len(claim) == 2}

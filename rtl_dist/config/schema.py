@@ -166,7 +166,7 @@ class Config:
     """auto: what the config does not say of ``batch.global`` and of stages that train the whole
     network is ``auto``; with no stages at all, the head is solved, then the whole network
     fine-tuned. An auto is chosen by measured rules for as many training images as there are, and
-    the run's config has in its place what was chosen, and here why, which is of no effect."""
+    the run's config has in its place what was chosen, and here why: ``key value: reason`` each."""
     stages: list[StageConfig]
     """What is trained, in order; at least one."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -199,9 +199,10 @@ class Config:
                 "recipe",
             )
             check(
-                self.model.weights != "none" or not self.chooses,
-                "model.weights: none, and what is auto is chosen for a network that was trained"
-                " before; give numbers, as configs/tiny_backbone.yaml does",
+                self.model.weights != "none" or not self.auto_keys,
+                f"model.weights: none, and {' and '.join(self.auto_keys)}: auto, which is for a"
+                " network that was trained before; give numbers, as configs/tiny_backbone.yaml"
+                " does",
                 "recipe",
                 "batch",
                 "stages",
@@ -226,9 +227,17 @@ class Config:
                 self._check_solved(check, number)
 
     @property
-    def chooses(self) -> bool:
-        """Whether something in it is left to the rules of ``recipe``."""
-        return self.batch.global_ == "auto" or any(stage.chooses for stage in self.stages)
+    def of_recipe(self) -> dict[str, float | Literal["auto"] | None]:
+        """The values, by key, that may be left to the rules of ``recipe``."""
+        values: dict[str, float | Literal["auto"] | None] = {"batch.global": self.batch.global_}
+        for number, stage in enumerate(self.stages):
+            values |= {f"stages.{number}.epochs": stage.epochs, f"stages.{number}.lr": stage.lr}
+        return values
+
+    @property
+    def auto_keys(self) -> list[str]:
+        """The keys that are left to them."""
+        return [key for key, value in self.of_recipe.items() if value == "auto"]
 
     def _check_solved(self, check: Checks, number: int) -> None:
         """What a stage that is solved asks of the rest."""

@@ -127,11 +127,6 @@ class StageConfig:
     weights are the same either way."""
 
     @property
-    def chooses(self) -> bool:
-        """Whether its length or its rate is left to the rules of ``recipe``."""
-        return "auto" in (self.epochs, self.lr)
-
-    @property
     def takes_steps(self) -> bool:
         """Whether it has a length; one that solves its head needs none."""
         return bool(self.epochs or self.steps)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import time
 import uuid
@@ -23,7 +24,7 @@ from datetime import timedelta
 from typing import Any
 
 from rtl_dist.config import BatchConfig
-from rtl_dist.config.recipe import SMALLEST_BATCH
+from rtl_dist.config.recipe import batches_with
 from rtl_dist.core.errors import RtlDistError
 from rtl_dist.distributed.launchers import COLLECTIVE_TIMEOUT
 
@@ -61,7 +62,7 @@ def taking_part(batch: BatchConfig, env: MutableMapping[str, str] = os.environ) 
         # Rank 0 decides for all: ``batch`` comes from the run folder, which on a shared disk not
         # every machine may see in the same state at this moment.
         if rank == 0:
-            size = largest_share(_num_microbatches(batch), world_size)
+            size = largest_share(num_microbatches(batch), world_size)
             store.set(f"{meeting}/size", str(size))
         size = int(store.get(f"{meeting}/size"))
         if rank >= size:
@@ -114,12 +115,12 @@ def largest_share(num_microbatches: int, world_size: int) -> int:
     return next(n for n in range(world_size, 0, -1) if num_microbatches % n == 0)
 
 
-def _num_microbatches(batch: BatchConfig) -> int:
+def num_microbatches(batch: BatchConfig) -> int:
     """Of a global batch. With ``batch.micro: auto`` their size is not known yet, so each sample
     counts as one: the number of processes must at least divide ``batch.global``, or, where that is
-    not known either, the smallest of which any that is chosen is a multiple."""
-    total = SMALLEST_BATCH if batch.global_ == "auto" else batch.global_
-    return max(1, total // (1 if batch.micro == "auto" else batch.micro))
+    not known either, each that may be chosen."""
+    may_be = batches_with(batch.micro) if batch.global_ == "auto" else (batch.global_,)
+    return math.gcd(*may_be) // (1 if batch.micro == "auto" else batch.micro)
 
 
 def meet(store: Any, *, rank: int, world_size: int, timeout_s: float = 600.0) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from rtl_dist.config import Config, read_run_config
-from rtl_dist.config.recipe import kept
+from rtl_dist.config.recipe import chosen_by
 from rtl_dist.data.format.dataset import Dataset
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.records.checkpoint import (
@@ -30,17 +30,29 @@ def keep_resolved(config: Config) -> Config:
     if not has_checkpoint(run):
         return config
     earlier = read_run_config(run)
-    if config.chooses and isinstance(earlier.recipe, list):
-        batch = config.batch
-        if batch.global_ == "auto":
-            batch = replace(batch, global_=earlier.batch.global_)
-        stages = kept(config.stages, earlier.stages)
-        config = replace(config, recipe=earlier.recipe, stages=stages, batch=batch)
+    if config.auto_keys:
+        config = _keep_recipe(config, earlier)
     if config.batch.micro == "auto":
         config = replace(config, batch=replace(config.batch, micro=earlier.batch.micro))
     if config.precision == "auto":
         config = replace(config, precision=earlier.precision)
     return config
+
+
+def _keep_recipe(config: Config, earlier: Config) -> Config:
+    """The config with each auto as it was chosen then; what was given then stays auto, and is
+    chosen now, which may not be the same: the run's identity tells."""
+    chosen = chosen_by(earlier.recipe).keys() & set(config.auto_keys)
+    batch, then = config.batch, earlier.batch
+    if "batch.global" in chosen and batch.micro in ("auto", then.micro):
+        batch = replace(batch, global_=then.global_)
+    stages = list(config.stages)
+    for number, stage in enumerate(earlier.stages[: len(stages)]):
+        if f"stages.{number}.epochs" in chosen:
+            stages[number] = replace(stages[number], epochs=stage.epochs)
+        if f"stages.{number}.lr" in chosen:
+            stages[number] = replace(stages[number], lr=stage.lr)
+    return replace(config, recipe=earlier.recipe, stages=stages, batch=batch)
 
 
 def restore(run: Path, config: Config, dataset: Dataset, runtime: Runtime) -> Snapshot | None:

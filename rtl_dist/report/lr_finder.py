@@ -74,7 +74,7 @@ def range_test_figure(test: RangeTest) -> Figure:
     """Loss against rate, raw and smoothed, with the largest rate near the lowest."""
     figure = new_figure(9.0, 4.6)
     axes = figure.add_subplot()
-    title = f"Looking for the learning rate of {plain(test.stage)}"
+    title = f"Learning-rate range test of {plain(test.stage)}"
     dress(axes, title=title, x="learning rate", y="training loss (nats)")
     if not test.losses:
         say(axes, "the loss was a number at no rate")

@@ -61,6 +61,7 @@ def find_lr(config: Config, stage_name: str | None) -> str:
             else:
                 for earlier in before:
                     _solve(earlier, run)
+            is_solved = stage.solve or (bool(before) and not stepped)
             found = measure_rates(stage, run)
 
             def draw() -> str:
@@ -72,10 +73,8 @@ def find_lr(config: Config, stage_name: str | None) -> str:
     if not runtime.is_main:
         return ""
     told = f"stage {stage.name}: as the rate grows, the loss holds up to {found:.2g}, see {picture}"
-    if any(each.solve for each in stages[: number + 1]):
-        told += (
-            "; the head was solved before, so it can only rise at first: a good rate lies higher"
-        )
+    if is_solved:
+        told += "; from a solved head it cannot fall at first, so this is no advice"
     return told
 
 

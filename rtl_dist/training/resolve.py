@@ -6,7 +6,8 @@ import logging
 from dataclasses import replace
 
 from rtl_dist.config import Config, EarlyStopConfig
-from rtl_dist.config.recipe import recipe_for
+from rtl_dist.config.checks import SectionError
+from rtl_dist.config.recipe import chosen_by, recipe_for
 from rtl_dist.core.errors import UserError
 from rtl_dist.core.tasks import MULTI_LABEL
 from rtl_dist.data.format.dataset import Dataset
@@ -23,9 +24,13 @@ def resolve(config: Config, runtime: Runtime, dataset: Dataset) -> Config:
         UserError: the processes, the metric or the mixing do not fit the data or the batch.
         DataError: on every rank; ``data.train`` cannot be opened.
     """
-    if config.chooses:
-        split = runtime.on_every_rank(lambda: dataset.split(config.data.train))
+    if config.auto_keys:
+        with runtime.heartbeat.phase("opening the data set", open_ended=True):
+            split = runtime.on_every_rank(lambda: dataset.split(config.data.train))
         config = _by_recipe(config, num_images=split.num_samples)
+    elif config.recipe == "auto":
+        LOG.info("recipe: nothing is left for it to choose")
+    config = replace(config, recipe=_that_hold(config))
     stages = [
         stage
         if stage.early_stop is None
@@ -59,12 +64,22 @@ def _by_recipe(config: Config, *, num_images: int) -> Config:
     recipe = recipe_for(config.stages, num_images, batch=batch.global_, micro=batch.micro)
     for line in recipe.told:
         LOG.info("recipe: %s", line)
-    return replace(
-        config,
-        recipe=recipe.told,
-        stages=recipe.stages,
-        batch=replace(batch, global_=recipe.batch),
-    )
+    told = (config.recipe if isinstance(config.recipe, list) else []) + recipe.told
+    try:
+        batch = replace(batch, global_=recipe.batch)
+        return replace(config, recipe=told, stages=recipe.stages, batch=batch)
+    except SectionError as error:  # in how what was chosen goes with what was given
+        raise UserError(f"{error} (chosen by the recipe)") from error
+
+
+def _that_hold(config: Config) -> list[str] | None:
+    """The lines of ``recipe`` whose values are still those of the config."""
+    now = config.of_recipe
+    holds = {
+        key for key, value in chosen_by(config.recipe).items() if f"{now.get(key) or 0:g}" == value
+    }
+    lines = config.recipe if isinstance(config.recipe, list) else []
+    return [line for line in dict.fromkeys(lines) if line.split()[0] in holds] or None
 
 
 def _measured(early_stop: EarlyStopConfig, dataset: Dataset, path: str) -> EarlyStopConfig:

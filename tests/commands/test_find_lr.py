@@ -125,7 +125,7 @@ def test_a_head_that_is_solved_first_is_solved_first(tmp_path, dataset, stage, c
         assert main(["find-lr", "--config", config, "--stage", stage]) == 0
         output = capsys.readouterr()
         assert ("head solved" in output.err) == solve
-        assert ("a good rate lies higher" in output.out) == solve
+        assert ("from a solved head" in output.out) == solve
         losses[solve] = found_in(tmp_path / f"{solve}-find-lr", stage)["losses"]
     assert max(losses[True][:2]) < 0.7 * min(losses[False][:2])
 

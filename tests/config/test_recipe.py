@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from rtl_dist.config import Config, StageConfig, load_config, parse_config
-from rtl_dist.config.recipe import kept, recipe_for
+from rtl_dist.config.recipe import chosen_by, recipe_for
 from rtl_dist.core.errors import UserError
 
 ALL = StageConfig(name="all", epochs="auto", lr="auto")
@@ -41,20 +41,59 @@ def test_what_the_config_says_goes_before():
     assert stage.warmup is None
     (stage,) = config_of(stages=[{"name": "a", "lr": 1e-3, "steps": 3}]).stages
     assert (stage.epochs, stage.steps, stage.lr) == (None, 3, 1e-3)
-    assert stage.layer_decay == 1.0  # it was weighed with a rate of its own
+    assert stage.layer_decay == 0.5
 
 
-def test_overrides_reach_the_stages_that_it_names(tmp_path):
+def test_a_rate_that_is_auto_brings_what_it_was_measured_with():
+    by_recipe = config_of(stages=[{"name": "a"}]).stages
+    assert config_of(stages=[{"name": "a", "lr": "auto"}]).stages == by_recipe
+    alone = parse_config(
+        {"data": {"path": "d"}, "stages": [{"name": "a", "lr": "auto", "epochs": "auto"}]}
+    )
+    assert alone.stages == by_recipe
+    assert alone.batch.global_ == 256  # only the recipe leaves that open
+
+
+def test_a_batch_without_keys_is_open_too():
+    assert config_of(batch=None).batch.global_ == "auto"
+    assert config_of(batch={}).batch.global_ == "auto"
+
+
+def test_the_caller_s_tree_stays_as_it_is():
+    tree = {"recipe": "auto", "data": {"path": "d"}}
+    parse_config(tree)
+    assert tree == {"recipe": "auto", "data": {"path": "d"}}
+
+
+@pytest.mark.parametrize("stages", ["", "stages: [{name: head, trainable: head}, {name: all}]"])
+@pytest.mark.parametrize(
+    ("overrides", "found"),
+    [
+        (["stages.1.epochs=3"], {"epochs": 3, "lr": "auto", "layer_decay": 0.5, "warmup": 0.3}),
+        (["stages.1.steps=3"], {"epochs": None, "steps": 3, "lr": "auto"}),
+        (["stages.1.lr=1e-4"], {"epochs": "auto", "lr": 1e-4, "layer_decay": 0.5, "warmup": 0.3}),
+        (["optim.warmup=0.1"], {"warmup": None, "layer_decay": 0.5}),
+        (["stages.1.optim.warmup=0.1"], {"warmup": None, "lr": "auto"}),
+        (["stages.1.trainable=layer4+", "stages.1.lr=1", "stages.1.epochs=1"], {"layer_decay": 1}),
+    ],
+)
+def test_an_override_means_what_the_same_key_of_the_file_means(tmp_path, stages, overrides, found):
     file = tmp_path / "c.yaml"
-    file.write_text("recipe: auto\ndata: {path: d}\n", encoding="utf-8")
-    config = load_config(file, ["stages.1.epochs=3", "batch.global=128"])
-    assert config.stages[1].epochs == 3
-    assert config.batch.global_ == 128
+    file.write_text(f"recipe: auto\ndata: {{path: d}}\n{stages}\n", encoding="utf-8")
+    head = ["stages.0.solve=true"] if stages else []
+    stage = load_config(file, [*overrides, *head]).stages[1]
+    assert {key: getattr(stage, key) for key in found} == found
+
+
+def test_a_recipe_may_come_and_go_by_an_override(tmp_path):
+    file = tmp_path / "c.yaml"
     file.write_text("data: {path: d}\n", encoding="utf-8")
-    assert [stage.name for stage in load_config(file, ["recipe=auto"]).stages] == [
-        "head",
-        "finetune",
-    ]
+    config = load_config(file, ["recipe=auto", "stages.1.epochs=3"])
+    assert [stage.name for stage in config.stages] == ["head", "finetune"]
+    assert config.stages[1].epochs == 3
+    file.write_text("recipe: auto\ndata: {path: d}\nstages: [{name: a}]\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"stages\.0\.lr: is required"):
+        load_config(file, ["recipe=null"])
 
 
 # --- what it says of a number of images ---
@@ -98,13 +137,15 @@ def test_a_stage_that_says_all_is_left_alone():
     assert recipe.told == []
 
 
-def test_what_was_chosen_before_fills_only_what_is_open():
-    head = StageConfig(name="head", trainable="head", solve=True)
-    before = [head, StageConfig(name="all", epochs=9, lr=0.5)]
-    assert kept([head, ALL], before) == before
-    other = StageConfig(name="all", steps=3, lr=0.1)
-    assert kept([head, other], before) == [head, other]
-    assert kept([ALL], before) == [ALL]
+def test_what_was_told_says_what_was_chosen():
+    recipe = recipe_for([StageConfig(name="h", trainable="head", solve=True), ALL], 244)
+    assert chosen_by(recipe.told) == {
+        "batch.global": str(recipe.batch),
+        "stages.1.epochs": str(recipe.stages[1].epochs),
+        "stages.1.lr": f"{recipe.stages[1].lr:g}",
+    }
+    assert chosen_by(["what a user wrote", "", "a b: c"]) == {"a": "b"}
+    assert chosen_by("auto") == chosen_by(None) == {}
 
 
 # --- what it cannot choose for ---
@@ -138,11 +179,14 @@ def test_a_batch_that_is_chosen_need_not_be_made_of_the_microbatches_of_256():
         (
             {"recipe": None, "stages": [{"name": "a", "lr": "auto", "epochs": 1}]}
             | {"model": {"weights": "none"}},
-            "model.weights: none, and what is auto is chosen for",
+            "model.weights: none, and stages.0.lr: auto",
         ),
         ({"stages": {"a": 1}}, "stages: expected a list"),
         ({"stages": ["a"]}, "stages.0: expected a section"),
-        ({"model": {"weights": "none"}}, "model.weights: none, and what is auto is chosen for"),
+        (
+            {"model": {"weights": "none"}},
+            "model.weights: none, and batch.global and stages.1.epochs and stages.1.lr: auto",
+        ),
         (
             {"data": {"path": "d", "backend": "stream", "stream_urls": "a.tar"}},
             "stages.0.solve: needs data.backend: indexed",

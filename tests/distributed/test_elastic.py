@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from tiny_runs import make_dataset, newest_checkpoint, tiny_config, write_config
 from torch import distributed as dist
 
-from rtl_dist.config import load_config
+from rtl_dist.config import BatchConfig, load_config
+from rtl_dist.config.recipe import recipe_for
 from rtl_dist.core.errors import RtlDistError
-from rtl_dist.distributed.elastic import largest_share, meet, taking_part
+from rtl_dist.distributed.elastic import largest_share, meet, num_microbatches, taking_part
 from rtl_dist.train import main
 
 STEPS = 90
@@ -171,6 +172,17 @@ def test_a_rank_that_does_not_come_is_not_waited_for_for_ever():
 )
 def test_how_many_train(microbatches, there_are, train):
     assert largest_share(microbatches, there_are) == train
+
+
+@pytest.mark.parametrize("num_images", [100, 20_000])
+@pytest.mark.parametrize("micro", ["auto", 1, 8, 10, 12, 24, 32, 48, 64])
+def test_a_batch_that_is_chosen_later_can_be_shared(micro, num_images):
+    microbatches = num_microbatches(BatchConfig(global_="auto", micro=micro))
+    assert microbatches >= 1
+    batch = recipe_for([], num_images, micro=micro).batch
+    for there_are in range(1, 9):
+        train = largest_share(microbatches, there_are)
+        assert batch // (1 if micro == "auto" else micro) % train == 0
 
 
 def test_without_elastic_launch_nothing_is_changed(tmp_path):

@@ -29,7 +29,6 @@ WRITTEN_BY_RUNS += (
     "heartbeats/",
     "checkpoints/",
     "ledger/",
-    "lr_finder/",
 )
 
 

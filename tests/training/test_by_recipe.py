@@ -89,6 +89,44 @@ def test_a_run_of_other_stages_is_not_gone_on_with(
     assert "the config differs from that of the run" in capsys.readouterr().err
 
 
+def test_what_was_given_once_is_not_taken_for_what_was_chosen(
+    tmp_path, dataset, by_recipe, monkeypatch, capsys
+):
+    """A short trial is not gone on with as if the recipe had wanted it so short."""
+    short = {**by_recipe, "stages": [{"name": "all", "steps": 3}]}
+    train(tmp_path, dataset, **short)
+    open_again = {**by_recipe, "stages": [{"name": "all"}]}
+    train(tmp_path, dataset, code=2, **open_again)
+    assert "stages.0.epochs was None and is" in capsys.readouterr().err
+    train(tmp_path, dataset, **short)
+    assert "already done" in capsys.readouterr().out
+    train(tmp_path, dataset, code=2, **{**short, "batch": {"micro": 24}})
+    assert "batch.global was" in capsys.readouterr().err
+
+
+def test_reasons_that_hold_no_more_are_left_out(tmp_path, dataset, by_recipe):
+    run = train(tmp_path, dataset, **by_recipe)
+    again = f"run.dir={tmp_path / 'again'}"
+    arguments = ["train", "--config", str(run / "config.yaml"), again, "stages.1.lr=5e-4"]
+    assert main(arguments) == 0
+    before, now = read_run_config(run).recipe, read_run_config(tmp_path / "again").recipe
+    assert now == [line for line in before if not line.startswith("stages.1.lr")]
+
+
+def test_what_cannot_go_with_what_was_chosen_is_one_error(tmp_path, dataset, by_recipe, capsys):
+    changes = {**by_recipe, "optim": {"schedule": "plateau", "min_lr": 0.1}}
+    train(tmp_path, dataset, code=2, **changes)
+    error = capsys.readouterr().err
+    assert "optim.min_lr: must be below stages.1.lr" in error
+    assert "Traceback" not in error
+
+
+def test_a_recipe_with_nothing_to_choose_says_so(tmp_path, dataset, capsys):
+    run = train(tmp_path, dataset, recipe="auto")
+    assert "recipe: nothing is left for it to choose" in capsys.readouterr().err
+    assert read_run_config(run).recipe is None
+
+
 def test_find_lr_tests_what_the_recipe_trains(tmp_path, dataset, by_recipe, capsys, monkeypatch):
     monkeypatch.setattr("rtl_dist.training.lr_finder.STEPS", 8)
     train(tmp_path, dataset, **by_recipe)
@@ -100,5 +138,11 @@ def test_find_lr_tests_what_the_recipe_trains(tmp_path, dataset, by_recipe, caps
     output = capsys.readouterr()
     assert "head solved" in output.err
     assert "stage finetune: " in output.out.splitlines()[-1]
+    assert "from a solved head" in output.out.splitlines()[-1]
+    arguments = ["find-lr", "--config", str(config), "stages.0.epochs=1", "--stage", "finetune"]
+    assert main(arguments) == 0
+    output = capsys.readouterr()
+    assert "not after stage head" in output.err
+    assert "solved" not in output.out
     assert main(["find-lr", "--config", str(config), "--stage", "fintune"]) == 2
     assert "it has head, finetune" in capsys.readouterr().err
