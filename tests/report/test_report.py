@@ -424,6 +424,7 @@ def test_a_solved_head_is_a_point_of_its_own(tmp_path):
     assert len(pieces_of(lines_of(learning_rate_figure(history))["head"])) == 2
     text = draw_run(run).read_text()
     assert "<b>95.00 %</b>best validation" in text
+    assert "stage solved, epoch 3" in text
     assert "solved takes no steps" in text
 
 

@@ -65,7 +65,8 @@ def test_a_solved_head_is_a_whole_run(tmp_path, dataset, capsys):
     assert found["best"]["value"] == row["val/top1"]
     assert found["test"]["num_samples"] == 15
     assert_self_contained(run / "report.html")
-    capsys.readouterr()
+    reached = f"best val/top1 {row['val/top1']:.4f} (stage head, epoch 0.0)"
+    assert reached in capsys.readouterr().out
     train(tmp_path, dataset, stages=[SOLVED], data__test="test")
     assert "already done" in capsys.readouterr().out
     assert metric_rows(run) == [row]
