@@ -166,7 +166,7 @@ def test_a_batch_that_is_chosen_need_not_be_made_of_the_microbatches_of_256():
         ({"recipe": "best"}, "recipe: must be one of auto"),
         ({"recipe": None}, "stages: is required"),
         ({"recipe": None, "stages": []}, "stages: must name at least one stage; recipe: auto"),
-        ({"recipe": ["batch.global 32: so"], "stages": [{"name": "a"}]}, "stages.0.lr: is requir"),
+        ({"recipe": ["batch.global 32: so"], "stages": [{"name": "a"}]}, "stages.0.lr: is"),
         ({"stages": [{"name": "a", "trainable": "layer4+"}]}, "stages.0.lr: is required"),
         (
             {"stages": [{"name": "a", "trainable": "layer4+", "lr": 1}]},
