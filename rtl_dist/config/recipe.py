@@ -18,9 +18,9 @@ _WARMUP = 0.3
 
 _BATCH, _LARGER_BATCH = 32, 64
 _LARGER_FROM = 10_000  # images
-_STEPS = 480  # of a small data set
+STEPS = 480  # of a small data set
 _MOST_EPOCHS, _FEWEST_EPOCHS = 40, 8
-_RATE = 1e-3  # at the smaller batch
+RATE = 1e-3  # at the smaller batch
 
 
 def give_stages(tree: dict[str, Any]) -> None:
@@ -87,17 +87,17 @@ def recipe_for(
     filled = []
     for number, stage in enumerate(stages):
         if stage.epochs == "auto":
-            wanted = math.ceil(_STEPS * _BATCH / num_images)
+            wanted = math.ceil(STEPS * _BATCH / num_images)
             epochs = min(_MOST_EPOCHS, max(_FEWEST_EPOCHS, wanted))
             told.append(
-                f"stages.{number}.epochs {epochs}: {_STEPS} steps of {_BATCH} images, but"
+                f"stages.{number}.epochs {epochs}: {STEPS} steps of {_BATCH} images, but"
                 f" {_FEWEST_EPOCHS} to {_MOST_EPOCHS} epochs"
             )
             stage = replace(stage, epochs=epochs)
         if stage.lr == "auto":
-            rate = float(f"{_RATE * math.sqrt(batch / _BATCH):.2g}")
+            rate = float(f"{RATE * math.sqrt(batch / _BATCH):.2g}")
             scaled = "" if batch == _BATCH else f", times the square root of {batch} / {_BATCH}"
-            why = f"{_RATE:g} for batches of {_BATCH}{scaled}"
+            why = f"{RATE:g} for batches of {_BATCH}{scaled}"
             told.append(f"stages.{number}.lr {rate:g}: {why}")
             stage = replace(stage, lr=rate)
         filled.append(stage)

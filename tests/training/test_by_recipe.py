@@ -23,7 +23,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def by_recipe(tmp_path, dataset, monkeypatch) -> dict:
     """What makes a tiny config one that a recipe fills in; few steps."""
-    monkeypatch.setattr(rules, "_STEPS", 4)
+    monkeypatch.setattr(rules, "STEPS", 4)
     stages = [{"name": "all", "steps": 3, "trainable": "all", "lr": 1e-3, "batchnorm": "train"}]
     pretrained = train(tmp_path, dataset, "pretrained", stages=stages)
     return {
@@ -70,7 +70,7 @@ def test_a_run_keeps_its_recipe_whatever_would_be_chosen_later(
     whole = train(tmp_path, dataset, "whole", **by_recipe)
     with killed_after(4, monkeypatch):
         train(tmp_path, dataset, "killed", **by_recipe, checkpoint={"every": "1 step"})
-    monkeypatch.setattr(rules, "_RATE", 7e-2)
+    monkeypatch.setattr(rules, "RATE", 7e-2)
     killed = train(tmp_path, dataset, "killed", **by_recipe)
     assert read_run_config(killed).stages == read_run_config(whole).stages
     assert results(killed)["weights_sha256"] == results(whole)["weights_sha256"]
