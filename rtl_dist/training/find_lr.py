@@ -74,7 +74,7 @@ def find_lr(config: Config, stage_name: str | None) -> str:
         return ""
     told = f"stage {stage.name}: as the rate grows, the loss holds up to {found:.2g}, see {picture}"
     if is_solved:
-        told += "; from a solved head it cannot fall at first, so this is no advice"
+        told += "; from a solved head that is no advice (docs/training.md)"
     return told
 
 
