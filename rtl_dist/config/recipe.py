@@ -110,9 +110,17 @@ def batches_with(micro: int | Literal["auto"]) -> tuple[int, int]:
     return math.ceil(_BATCH / parts) * parts, math.ceil(_LARGER_BATCH / parts) * parts
 
 
-def chosen_by(recipe: str | list[str] | None) -> dict[str, str]:
-    """The keys that an earlier ``Recipe.told`` names, with the values that were chosen."""
-    if not isinstance(recipe, list):
-        return {}
-    claims = (line.partition(":")[0].split() for line in recipe)
-    return {claim[0]: claim[1] for claim in claims if len(claim) == 2}
+def lines_that_hold(
+    recipe: str | list[str] | None, values: dict[str, float | Literal["auto"] | None]
+) -> dict[str, str]:
+    """Of the lines that an earlier ``Recipe.told`` left in a config, by key, those whose values are
+    still the config's. A person may have changed the lines as well.
+
+    values: of the config, see ``Config.of_recipe``.
+    """
+    now = {
+        f"{key} {value:g}": key for key, value in values.items() if isinstance(value, int | float)
+    }
+    lines = recipe if isinstance(recipe, list) else []
+    claims = {line.partition(":")[0]: line for line in lines}
+    return {key: claims[claim] for claim, key in now.items() if claim in claims}

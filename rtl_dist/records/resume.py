@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from rtl_dist.config import Config, read_run_config
-from rtl_dist.config.recipe import chosen_by
+from rtl_dist.config.recipe import lines_that_hold
 from rtl_dist.data.format.dataset import Dataset
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.records.checkpoint import (
@@ -42,7 +42,7 @@ def keep_resolved(config: Config) -> Config:
 def _keep_recipe(config: Config, earlier: Config) -> Config:
     """The config with each auto as it was chosen then; what was given then stays auto, and is
     chosen now, which may not be the same: the run's identity tells."""
-    chosen = chosen_by(earlier.recipe).keys() & set(config.auto_keys)
+    chosen = lines_that_hold(earlier.recipe, earlier.of_recipe).keys() & set(config.auto_keys)
     batch, then = config.batch, earlier.batch
     if "batch.global" in chosen and batch.micro in ("auto", then.micro):
         batch = replace(batch, global_=then.global_)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from rtl_dist.config import Config, EarlyStopConfig
 from rtl_dist.config.checks import SectionError
-from rtl_dist.config.recipe import chosen_by, recipe_for
+from rtl_dist.config.recipe import lines_that_hold, recipe_for
 from rtl_dist.core.errors import UserError
 from rtl_dist.core.tasks import MULTI_LABEL
 from rtl_dist.data.format.dataset import Dataset
@@ -30,7 +30,8 @@ def resolve(config: Config, runtime: Runtime, dataset: Dataset) -> Config:
         config = _by_recipe(config, num_images=split.num_samples)
     elif config.recipe == "auto":
         LOG.info("recipe: nothing is left for it to choose")
-    config = replace(config, recipe=_that_hold(config))
+    lines = lines_that_hold(config.recipe, config.of_recipe)
+    config = replace(config, recipe=list(lines.values()) or None)
     stages = [
         stage
         if stage.early_stop is None
@@ -70,16 +71,6 @@ def _by_recipe(config: Config, *, num_images: int) -> Config:
         return replace(config, recipe=told, stages=recipe.stages, batch=batch)
     except SectionError as error:  # in how what was chosen goes with what was given
         raise UserError(f"{error} (chosen by the recipe)") from error
-
-
-def _that_hold(config: Config) -> list[str] | None:
-    """The lines of ``recipe`` whose values are still those of the config."""
-    now = config.of_recipe
-    holds = {
-        key for key, value in chosen_by(config.recipe).items() if f"{now.get(key) or 0:g}" == value
-    }
-    lines = config.recipe if isinstance(config.recipe, list) else []
-    return [line for line in dict.fromkeys(lines) if line.split()[0] in holds] or None
 
 
 def _measured(early_stop: EarlyStopConfig, dataset: Dataset, path: str) -> EarlyStopConfig:

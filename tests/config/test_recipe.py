@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from rtl_dist.config import Config, StageConfig, load_config, parse_config
-from rtl_dist.config.recipe import chosen_by, recipe_for
+from rtl_dist.config.recipe import lines_that_hold, recipe_for
 from rtl_dist.core.errors import UserError
 
 ALL = StageConfig(name="all", epochs="auto", lr="auto")
@@ -139,13 +139,30 @@ def test_a_stage_that_says_all_is_left_alone():
 
 def test_what_was_told_says_what_was_chosen():
     recipe = recipe_for([StageConfig(name="h", trainable="head", solve=True), ALL], 244)
-    assert chosen_by(recipe.told) == {
-        "batch.global": str(recipe.batch),
-        "stages.1.epochs": str(recipe.stages[1].epochs),
-        "stages.1.lr": f"{recipe.stages[1].lr:g}",
+    chosen = {
+        "batch.global": recipe.batch,
+        "stages.0.lr": None,
+        "stages.1.epochs": recipe.stages[1].epochs,
+        "stages.1.lr": recipe.stages[1].lr,
     }
-    assert chosen_by(["what a user wrote", "", "a b: c"]) == {"a": "b"}
-    assert chosen_by("auto") == chosen_by(None) == {}
+    assert list(lines_that_hold(recipe.told, chosen).values()) == recipe.told
+    keys = [key for key, value in chosen.items() if value is not None]
+    assert list(lines_that_hold(recipe.told, chosen)) == keys
+    for key in keys:
+        others = lines_that_hold(recipe.told, {**chosen, key: 7})
+        assert list(others) == [other for other in keys if other != key]
+    assert lines_that_hold("auto", chosen) == lines_that_hold(None, chosen) == {}
+
+
+@pytest.mark.parametrize(
+    "line", ["", ":", "what a user wrote", "batch.global", "batch.global x: y"]
+)
+def test_lines_that_a_person_changed_are_left_out(line):
+    told = recipe_for([ALL], 244).told
+    chosen = {"batch.global": 32, "stages.0.lr": "auto"}
+    assert lines_that_hold([line, *told, line], chosen) == {"batch.global": told[0]}
+    newer = "stages.0.lr 0.5: newer"
+    assert lines_that_hold([*told, newer], {"stages.0.lr": 0.5}) == {"stages.0.lr": newer}
 
 
 # --- what it cannot choose for ---
