@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -50,12 +51,19 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def clear_left_over(folder: Path) -> None:
-    """Deletes what writes that were killed left in a folder that is ours alone: the temporary files
-    of ``replacing``, and those of safetensors."""
-    for pattern in (".*.tmp", ".tmp*"):
-        for path in folder.glob(pattern):
-            path.unlink(missing_ok=True)
+def clear_left_over(folder: Path, names: Iterable[str]) -> None:
+    """Deletes what writes of these files that were killed left beside them: the temporary files of
+    ``replacing``, and those of safetensors where one of the names is of such a file. Whatever else
+    is there may be the user's."""
+    names = list(names)
+    ours = [rf"\.{re.escape(name)}\.\d+\.tmp" for name in names]
+    if any(name.endswith(".safetensors") for name in names):
+        ours.append(r"\.tmp[0-9A-Za-z]{6}")
+    pattern = re.compile("|".join(ours))
+    with suppress(FileNotFoundError, NotADirectoryError):  # nothing was written there yet
+        for entry in list(os.scandir(folder)):
+            if pattern.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                Path(entry.path).unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

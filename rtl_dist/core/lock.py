@@ -6,15 +6,18 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import socket
 import time
 from pathlib import Path
 from typing import IO, Any
 
 from rtl_dist.core.errors import UserError
+from rtl_dist.core.regular_files import open_regular, regular_descriptor
 
 LOG = logging.getLogger("rtl_dist")
-_NAME = ".lock"
+LOCK_NAME = ".lock"
+_OWNER = re.compile(rb"process \d+ on ")
 _WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)
 _PATIENCE_S = 2.0  # with an owner that is just ending, and with others that only look
 _POLL_S = 0.1
@@ -42,8 +45,8 @@ class RunLock:
     """An advisory lock (flock) of a run folder. A process that ends in any way has released it."""
 
     def __init__(self, run: Path) -> None:
-        self._path = run / _NAME
-        self._file: IO[str] | None = None
+        self._path = run / LOCK_NAME
+        self._file: IO[bytes] | None = None
 
     def acquire(self) -> None:
         """Returns without the lock, and warns, on a disk that has none.
@@ -51,22 +54,22 @@ class RunLock:
         Raises:
             UserError: another job has it. OSError: the folder cannot be written.
         """
-        file = open(self._path, "a+", encoding="utf-8")  # noqa: SIM115 - held until release
+        descriptor = regular_descriptor(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        file = open(descriptor, "r+b", buffering=0)  # noqa: SIM115 - held until release
         try:
             _take(file, self._path.parent)
         except OSError as error:
-            file.close()
             if error.errno not in _WITHOUT_LOCKS:
+                file.close()
                 raise
             LOG.warning("%s is on a disk without locks: start no second job here", self._path)
-            return
         except UserError:
             file.close()
             raise
-        file.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}")
-        file.flush()
+        owner = f"process {os.getpid()} on {socket.gethostname()} since {since}".encode()
+        file.write(owner)  # over what was there: it says at every moment that the folder is a run's
+        file.truncate(len(owner))
         self._file = file
         # a loader worker must not hold the lock on when this process was killed
         os.register_at_fork(after_in_child=self.release)
@@ -77,6 +80,15 @@ class RunLock:
             self._file = None
 
 
+def was_locked(run: Path) -> bool:
+    """Whether a job has ever locked the folder: then it is a run's."""
+    try:
+        with open_regular(run / LOCK_NAME) as file:
+            return _OWNER.match(file.read(100)) is not None
+    except OSError:
+        return False
+
+
 def require_unlocked(run: Path) -> None:
     """Before anything else is done that takes time.
 
@@ -84,17 +96,17 @@ def require_unlocked(run: Path) -> None:
         UserError: another job has the run folder.
     """
     try:
-        with open(run / _NAME, encoding="utf-8") as file:
+        with open_regular(run / LOCK_NAME) as file:
             _take(file, run)
     except OSError:
         return  # there is none yet, or what is wrong is told by ``acquire``
 
 
-def _take(file: IO[str], run: Path) -> None:
+def _take(file: IO[bytes], run: Path) -> None:
     if try_lock(file, patience_s=_PATIENCE_S):
         return
     file.seek(0)
-    owner = file.read().strip() or "another job"
+    owner = file.read(300).decode("utf-8", "replace").strip() or "another job"
     raise UserError(
         f"the run folder {run} is in use by {owner}; wait for it, or choose another run.dir"
     )

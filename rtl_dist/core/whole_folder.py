@@ -9,6 +9,7 @@ process has its own.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -56,12 +57,13 @@ def delete_folder(final: Path, *, shared: bool = False) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def clear_incomplete(parent: Path) -> None:
-    """Deletes what killed processes left, in the middle of filling or of deleting, in a folder that
-    is ours alone."""
+def clear_incomplete(parent: Path, names: re.Pattern[str]) -> None:
+    """Deletes what killed processes left, in the middle of filling or of deleting folders that bear
+    such ``names``; whatever else is there may be the user's."""
     for prefix in (INCOMPLETE, GONE):
         for folder in parent.glob(f"{prefix}*"):
-            shutil.rmtree(folder, ignore_errors=True)
+            if names.fullmatch(folder.name.removeprefix(prefix)):
+                shutil.rmtree(folder, ignore_errors=True)  # leaves alone what is a file or a link
 
 
 def _beside(final: Path, prefix: str, shared: bool) -> Path:

@@ -58,7 +58,7 @@ def clear_heartbeats(run: Path) -> None:
     Args:
         run: the run folder.
     """
-    for path in (run / _FOLDER).glob("*.json"):
+    for path in (run / _FOLDER).glob("rank-[0-9]*.json"):
         path.unlink(missing_ok=True)
 
 

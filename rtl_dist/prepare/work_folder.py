@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -10,6 +11,7 @@ from typing import BinaryIO
 from rtl_dist.core.errors import UserError
 from rtl_dist.core.files import replacing
 from rtl_dist.core.lock import try_lock
+from rtl_dist.core.regular_files import regular_descriptor
 
 WORK_FOLDER = ".pack"
 PLAN_FILE, LOCK_FILE = "plan.json", "lock"
@@ -21,10 +23,12 @@ def locked(out: Path) -> Iterator[None]:
     work = out / WORK_FOLDER
     try:
         work.mkdir(parents=True, exist_ok=True)
-        lock = open(work / LOCK_FILE, "ab")  # noqa: SIM115 (held, not read)
+        if work.is_symlink():
+            raise UserError(f"{work} is a link, and not followed: remove it, or choose another OUT")
+        descriptor = regular_descriptor(work / LOCK_FILE, os.O_WRONLY | os.O_CREAT)
     except OSError as error:
         raise UserError(f"cannot write into {out}: {error.strerror}; choose another OUT") from error
-    with lock:
+    with open(descriptor, "ab") as lock:
         try:
             is_free = try_lock(lock)
         except OSError:  # a file system without locks: nothing to be done

@@ -79,7 +79,7 @@ def save_checkpoint(run: Path, snapshot: Snapshot, *, keep: int) -> Path:
     final = run / FOLDER / _name(snapshot.state.step)
     temporary = incomplete_folder(final)
     try:
-        clear_incomplete(final.parent)
+        clear_incomplete(final.parent, _NAME)
         temporary.mkdir(parents=True)
         for name in _TENSORS:
             save_tensors(getattr(snapshot, name), temporary / f"{name}.safetensors")
@@ -109,7 +109,7 @@ def save_checkpoint(run: Path, snapshot: Snapshot, *, keep: int) -> Path:
 
 def clear_unfinished(run: Path) -> None:
     """Deletes what saves that were killed left, in the middle of writing or of deleting."""
-    clear_incomplete(run / FOLDER)
+    clear_incomplete(run / FOLDER, _NAME)
 
 
 def load_newest_checkpoint(run: Path) -> Snapshot | None:
@@ -202,6 +202,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def has_checkpoint(run: Path) -> bool:
     return bool(_checkpoints(run))
+
+
+def has_manifest(run: Path) -> bool:
+    """Whether any checkpoint has come to its end, which other programs' folders have not."""
+    return any((folder / _MANIFEST).is_file() for folder in _checkpoints(run))
 
 
 def _copy(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -9,15 +10,22 @@ from pathlib import Path
 
 from rtl_dist.config import RunConfig
 from rtl_dist.core.errors import UserError
-from rtl_dist.core.files import clear_left_over
-from rtl_dist.core.lock import RunLock
+from rtl_dist.core.files import clear_left_over, read_object
+from rtl_dist.core.lock import LOCK_NAME, RunLock, was_locked
+from rtl_dist.core.text import and_more
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.distributed.watch import Watch, clear_heartbeats
+from rtl_dist.model.folder import DESCRIPTION, WEIGHTS
 from rtl_dist.records.checkpoint import (
     clear_unfinished,
     has_checkpoint,
+    has_manifest,
 )
 from rtl_dist.records.results import read_results
+
+_WRITTEN = ("config.yaml", "environment.json", "results.json", "report.html")
+_LOGS = (".log", ".out", ".err", ".txt")
+_OF_SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini", ".gitignore", ".gitkeep")
 
 WATCHED = timedelta(days=1)  # patience with ranks, where ``run.timeout`` ends what does not go on
 
@@ -48,6 +56,7 @@ def owned_run_folder(config: RunConfig, runtime: Runtime) -> Iterator[Path]:
 
 def _claim(run: Path, lock: RunLock, resume: str) -> None:
     try:
+        _refuse_what_is_no_run(run)
         run.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except OSError as error:
@@ -67,6 +76,40 @@ def _claim(run: Path, lock: RunLock, resume: str) -> None:
     if resume == "must" and not has_checkpoint(run):
         raise UserError(f"run.resume: must, but {run} holds no checkpoint to go on from")
     clear_heartbeats(run)
-    for folder in (run, run / "best"):
-        clear_left_over(folder)
+    clear_left_over(run, _WRITTEN)
+    clear_left_over(run / "best", (WEIGHTS, DESCRIPTION))
     clear_unfinished(run)
+
+
+def _refuse_what_is_no_run(run: Path) -> None:
+    """
+    Raises:
+        UserError: the folder holds something else, which a run would litter, overwrite or take for
+            its own. OSError: it cannot be read.
+    """
+    if not run.exists() or _is_run(run):
+        return
+    strange = [entry.name for entry in os.scandir(run) if not _may_be_there(entry)]
+    if strange:
+        raise UserError(
+            f"run.dir: {run} is no run and not empty (it holds {min(strange)}"
+            f"{and_more(len(strange) - 1)}), so it is left alone; choose another run.dir"
+        )
+
+
+def _is_run(run: Path) -> bool:
+    """Whether a start of ours was there; copies may lack the lock, old runs of a few steps all
+    else."""
+    return (
+        was_locked(run) or "rtl_dist" in read_object(run / "environment.json") or has_manifest(run)
+    )
+
+
+def _may_be_there(entry: os.DirEntry[str]) -> bool:
+    """A file that is there before a run begins without being the user's: a lock not yet written,
+    the log of whoever starts the run, and what systems leave in every folder."""
+    if not entry.is_file(follow_symlinks=False):
+        return entry.name == "lost+found"
+    if entry.name == LOCK_NAME:
+        return entry.stat().st_size == 0
+    return entry.name.endswith(_LOGS) or entry.name in _OF_SYSTEMS

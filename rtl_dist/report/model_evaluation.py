@@ -5,11 +5,13 @@ The end of a run does so with its best weights, ``rtl-dist evaluate`` with any m
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
 from rtl_dist.config import Precision
 from rtl_dist.core.errors import UserError
+from rtl_dist.core.files import read_object
 from rtl_dist.data.format.dataset import Dataset, check_split, open_dataset
 from rtl_dist.data.loading.workers import resolve_workers
 from rtl_dist.distributed.runtime import Runtime, configure_logging
@@ -17,6 +19,13 @@ from rtl_dist.distributed.stopping import StopRequests
 from rtl_dist.evaluation.scoring import metrics_on_every_rank, score_split
 from rtl_dist.model.classifier import Classifier, place
 from rtl_dist.model.folder import LoadedModel, load_model
+
+_OVERWRITTEN = (
+    "metrics.json",
+    "report.html",
+    *(f"{name}.csv" for name in ("confusion_matrix", "mistakes", "per_class", "predictions")),
+    *(f"{name}.png" for name in ("calibration", "confusion_matrix", "mistakes")),
+)
 
 
 def evaluate_and_write(
@@ -98,6 +107,7 @@ def evaluate(
         _require_same_classes(loaded, dataset)
         name = split_name or ("test" if "test" in dataset.split_names else "val")
         out = out or Path(model_path) / "evaluation" / name
+        runtime.from_main(lambda: _require_own_folder(out))
         metrics = evaluate_and_write(
             loaded.model,
             dataset,
@@ -111,6 +121,23 @@ def evaluate(
             return ""
         figures = ", ".join(f"{key} {metrics[key]:.4f}" for key in dataset.task.shown)
         return f"{name}: {figures} on {metrics['num_samples']:,} images. See {out}/report.html"
+
+
+def _require_own_folder(out: Path) -> None:
+    """
+    Raises:
+        UserError: it is none, or its files of the names that we write are not of an evaluation.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out: {out} is a file; give a folder")
+    if "num_samples" in read_object(out / "metrics.json"):
+        return
+    taken = [name for name in _OVERWRITTEN if os.path.lexists(out / name)]
+    if taken:
+        raise UserError(
+            f"--out: {out} holds {taken[0]}, which is of no evaluation and would be overwritten;"
+            " choose another folder"
+        )
 
 
 def _precision_of(loaded: LoadedModel) -> Precision:

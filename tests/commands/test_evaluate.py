@@ -72,3 +72,12 @@ def test_two_processes_say_it_once_and_write_the_same(run, dataset, tmp_path):
     assert "test: top1 " in exits[0].last_line
     assert "top1" not in exits[1].output
     assert written_in(tmp_path / "out") == written_in(run / "evaluation" / "test")
+
+
+def test_files_of_the_users_are_not_overwritten(run, dataset, tmp_path, capsys):
+    (tmp_path / "report.html").write_text("mine")
+    words = ["evaluate", str(run), "--data", str(dataset), "--out", str(tmp_path)]
+    assert main(words) == 2
+    assert f"--out: {tmp_path} holds report.html, which is of no" in capsys.readouterr().err
+    assert (tmp_path / "report.html").read_text() == "mine"
+    assert main([*words[:-1], str(run)]) == 2  # the run's own page

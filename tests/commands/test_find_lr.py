@@ -142,7 +142,7 @@ def test_a_config_without_steps_has_no_rate_to_find(tmp_path, dataset, capsys):
 def test_a_folder_of_a_training_is_refused(tmp_path, config, capsys):
     training = tmp_path / "run-find-lr" / "checkpoints" / "step-00000001"
     training.mkdir(parents=True)
-    (training / "state.json").write_text("{}")
+    (training / "manifest.json").write_text("{}")
     assert main(["find-lr", "--config", config]) == 2
     assert "holds a training run; choose another run.dir" in capsys.readouterr().err
 

@@ -223,3 +223,12 @@ def test_unfinished_data_set_cannot_be_opened(source, tmp_path):
     assert pack_until_killed(source, tmp_path / "out", at=16)
     with pytest.raises(DataError, match="no data set"):
         open_dataset(tmp_path / "out")
+
+
+def test_a_folder_of_the_users_is_not_taken_for_the_work_folder(tmp_path, source):
+    out = tmp_path / "out"
+    (out / ".pack").mkdir(parents=True)
+    (out / ".pack" / "mine").write_text("mine")
+    with pytest.raises(UserError, match=r"is not empty \(it holds .pack/mine\)"):
+        pack(str(source), out, workers=1, show_progress=False)
+    assert (out / ".pack" / "mine").read_text() == "mine"

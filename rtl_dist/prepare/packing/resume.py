@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,6 +65,9 @@ def claim(out: Path, digest: str, files: list[str], overwrite: bool) -> None:
         _write_state(work, state["digest"], state["files"])
     if state is None:
         strange = [name for name in os.listdir(out) if not name.startswith(".")]
+        # no pack got as far as to write there, and a finished one removes the folder
+        begun = re.compile(rf"{LOCK_FILE}|\.{re.escape(PLAN_FILE)}\.\d+\.tmp")
+        strange += [f"{WORK_FOLDER}/{n}" for n in os.listdir(work) if not begun.fullmatch(n)]
         if strange:
             raise UserError(
                 f"{out} is not empty (it holds {min(strange)}) and holds no data set: choose"
