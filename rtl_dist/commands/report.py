@@ -17,6 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> str:
+    from rtl_dist.core.errors import disk_refused
     from rtl_dist.report.run import draw_run
 
-    return f"drew {draw_run(arguments.run_folder)}"
+    try:
+        return f"drew {draw_run(arguments.run_folder)}"
+    except OSError as error:
+        raise disk_refused(error, error.filename or arguments.run_folder) from error

@@ -11,11 +11,13 @@ from typing import Any
 
 from rtl_dist.config import Config
 from rtl_dist.core.files import naming
+from rtl_dist.core.tolerated import tolerated
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.records.state import TrainState
 from rtl_dist.records.wandb_process import start_wandb
 
 LOG = logging.getLogger("rtl_dist")
+_ALL_THE_SAME = "metrics.jsonl has everything"
 
 
 class Tracker:
@@ -32,7 +34,9 @@ class Tracker:
         with naming(self._path):
             self._file.truncate(min(self._file.tell(), state.metrics_bytes))
         self._file.seek(0, os.SEEK_END)
-        self._wandb = start_wandb(run, config, state)
+        self._wandb = None
+        with tolerated("W&B is not available", but=_ALL_THE_SAME):
+            self._wandb = start_wandb(run, config, state)
 
     def log(self, row: dict[str, Any]) -> None:
         clean = {
@@ -55,9 +59,11 @@ class Tracker:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with tolerated(f"{self._path} could not be closed"):
+            self._file.close()
         if self._wandb is not None:
-            self._wandb.close()
+            with tolerated("W&B", but=_ALL_THE_SAME):
+                self._wandb.close()
 
 
 class NullTracker(Tracker):

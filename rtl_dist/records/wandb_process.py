@@ -92,22 +92,18 @@ def _has_wandb_key() -> bool:
 
 
 def start_wandb(run: Path, config: Config, state: TrainState) -> WandbProcess | None:
-    """The process, started; None where W&B is off or cannot be started, which is said."""
+    """The process, started; None where W&B is off. Raises OSError: it cannot be started."""
     mode = wandb_mode(config.track.wandb)
     if mode == "disabled":
         return None
-    try:
-        state.wandb_id = state.wandb_id or kept_id(run) or uuid.uuid4().hex[:8]
-        (run / "wandb").mkdir(exist_ok=True)
-        # at once: a run that is killed before its first checkpoint goes on under the same id
-        write_json(_id_file(run), {"id": state.wandb_id})
-        write_json(run / "wandb" / "config.json", to_dict(config))
-        settings = {"folder": str(run), "id": state.wandb_id, "mode": mode} | TIMES
-        settings |= {"project": config.track.project, "parent": os.getpid()}
-        return WandbProcess(run, settings)
-    except OSError as error:
-        LOG.warning("W&B is not available (%s); metrics.jsonl has everything", error)
-        return None
+    state.wandb_id = state.wandb_id or kept_id(run) or uuid.uuid4().hex[:8]
+    (run / "wandb").mkdir(exist_ok=True)
+    # at once: a run that is killed before its first checkpoint goes on under the same id
+    write_json(_id_file(run), {"id": state.wandb_id})
+    write_json(run / "wandb" / "config.json", to_dict(config))
+    settings = {"folder": str(run), "id": state.wandb_id, "mode": mode} | TIMES
+    settings |= {"project": config.track.project, "parent": os.getpid()}
+    return WandbProcess(run, settings)
 
 
 def _id_file(run: Path) -> Path:

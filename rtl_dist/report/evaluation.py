@@ -5,15 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rtl_dist.core.errors import DataError
-from rtl_dist.core.files import read_object, write_bytes, write_csv, write_json, write_text
+from rtl_dist.core.files import read_object, write_csv, write_json, write_text
 from rtl_dist.core.tasks import METRICS, MULTI_LABEL, Metric
 from rtl_dist.data.format.reader import SampleReader
 from rtl_dist.data.format.split import Split
@@ -27,8 +27,11 @@ from rtl_dist.evaluation.metrics import (
     wilson_interval,
 )
 from rtl_dist.report import evaluation_plots as plots
-from rtl_dist.report.figure import png
+from rtl_dist.report.figure import draw
 from rtl_dist.report.html import Cell, Page, percent
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # The pictures of an evaluation in the order in which pages show them, with their captions.
 PICTURES = {
@@ -70,7 +73,8 @@ def write_evaluation(
     ``metrics.json`` (the given metrics, ``num_samples``, and the 95 % interval of the share of
     samples that are right), ``per_class.csv``, ``confusion_matrix.csv`` (multi-label: 2x2 counts a
     class), ``predictions.csv``, ``mistakes.csv`` (most confident first), one picture for each of
-    ``PICTURES``, ``report.html``. Several labels of a sample are joined by ``|``.
+    ``PICTURES`` (one that cannot be drawn is left out, which is said), ``report.html``. Several
+    labels of a sample are joined by ``|``.
 
     Raises:
         DataError: a shard of the split cannot be opened.
@@ -109,21 +113,22 @@ def write_evaluation(
             ),
         )
 
-    pairs = _write_confusion(predictions, out)
-    pictures = {
-        "precision_recall.png": plots.precision_recall_figure(predictions, table),
-        "calibration.png": plots.calibration_figure(calibration(predictions), predictions.task),
-        "mistakes.png": plots.mistakes_figure(
-            _load_pictures(split, wrong[: plots.MISTAKES_SHOWN], verdicts)
+    pairs, confusion_figure = _write_confusion(predictions, out)
+    shown = _load_pictures(split, wrong[: plots.MISTAKES_SHOWN], verdicts)
+    figures = {
+        "confusion_matrix.png": confusion_figure,
+        "precision_recall.png": lambda: plots.precision_recall_figure(predictions, table),
+        "calibration.png": lambda: plots.calibration_figure(
+            calibration(predictions), predictions.task
         ),
+        "mistakes.png": lambda: plots.mistakes_figure(shown),
     }
-    for name, figure in pictures.items():
-        write_bytes(out / name, png(figure))
+    drawn = {name: draw(out / name, make) for name, make in figures.items()}
 
     page = Page(title, f"Split {split.name}, {split.num_samples:,} samples, each counted once.")
     page.cards(headline(summary))
     for name, caption in PICTURES.items():
-        page.picture((out / name).read_bytes(), caption)
+        page.picture(drawn[name], caption)
         if name == "confusion_matrix.png" and pairs:
             page.heading("Most frequent confusions", 3)
             page.table(("truth", "predicted", "samples", "share of the true class"), pairs)
@@ -190,23 +195,23 @@ def _judge(predictions: Predictions) -> _Verdicts:
     )
 
 
-def _write_confusion(predictions: Predictions, out: Path) -> list[tuple[Cell, ...]]:
-    """The confusion table and picture; returns the most frequent confusions (single-label)."""
+def _write_confusion(
+    predictions: Predictions, out: Path
+) -> tuple[list[tuple[Cell, ...]], Callable[[], Figure]]:
+    """The confusion table; returns the most frequent confusions (single-label), and the picture."""
     classes = predictions.classes
     if predictions.task == MULTI_LABEL:
         counts = multi_label_confusion(predictions)
         header = ("class", "true_negative", "false_positive", "false_negative", "true_positive")
         rows = ((name, *cell.ravel().tolist()) for name, cell in zip(classes, counts, strict=True))
         write_csv(out / "confusion_matrix.csv", header, rows)
-        write_bytes(out / "confusion_matrix.png", png(plots.outcome_figure(counts, classes)))
-        return []
+        return [], lambda: plots.outcome_figure(counts, classes)
     confusion = confusion_matrix(predictions)
     write_csv(
         out / "confusion_matrix.csv",
         (r"truth\predicted", *classes),
         ((name, *row) for name, row in zip(classes, confusion.tolist(), strict=True)),
     )
-    write_bytes(out / "confusion_matrix.png", png(plots.confusion_figure(confusion, classes)))
     off = confusion.copy()
     np.fill_diagonal(off, 0)
     totals = confusion.sum(axis=1)
@@ -215,7 +220,7 @@ def _write_confusion(predictions: Predictions, out: Path) -> list[tuple[Cell, ..
         truth, said = np.unravel_index(cell, off.shape)
         if count := int(off[truth, said]):
             pairs.append((classes[truth], classes[said], count, percent(count / totals[truth])))
-    return pairs
+    return pairs, lambda: plots.confusion_figure(confusion, classes)
 
 
 def _load_pictures(

@@ -1,15 +1,24 @@
 """The look of every figure: colours, fonts, axes, and figures to PNG bytes.
 
 Figures are made through matplotlib's object API and drawn by Agg, so no display, no pyplot and no
-global state is involved. Colours are Okabe and Ito's, which stay apart for colour-blind readers;
-series differ by line style or marker as well.
+global state is involved, whatever the environment or a matplotlibrc of the user's says. Colours are
+Okabe and Ito's, which stay apart for colour-blind readers; series differ by line style or marker as
+well.
 """
 
 from __future__ import annotations
 
 import io
+import os
+import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from rtl_dist.core.files import write_bytes
+from rtl_dist.core.tolerated import tolerated
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,6 +91,36 @@ def plain(text: str, length: int = 28) -> str:
     if text.startswith("_"):
         text = " " + text
     return text.replace("$", r"\$")
+
+
+def draw(path: Path, make: Callable[[], Figure]) -> bytes | None:
+    """Writes a figure as a PNG file and returns its bytes; where that fails, for want of disk or by
+    a fault in the drawing, it says so, and no older picture is left there."""
+    with tolerated(f"{path.name} could not be drawn"), _matplotlib_as_it_comes():
+        picture = png(make())
+        write_bytes(path, picture)
+        return picture
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+    return None
+
+
+@contextmanager
+def _matplotlib_as_it_comes() -> Iterator[None]:
+    """Within the block matplotlib has its own defaults. A backend that the environment names, such
+    as a notebook's, need not be there: it is not what is drawn with."""
+    named = os.environ.get("MPLBACKEND")
+    if "matplotlib" not in sys.modules:
+        os.environ["MPLBACKEND"] = "agg"
+    try:
+        import matplotlib
+    finally:
+        os.environ.pop("MPLBACKEND", None)
+        if named is not None:
+            os.environ["MPLBACKEND"] = named
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        yield
 
 
 def png(figure: Figure) -> bytes:

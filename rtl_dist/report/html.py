@@ -90,8 +90,11 @@ class Page:
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         self._blocks.append(_fold(f"<div class=wide>{table}</div>", folded))
 
-    def picture(self, png: bytes, caption: str) -> None:
-        """A PNG, embedded; the caption is its text alternative too."""
+    def picture(self, png: bytes | None, caption: str) -> None:
+        """A PNG, embedded; the caption is its text alternative too. None: it could not be drawn."""
+        if png is None:
+            self.paragraph(f"{caption} (This picture could not be drawn.)", soft=True)
+            return
         data = base64.b64encode(png).decode("ascii")
         self._blocks.append(
             f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}">'

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rtl_dist.core.files import read_object, write_bytes
+from rtl_dist.core.files import read_object
 from rtl_dist.report.figure import (
     BLUE,
     GREEN,
     GREEN_TEXT,
     SKY,
     VERMILLION,
+    draw,
     dress,
     new_figure,
     outside_legend,
     plain,
-    png,
     say,
 )
 from rtl_dist.report.history import is_finite
@@ -60,13 +60,9 @@ def read_range_test(path: Path) -> RangeTest | None:
 
 
 def draw_range_test(test: RangeTest, run: Path) -> Path:
-    """Writes ``plots/lr_finder_<stage>.png`` into a run folder; returns its path.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
+    """Draws ``plots/lr_finder_<stage>.png`` into a run folder, if it can be; returns its path."""
     path = run / "plots" / f"lr_finder_{test.stage}.png"
-    write_bytes(path, png(range_test_figure(test)))
+    draw(path, lambda: range_test_figure(test))
     return path
 
 

@@ -6,6 +6,7 @@ The end of a run does so with its best weights, ``rtl-dist evaluate`` with any m
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -13,9 +14,11 @@ from rtl_dist.config import Precision
 from rtl_dist.core.errors import UserError
 from rtl_dist.core.files import read_object
 from rtl_dist.data.format.dataset import Dataset, check_split, open_dataset
+from rtl_dist.data.format.split import Split
 from rtl_dist.data.loading.workers import resolve_workers
 from rtl_dist.distributed.runtime import Runtime, configure_logging
 from rtl_dist.distributed.stopping import StopRequests
+from rtl_dist.evaluation.metrics import Predictions
 from rtl_dist.evaluation.scoring import metrics_on_every_rank, score_split
 from rtl_dist.model.classifier import Classifier, place
 from rtl_dist.model.folder import LoadedModel, load_model
@@ -28,29 +31,38 @@ _OVERWRITTEN = (
 )
 
 
-def evaluate_and_write(
-    model: Classifier,
-    dataset: Dataset,
-    split_name: str,
-    out: Path,
-    *,
-    title: str,
-    runtime: Runtime,
-    workers: int,
-) -> dict[str, float]:
-    """Scores a split and writes what ``write_evaluation`` does into ``out``; called by all ranks.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScoredSplit:
+    """A split that was scored."""
+
+    metrics: dict[str, float]
+    """On every rank the same, ``num_samples`` among them."""
+    split: Split
+    """That was scored."""
+    predictions: Predictions | None
+    """Of every sample, on rank 0."""
+
+    def write(self, out: Path, *, title: str) -> None:
+        """Writes what ``write_evaluation`` does, and raises as it; on rank 0 alone."""
+        from rtl_dist.report.evaluation import write_evaluation  # not at start
+
+        assert self.predictions is not None
+        metrics = {name: value for name, value in self.metrics.items() if name != "num_samples"}
+        write_evaluation(self.predictions, out, split=self.split, metrics=metrics, title=title)
+
+
+def score_with(
+    model: Classifier, dataset: Dataset, split_name: str, *, runtime: Runtime, workers: int
+) -> ScoredSplit:
+    """Scores a split; called by all ranks.
 
     Args:
         model: is moved to the rank's device, and left in eval mode.
-        title: of the page.
         workers: of this rank's loader.
-
-    Returns:
-        on every rank the metrics, and ``num_samples``.
 
     Raises:
         DataError: no such split, or a sample is damaged.
-        RtlDistError: the loader of a rank failed, or ``out`` cannot be written.
+        RtlDistError: the loader of a rank failed.
         StopRequested: a rank was asked to stop.
     """
     split = runtime.on_every_rank(lambda: dataset.split(split_name))
@@ -58,17 +70,8 @@ def evaluate_and_write(
     place(model, runtime.device, runtime.dtype)
     with runtime.heartbeat.phase(f"evaluating {split_name}"):
         predictions = score_split(model, dataset, split, runtime=runtime, workers=workers)
-    metrics = metrics_on_every_rank(predictions, runtime)
-
-    def write() -> None:
-        from rtl_dist.report.evaluation import write_evaluation  # of rank 0 alone, and not at start
-
-        assert predictions is not None
-        write_evaluation(predictions, out, split=split, metrics=metrics, title=title)
-
-    with runtime.heartbeat.phase("drawing", open_ended=runtime.is_main):
-        runtime.from_main(write)
-    return metrics | {"num_samples": split.num_samples}
+    metrics = metrics_on_every_rank(predictions, runtime) | {"num_samples": split.num_samples}
+    return ScoredSplit(metrics=metrics, split=split, predictions=predictions)
 
 
 def evaluate(
@@ -108,15 +111,16 @@ def evaluate(
         name = split_name or ("test" if "test" in dataset.split_names else "val")
         out = out or Path(model_path) / "evaluation" / name
         runtime.from_main(lambda: _require_own_folder(out))
-        metrics = evaluate_and_write(
+        scored = score_with(
             loaded.model,
             dataset,
             name,
-            out,
-            title=f"{model_path} on {name}",
             runtime=runtime,
             workers=resolve_workers(workers, local_world_size=runtime.local_world_size),
         )
+        with runtime.heartbeat.phase("drawing", open_ended=runtime.is_main):
+            runtime.from_main(lambda: scored.write(out, title=f"{model_path} on {name}"))
+        metrics = scored.metrics
         if not runtime.is_main:
             return ""
         figures = ", ".join(f"{key} {metrics[key]:.4f}" for key in dataset.task.shown)

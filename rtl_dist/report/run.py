@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rtl_dist.core.files import write_bytes, write_text
+from rtl_dist.core.files import write_text
 from rtl_dist.core.tasks import METRICS
 from rtl_dist.core.text import duration
 from rtl_dist.records.results import read_results
 from rtl_dist.report import plots
 from rtl_dist.report.evaluation import PICTURES, headline, read_summary
-from rtl_dist.report.figure import png
+from rtl_dist.report.figure import draw
 from rtl_dist.report.history import History, read_history
 from rtl_dist.report.html import Cell, Page, percent
 from rtl_dist.report.rates import falling_stages
@@ -36,7 +36,7 @@ def draw_run(run: Path) -> Path:
 
     Works on a finished run, on one that is still going and on one that was killed: whatever of
     ``results.json``, ``config.yaml``, ``environment.json`` and ``evaluation/<split>/`` is there is
-    shown.
+    shown. A picture that cannot be drawn is left out, which is said.
 
     Raises:
         UserError: ``metrics.jsonl`` is missing or has no whole row yet.
@@ -46,20 +46,19 @@ def draw_run(run: Path) -> Path:
     results = read_results(run)
     best = _best(history, results)
     figures = {
-        "loss.png": plots.loss_figure(history),
-        "accuracy.png": plots.accuracy_figure(history, best),
-        "learning_rate.png": plots.learning_rate_figure(history, falling_stages(run)),
-        "throughput.png": plots.throughput_figure(history),
+        "loss.png": lambda: plots.loss_figure(history),
+        "accuracy.png": lambda: plots.accuracy_figure(history, best),
+        "learning_rate.png": lambda: plots.learning_rate_figure(history, falling_stages(run)),
+        "throughput.png": lambda: plots.throughput_figure(history),
     }
-    for name, figure in figures.items():
-        write_bytes(run / "plots" / name, png(figure))
+    drawn = {name: draw(run / "plots" / name, make) for name, make in figures.items()}
 
     page = Page(f"Run {run.resolve().name}", _state(history, results))
     page.cards(_cards(history, results, best))
     _add_notes(page, history, results)
     page.heading("Curves")
     for name, caption in _PLOTS.items():
-        page.picture((run / "plots" / name).read_bytes(), caption)
+        page.picture(drawn[name], caption)
     page.heading("Stages")
     _add_stage_table(page, history)
     _add_evaluations(page, run, results)

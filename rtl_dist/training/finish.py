@@ -10,6 +10,7 @@ from pathlib import Path
 from rtl_dist.config import Config
 from rtl_dist.core.errors import RtlDistError, StopRequested
 from rtl_dist.core.files import sha256_of, write_json
+from rtl_dist.core.tolerated import tolerated
 from rtl_dist.data.format.dataset import Dataset
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.model.folder import WEIGHTS, load_model
@@ -17,7 +18,7 @@ from rtl_dist.model.freezing import digest
 from rtl_dist.records.checkpoint import load_newest_checkpoint
 from rtl_dist.records.identity import run_identity
 from rtl_dist.records.results import read_results, results_of
-from rtl_dist.report.model_evaluation import evaluate_and_write
+from rtl_dist.report.model_evaluation import score_with
 from rtl_dist.training.run import Run
 
 LOG = logging.getLogger("rtl_dist")
@@ -73,6 +74,7 @@ def left_in_order(run: Run) -> Iterator[None]:
 
 def finish(run: Run) -> str:
     """Evaluates the best weights on the test split, writes ``results.json``, draws the report.
+    What is only to be looked at may fail, which is said: the run is done.
 
     Returns:
         one line: what was reached and what to type next.
@@ -99,11 +101,18 @@ def finish(run: Run) -> str:
 
 
 def _draw(folder: Path, runtime: Runtime) -> None:
-    from rtl_dist.report.run import draw_run
-
     LOG.info("drawing plots and report.html")
-    with runtime.heartbeat.phase("drawing", open_ended=True):
+    with (
+        runtime.heartbeat.phase("drawing", open_ended=True),
+        tolerated(f"{folder}/report.html could not be drawn", but=_done_all_the_same(folder)),
+    ):
+        from rtl_dist.report.run import draw_run
+
         draw_run(folder)
+
+
+def _done_all_the_same(folder: Path) -> str:
+    return f"the run is done all the same, and `rtl-dist report {folder}` tries again"
 
 
 def _evaluate_test(run: Run, best: Path) -> dict[str, float] | None:
@@ -112,15 +121,17 @@ def _evaluate_test(run: Run, best: Path) -> dict[str, float] | None:
         return None
     model = load_model(best).model
     LOG.info("evaluating the best weights on %s", name)
-    return evaluate_and_write(
-        model,
-        run.dataset,
-        name,
-        run.folder / "evaluation" / name,
-        title=f"{run.folder.name}: {name}",
-        runtime=run.runtime,
-        workers=run.workers,
-    )
+    scored = score_with(model, run.dataset, name, runtime=run.runtime, workers=run.workers)
+    out = run.folder / "evaluation" / name
+    again = f"rtl-dist evaluate {run.folder} --data {run.config.data.path} --split {name}"
+
+    def write() -> None:
+        with tolerated(f"{out} could not be written", but=f"`{again}` tries again"):
+            scored.write(out, title=f"{run.folder.name}: {name}")
+
+    with run.runtime.heartbeat.phase("drawing", open_ended=run.runtime.is_main):
+        run.runtime.from_main(write)
+    return scored.metrics
 
 
 def _last_word(run: Run, test: dict[str, float] | None) -> str:

@@ -1,0 +1,94 @@
+"""A run that came to its end is done, whatever fails in drawing it."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from tiny_runs import make_dataset, results, train
+
+from rtl_dist.report import evaluation, figure, plots, run
+
+ONE_STAGE = [{"name": "head", "steps": 2, "trainable": "head", "lr": 1e-2}]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data"))
+
+
+def short_run(tmp_path, dataset):
+    return train(tmp_path, dataset, stages=ONE_STAGE, data__test="test")
+
+
+def no_space(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def a_bug(*_, **__):
+    raise ZeroDivisionError("by a bug")
+
+
+def no_memory(*_, **__):
+    raise MemoryError
+
+
+def require_done(folder, capsys, *said):
+    """The run is done, and said to be; returns its results."""
+    told = capsys.readouterr()
+    assert told.out.startswith("done: best val/top1")
+    for words in said:
+        assert words in told.err
+    found = results(folder)
+    assert found["status"] == "done"
+    assert found["test"]["num_samples"] == 15
+    return found
+
+
+@pytest.mark.parametrize("fault", [no_space, no_memory])
+def test_pictures_that_cannot_be_drawn_are_left_out(tmp_path, dataset, monkeypatch, capsys, fault):
+    monkeypatch.setattr(figure, "png", fault)
+    folder = short_run(tmp_path, dataset)
+    require_done(folder, capsys, "loss.png could not be drawn", "mistakes.png could not be drawn")
+    assert not list(folder.rglob("*.png"))
+    page = (folder / "report.html").read_text()
+    assert "could not be drawn" in page
+    assert "Evaluation on test" in page
+
+
+def test_one_picture_costs_no_other(tmp_path, dataset, monkeypatch, capsys):
+    monkeypatch.setattr(plots, "loss_figure", a_bug)
+    folder = short_run(tmp_path, dataset)
+    require_done(folder, capsys, "loss.png could not be drawn (ZeroDivisionError: by a bug, test_")
+    assert len(list((folder / "plots").glob("*.png"))) == 3
+
+
+def test_a_report_that_cannot_be_written_is_drawn_at_the_next_start(
+    tmp_path, dataset, monkeypatch, capsys
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_text", no_space)
+        patch.setattr(evaluation, "write_json", no_space)
+        folder = short_run(tmp_path, dataset)
+    again = f"`rtl-dist evaluate {folder} --data {dataset} --split test` tries again"
+    require_done(folder, capsys, "No space left on device", "the run is done all the same", again)
+    assert not (folder / "report.html").exists()
+    short_run(tmp_path, dataset)
+    assert "already done" in capsys.readouterr().out
+    assert (folder / "report.html").exists()
+
+
+def test_a_notebooks_backend_is_not_drawn_with(tmp_path):
+    row = {"step": 8, "epoch": 1.0, "stage": "head", "elapsed_s": 2.0, "train/loss": 0.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfigure.dpi: 9\nfont.size: 99\n")
+    asked = [sys.executable, "-m", "rtl_dist", "report", str(tmp_path)]
+    drawn = []
+    for more in ({}, {"MPLBACKEND": "module://nowhere", "MATPLOTLIBRC": str(tmp_path)}):
+        subprocess.run(asked, env=os.environ | more, check=True, capture_output=True)
+        drawn.append((tmp_path / "plots" / "loss.png").read_bytes())
+        shutil.rmtree(tmp_path / "plots")
+    assert drawn[0] == drawn[1]
