@@ -151,8 +151,10 @@ class Trial:
             "track.wandb": "off",
             "features.cache_dir": str(self.folder / FEATURES / run.name),
         }
+        given = [word for word in self._command if word.partition("=")[0] not in ours]
+        values = {key: json.dumps(value, ensure_ascii=False) for key, value in ours.items()}
         return started(
-            [*self._command, *(f"{key}={json.dumps(value)}" for key, value in ours.items())],
+            [*given, *(f"{key}={value}" for key, value in values.items())],
             run=run,
             log=logs / f"{run.name}-{number:03d}.log",
             tick=lambda: self._bar.update(0),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from types import TracebackType
 
+from rtl_dist.core.text import brief
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -54,6 +56,17 @@ class Checks:
         for name in names:
             value = getattr(section, name)
             self(0 <= value <= 1, f"{name}: must lie in 0 to 1, not {value}")
+
+    def at_most(self, section: object, **limits: float) -> None:
+        """That these keys of a section, where they are numbers, are not above what anything can
+        use: an absurd number is refused here, not where it makes something overflow."""
+        for name, limit in limits.items():
+            value = getattr(section, name)
+            key = name.rstrip("_")
+            self(
+                not isinstance(value, int | float) or value <= limit,
+                f"{key}: must be at most {limit:,}, not {brief(value)}",
+            )
 
     def __exit__(
         self,

@@ -11,23 +11,32 @@ import dataclasses
 import math
 import types
 import typing
-from typing import Any, Literal, Union, get_args, get_origin
+import unicodedata
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from rtl_dist.config.checks import SectionError
+from rtl_dist.config.meant import which_is_meant
+from rtl_dist.config.places import place_at
 from rtl_dist.core.intervals import Duration, Every
-from rtl_dist.core.text import did_you_mean, nearest
+from rtl_dist.core.text import brief, nearest
 
 REFUSED: Any = object()
 """Stands for a value of which is already said that it is wrong."""
 
 _WRITTEN_AS_TEXT = (Every, Duration)
+_MOST_UNKNOWN = 20  # keys of a section that are told one by one
+_MOST_ITEMS = 100  # of a list
+_LONGEST_TEXT = 4000
+_UNWRITABLE = ("Cc", "Cs", "Zl", "Zp")  # controls, lone surrogates, ends of lines
+_LEAST, _LARGEST = 1e-30, 1e30  # of a number that is not 0: beyond them float32 ends
 _TYPE_NAMES = {
     float: "a number",
     int: "a whole number",
     bool: "true or false",
     str: "text",
     Every: "something like '1 epoch'",
-    Duration: "something like '30s', '90 minutes' or '11.5h'",
+    Duration: "something like '30s', '90 minutes' or '11.5h'; a number alone has no unit",
 }
 
 
@@ -58,10 +67,11 @@ def build(section: type, tree: Any, path: str, problems: list[Problem]) -> Any:
     """The section that ``tree`` describes, or ``REFUSED`` and what is wrong put to ``problems``."""
     if tree is None:
         tree = {}
-    if not isinstance(tree, dict):
-        return _refuse(problems, path, f"expected a section with keys, found {tree!r}")
-    hints = typing.get_type_hints(section)
+    hints = typing.get_type_hints(section, include_extras=True)
     fields = {_key(field): field for field in dataclasses.fields(section)}
+    if not isinstance(tree, dict):
+        such = f"its first key is {_join(path, next(iter(fields)))}"
+        return _refuse(problems, path, f"expected a section with keys, found {brief(tree)}; {such}")
     in_doubt = _refuse_unknown(tree, list(fields), path, problems)
     values = {}
     for key, field in fields.items():
@@ -101,14 +111,19 @@ def _refuse_unknown(
 ) -> set[str]:
     """The keys that are in doubt: the unknown ones, and those that they may have been meant for."""
     in_doubt = set()
-    for key in map(str, tree):
-        if key not in known:
-            hint = did_you_mean(key, known) or f"; known here: {', '.join(known)}"
-            where = _join(path, key)
-            problems.append(Problem(where, f"unknown key {where}{hint}"))
-            meant = nearest(key, known)
-            in_doubt |= {key} if meant is None or meant in tree else {key, meant}
-    return in_doubt
+    unknown = [key for key in map(str, tree) if key not in known]
+    of_config = path != "" or "stages" in known
+    for key in unknown[:_MOST_UNKNOWN]:
+        shown = key if key.isprintable() and len(key) <= 100 else brief(key)
+        where = _join(path, shown)
+        hint = which_is_meant(key, known, of_config=of_config)
+        problems.append(Problem(_join(path, key), f"unknown key {where}{hint}"))
+        meant = nearest(key, known)
+        in_doubt |= {key} if meant is None or meant in tree else {key, meant}
+    if more := unknown[_MOST_UNKNOWN:]:
+        told = f"{path or 'config'}: {len(more):,} more unknown keys"
+        problems.append(Problem(path, told))
+    return in_doubt | set(unknown)
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:
@@ -124,7 +139,7 @@ def _stand_in(kind: Any) -> Any:
         return typing.cast(type, kind)(**{name: _stand_in(hints[name]) for name in required})
     if get_origin(kind) in (Union, types.UnionType):
         return _stand_in(get_args(kind)[0])
-    return kind()
+    return _stand_in(get_args(kind)[0]) if get_origin(kind) is Annotated else kind()
 
 
 def _convert(kind: Any, value: Any, path: str, problems: list[Problem]) -> Any:
@@ -132,6 +147,9 @@ def _convert(kind: Any, value: Any, path: str, problems: list[Problem]) -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
     if value is REFUSED:
         return REFUSED
+    if origin is Annotated:
+        text = _convert(arguments[0], value, path, problems)
+        return REFUSED if text is REFUSED else _place(text, path, problems)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type) and kind not in _WRITTEN_AS_TEXT:
         return build(kind, value, path, problems)
     if origin in (Union, types.UnionType):
@@ -145,10 +163,13 @@ def _convert(kind: Any, value: Any, path: str, problems: list[Problem]) -> Any:
         if value in arguments and type(value) in {type(a) for a in arguments}:
             return value
         known = ", ".join(map(str, arguments))
-        return _refuse(problems, path, f"must be one of {known}; found {value!r}")
+        return _refuse(problems, path, f"must be one of {known}; found {brief(value)}")
     if origin is list:
         if not isinstance(value, list):
-            return _refuse(problems, path, f"expected a list, found {value!r}")
+            return _refuse(problems, path, f"expected a list, found {brief(value)}")
+        if len(value) > _MOST_ITEMS:
+            many = f"must have at most {_MOST_ITEMS} items, not {len(value):,}"
+            return _refuse(problems, path, many)
         items = [
             _convert(arguments[0], item, _join(path, str(i)), problems)
             for i, item in enumerate(value)
@@ -157,7 +178,7 @@ def _convert(kind: Any, value: Any, path: str, problems: list[Problem]) -> Any:
     if origin is tuple:
         if not isinstance(value, list | tuple) or len(value) != len(arguments):
             expected = f"expected a list of {len(arguments)} numbers"
-            return _refuse(problems, path, f"{expected}, found {value!r}")
+            return _refuse(problems, path, f"{expected}, found {brief(value)}")
         pairs = zip(arguments, value, strict=True)
         items = [_convert(argument, item, path, problems) for argument, item in pairs]
         return REFUSED if REFUSED in items else tuple(items)
@@ -193,11 +214,52 @@ def _convert_scalar(kind: Any, value: Any, path: str, problems: list[Problem]) -
             number = float(value)
         except (ValueError, OverflowError):
             number = math.nan
-        if math.isfinite(number):
+        if number == 0 or _LEAST <= abs(number) <= _LARGEST:
             return number
-    if kind in (int, bool, str) and type(value) is kind:
+        if math.isfinite(number):
+            reason = f"must be 0 or lie in {_LEAST} to {_LARGEST}, not {number}"
+            return _refuse(problems, path, reason)
+    if kind is str and isinstance(value, str):
+        odd = _unwritable(value)
+        return value if odd is None else _refuse(problems, path, odd)
+    if kind in (int, bool) and type(value) is kind:
         return value
-    return _refuse(problems, path, f"expected {_TYPE_NAMES[kind]}, found {value!r}")
+    return _refuse(problems, path, f"expected {_TYPE_NAMES[kind]}, found {brief(value)}")
+
+
+def _unwritable(text: str) -> str | None:
+    """Why a text can be no name and no line of a file; None if it can."""
+    if len(text) > _LONGEST_TEXT:
+        return f"has {len(text):,} characters; at most {_LONGEST_TEXT:,} are taken"
+    odd = next((each for each in text if unicodedata.category(each) in _UNWRITABLE), None)
+    return None if odd is None else f"holds {odd!r}, which no name and no line can have"
+
+
+def _place(text: str, path: str, problems: list[Problem]) -> Any:
+    try:
+        return place_at(text)
+    except ValueError as error:
+        return _refuse(problems, path, str(error))
+
+
+def kinds_at(section: type, names: Sequence[str]) -> tuple[Any, ...]:
+    """What the value at a dotted path may be: types, ``list`` and ``tuple`` for those of any items;
+    nothing where no such key is."""
+    kinds: tuple[Any, ...] = (section,)
+    for name in names:
+        below: list[Any] = []
+        for kind in kinds:
+            if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+                hints = typing.get_type_hints(kind)
+                below += [hints[f.name] for f in dataclasses.fields(kind) if _key(f) == name]
+            elif get_origin(kind) is list and name.isdecimal():
+                below += get_args(kind)[:1]
+        kinds = tuple(each for kind in below for each in _alternatives(kind))
+    return tuple(get_origin(kind) or kind for kind in kinds)
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
 def _key(field: dataclasses.Field[Any]) -> str:

@@ -6,18 +6,22 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rtl_dist.config.checks import Checks
+from rtl_dist.config.places import Place
 from rtl_dist.core.urls import is_url, secret_in
+
+LARGEST_SIDE = 4096  # pixels; the first layer's output of one such image takes a gigabyte
+_LEAST_CROP = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which data set, how it is read, and how its images reach the model."""
 
-    path: str
+    path: Place
     """Folder of a data set (``rtl-dist pack`` or ``index``), or its URL: ``https://``, ``s3://``,
     ``gs://`` or any other that fsspec knows. Credentials come from where the storage's own tools
     keep them, never from the URL."""
-    source: str | None = None
+    source: Place | None = None
     """Packed into ``path`` at the start of the job when nothing is there yet: whatever
     ``rtl-dist pack`` takes, such as ``digits`` or ``torchvision:CIFAR10``."""
     val_fraction: float = 0.0
@@ -25,7 +29,7 @@ class DataConfig:
     backend: Literal["indexed", "stream"] = "indexed"
     """indexed: exact epochs, resume, exact evaluation. stream: the webdataset library on sources
     that cannot be indexed (``pipe:``, compressed tars); training then has none of those."""
-    stream_urls: str | None = None
+    stream_urls: Place | None = None
     """With ``backend: stream``: brace pattern or URL of the training tars. Labels, classes and the
     evaluation splits still come from ``path``."""
     train: str = "train"
@@ -54,7 +58,7 @@ class DataConfig:
     window: int = 16
     """Half the shards that the cache must hold under ``shuffle: window``; the samples of 4/3
     ``window`` shards are mixed at a time."""
-    cache_dir: str | None = None
+    cache_dir: Place | None = None
     """Folder on a local disk where shards of remote data are kept, shared by all jobs of a
     machine. null: ``rtl_dist`` in the user's cache folder."""
     cache_gb: float | None = None
@@ -66,7 +70,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         with Checks() as check:
             check(self.image_size >= 8, f"image_size: must be at least 8, not {self.image_size}")
-            check(0 < self.crop_pct <= 1, f"crop_pct: must lie in 0 to 1, not {self.crop_pct}")
+            check(
+                _LEAST_CROP <= self.crop_pct <= 1,
+                f"crop_pct: must lie in 0 to 1, not {self.crop_pct}, and be {_LEAST_CROP} or more",
+            )
+            check.at_most(self, image_size=LARGEST_SIDE, workers=1024, bad_samples=2**31)
+            check.at_most(self, window=2**31)
             check(0 <= self.val_fraction < 1, "val_fraction: must lie in 0 to 1")
             check(
                 self.workers == "auto" or self.workers >= 0, "workers: must be auto or at least 0"

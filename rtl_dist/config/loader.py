@@ -6,14 +6,14 @@ import copy
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from rtl_dist.config.convert import Problem, build, to_dict
+from rtl_dist.config.meant import with_stages_named
 from rtl_dist.config.overrides import Overrides
 from rtl_dist.config.recipe import give_stages, lay_under
 from rtl_dist.config.schema import Config
-from rtl_dist.config.yaml_text import YamlFault, read_yaml
+from rtl_dist.config.yaml_text import MOST_CHARACTERS, YamlFault, read_yaml, write_yaml
 from rtl_dist.core.errors import UserError
+from rtl_dist.core.text import brief
 
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
             combinations: all of them, where there are several a line each.
     """
     try:
-        tree = read_yaml(Path(path).read_text(encoding="utf-8"))
+        tree = read_yaml(_text_of(path))
     except FileNotFoundError:
         raise UserError(f"no config file {path}; shipped ones are in configs/") from None
     except YamlFault as error:
@@ -37,7 +37,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     if tree is None:
         raise UserError(f"{path}: expected sections such as data: and stages:, found nothing")
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected sections such as data: and stages:, found {tree!r}")
+        raise UserError(f"{path}: expected sections such as data: and stages:, found {brief(tree)}")
     overrides = overrides or []
     if tree.get("recipe") == "auto" or "recipe=auto" in overrides:
         give_stages(tree)  # for overrides of their keys
@@ -67,12 +67,18 @@ def parse_section(section: type[T], tree: dict[str, Any], *, origin: str) -> T:
 
 
 def to_yaml(config: Config) -> str:
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
+    return write_yaml(to_dict(config))
 
 
 def read_run_config(run: str | Path) -> Config:
     """The resolved config of a run folder."""
     return load_config(Path(run) / "config.yaml")
+
+
+def _text_of(path: str | Path) -> str:
+    """No more of it than a config can have, whatever it is."""
+    with open(path, encoding="utf-8") as file:
+        return file.read(MOST_CHARACTERS + 1)
 
 
 def _checked(tree: dict[str, Any], origin: str, overrides: Overrides) -> Config:
@@ -83,15 +89,27 @@ def _checked(tree: dict[str, Any], origin: str, overrides: Overrides) -> Config:
     # what a stage has from elsewhere is wrong there, once
     problems = list(dict.fromkeys(_moved(problem, inherited) for problem in found))
     in_file, of_overrides = [], []
+    stages = _names_of_stages(tree)
     for problem in problems:
         if (cause := overrides.cause_of(problem.path)) is None:
-            in_file.append(problem.sentence)
+            in_file.append(with_stages_named(problem.sentence, stages))
         else:
-            of_overrides.append(f"{cause}: {problem.sentence}")
+            sentence = with_stages_named(problem.sentence, stages)
+            of_overrides.append(f"{cause}: {sentence}")
     of_overrides += [refused.sentence for refused in overrides.refused_beside(problems)]
     if in_file or of_overrides:
         raise UserError(_told(in_file, of_overrides, origin))
     return config
+
+
+def _names_of_stages(tree: dict[str, Any]) -> list[str]:
+    stages = tree.get("stages")
+    names = (
+        [stage.get("name") for stage in stages or [] if isinstance(stage, dict)]
+        if isinstance(stages, list)
+        else []
+    )
+    return [name for name in names if isinstance(name, str) and name.isprintable()]
 
 
 def _told(in_file: list[str], of_overrides: list[str], origin: str) -> str:

@@ -94,6 +94,9 @@ class OptimConfig:
                 "logit_adjustment: and class_weights both make up for rare classes; choose one",
                 "class_weights",
             )
+            check.at_most(self, weight_decay=1000, warmup=10**9, step_size=10**6, min_lr=10**6)
+            check.at_most(self, patience=10**6, skip_limit=10**6, focal_gamma=100)
+            check.at_most(self, logit_adjustment=100)
             check(self.skip_limit >= 1, "skip_limit: must be at least 1")
             check(
                 self.clip_grad_norm is None or self.clip_grad_norm > 0,

@@ -13,6 +13,7 @@ from typing import Literal
 from rtl_dist.config.checks import Checks
 from rtl_dist.config.data import DataConfig
 from rtl_dist.config.optim import OptimConfig
+from rtl_dist.config.places import Place
 from rtl_dist.config.stage import AugmentConfig, EarlyStopConfig, StageConfig
 from rtl_dist.core.intervals import Duration, Every
 
@@ -23,7 +24,7 @@ Precision = Literal["auto", "no", "fp16", "bf16", "fp64"]
 class RunConfig:
     """Where a run writes, how it goes on, and when it ends."""
 
-    dir: str = "runs/default"
+    dir: Place = "runs/default"
     """The run folder: everything the run writes. A run is continued by naming its folder again."""
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: continue from the newest whole checkpoint, if any. never: refuse a folder in use.
@@ -33,8 +34,9 @@ class RunConfig:
     log_every: Every = field(default_factory=lambda: Every.parse("50 steps"))
     """How often a row of training metrics is written between evaluations."""
     time_limit: Duration | None = None
-    """After so long, such as ``11.5 hours``, the run saves itself and leaves with exit code 75, to
-    be started again; null: never. Leave a few minutes of what the machine gives you."""
+    """After so long, such as ``11.5 hours`` or, as SLURM writes it, ``11:30:00``, the run saves
+    itself and leaves with exit code 75, to be started again; null: never. Leave a few minutes of
+    what the machine gives you."""
     timeout: Duration = field(default_factory=lambda: Duration.parse("5 minutes"))
     """A job of which some process does not answer for so long, or none makes progress, ends with a
     line that says which, and where it was (see ``heartbeats/``)."""
@@ -46,7 +48,7 @@ class ModelConfig:
 
     name: str = "resnet50"
     """A timm name (``resnet50``), ``torchvision:resnet50``, or ``basic_cnn``."""
-    weights: str = "pretrained"
+    weights: Place = "pretrained"
     """pretrained (from the hub), none, a weights file (.safetensors, .pth, .pt, .th), or a run,
     checkpoint or exported folder."""
     head: Literal["auto", "new", "keep"] = "auto"
@@ -86,6 +88,7 @@ class BatchConfig:
 
     def __post_init__(self) -> None:
         with Checks() as check:
+            check.at_most(self, global_=2**20, micro=2**20)
             check(self.global_ == "auto" or self.global_ > 0, "global: must be auto or positive")
             if self.micro != "auto":
                 check(self.micro > 0, "micro: must be auto or positive")
@@ -102,7 +105,7 @@ class BatchConfig:
 class FeaturesConfig:
     """Where features of frozen parts are kept, for stages that have ``views``."""
 
-    cache_dir: str | None = None
+    cache_dir: Place | None = None
     """Folder where the features of frozen parts are kept and found again by later runs; on a
     cluster one that all nodes see. null: ``rtl_dist/features`` in the user's cache folder."""
     cache_gb: float = 20.0
@@ -128,6 +131,7 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         with Checks() as check:
             check(self.keep >= 1, "keep: must be at least 1")
+            check.at_most(self, keep=10**6)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rtl_dist.config.checks import Checks
+from rtl_dist.config.data import LARGEST_SIDE
 from rtl_dist.config.optim import OptimConfig, Schedule
 from rtl_dist.core.tasks import Task
+
+_LONGEST_CROP = 100  # width over height, or height over width
+_LEAST_ALPHA, _MOST_ALPHA = 0.001, 1000  # of mixup's distribution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,19 @@ class AugmentConfig:
             )
             low, high = self.crop_ratio
             check(0 < low <= high, f"crop_ratio: must be 0 < low <= high, not {[low, high]}")
+            check(
+                high <= low or (low >= 1 / _LONGEST_CROP and high <= _LONGEST_CROP),
+                f"crop_ratio: must lie in {1 / _LONGEST_CROP} to {_LONGEST_CROP}, not"
+                f" {[low, high]}",
+            )
+            check.at_most(self, rotation=360, color_jitter=10, mixup=_MOST_ALPHA)
+            check.at_most(self, cutmix=_MOST_ALPHA)
+            for name in ("mixup", "cutmix"):
+                alpha = getattr(self, name)
+                check(
+                    not 0 < alpha < _LEAST_ALPHA,
+                    f"{name}: must be 0 or at least {_LEAST_ALPHA}, not {alpha}",
+                )
             for name in ("rotation", "color_jitter", "mixup", "cutmix"):
                 check(getattr(self, name) >= 0, f"{name}: must be at least 0")
             check(
@@ -74,6 +91,7 @@ class EarlyStopConfig:
             measured = dict.fromkeys(name for task in Task for name in task.metrics)
             known = ("auto", *(f"val/{name}" for name in measured))
             check(self.metric in known, f"metric: must be one of {', '.join(known)}")
+            check.at_most(self, patience=10**6)
             check(self.patience is None or self.patience >= 1, "patience: must be positive or null")
 
 
@@ -171,6 +189,8 @@ class StageConfig:
                     f"{name}: auto is for a stage that trains all; give a number",
                     "trainable",
                 )
+            check.at_most(self, epochs=10**6, steps=10**9, lr=10**6, views=10**6, warmup=10**9)
+            check.at_most(self, image_size=LARGEST_SIDE)
             check(0 < self.layer_decay <= 1, "layer_decay: must lie in 0 to 1")
             check(self.views is None or self.views > 0, "views: must be positive or null")
             check(self.trainable != [], "trainable: must name at least one part")

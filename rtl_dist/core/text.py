@@ -3,9 +3,27 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable, Sequence
 
 _AND_MORE = " and {:,} more"
+_MOST_COMPARED = 100  # letters of a name that is looked for among the known ones
+
+
+class _Brief(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if abs(x) < 10**40 else "a number of more than 40 digits"
+
+
+_BRIEF = _Brief()
+_BRIEF.maxlevel, _BRIEF.maxlist, _BRIEF.maxtuple, _BRIEF.maxdict = 3, 5, 5, 5
+_BRIEF.maxstring = _BRIEF.maxother = 100
+
+
+def brief(value: object) -> str:
+    """A value as an error shows it, whatever it holds: on one line, cut where it is long."""
+    shown = _BRIEF.repr(value)
+    return shown if len(shown) <= 200 else f"{shown[:200]}..."
 
 
 def and_more(count: int, form: str = _AND_MORE) -> str:
@@ -35,6 +53,8 @@ def did_you_mean(name: str, known: Iterable[str], form: str = "{}") -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name most like one that is not known, upper or lower case; None: none is near."""
+    if len(name) > _MOST_COMPARED:
+        return None
     lower = {one.lower(): one for one in known}
     near = difflib.get_close_matches(name.lower(), lower, n=1)
     return lower[near[0]] if near else None

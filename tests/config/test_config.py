@@ -284,8 +284,106 @@ def test_overrides_reach_any_depth_and_convert_by_type(load):
     assert config.batch.global_ == 64
 
 
-def test_the_last_override_wins(load):
-    assert load(MINIMAL, "seed=1", "seed=2").seed == 2
+@pytest.mark.parametrize(
+    ("overrides", "twice"),
+    [
+        (("seed=1", "seed=2"), "'seed=2': seed is given twice, before by 'seed=1'"),
+        (
+            ("stages.head.lr=1", "stages.0.lr=2"),
+            "'stages.0.lr=2': stages.0.lr is given twice, before by 'stages.head.lr=1'",
+        ),
+        (
+            ("optim.ema=0", "optim={warmup: 1}"),
+            "'optim={warmup: 1}': optim.ema is given twice, before by 'optim.ema=0'",
+        ),
+    ],
+)
+def test_a_key_is_given_once_in_overrides_as_in_a_file(load, refusal, overrides, twice):
+    assert refusal(MINIMAL, *overrides) == twice
+    assert load(MINIMAL, "seed=1", "seed=1").seed == 1
+    assert load(MINIMAL, "optim={ema: 0}", "optim.warmup=1").optim.warmup == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("run.dir=2026-02-30", "2026-02-30"),
+        ("run.dir=010", "010"),
+        ("run.dir=1e3", "1e3"),
+        ("run.dir=no", "no"),
+        ("run.dir=null", "null"),
+        ("run.dir=a: b #c", "a: b #c"),
+        ("run.dir=@x", "@x"),
+        ("run.dir=[x", "[x"),
+        ("run.dir='010'", "010"),
+        ('run.dir="a b"', "a b"),
+        ("run.dir= x ", "x"),
+    ],
+)
+def test_where_text_is_wanted_what_was_typed_is_taken(load, override, value):
+    assert load(MINIMAL, override).run.dir == value
+
+
+def test_null_and_lists_are_taken_beside_text(load):
+    config = load(MINIMAL, "data.test=~", "stages.0.trainable=[layer4, head]", "data.train=2026")
+    assert (config.data.test, config.data.train) == (None, "2026")
+    assert config.stages[0].trainable == ["layer4", "head"]
+    assert load(MINIMAL, "data.test=null", "stages.0.trainable=3").stages[0].trainable == "3"
+
+
+@pytest.mark.parametrize("digits", ["10", "010", "+10", "1_0"])
+def test_whole_numbers_are_decimal(load, digits):
+    assert load(MINIMAL, f"seed={digits}").seed == 10
+    assert load(f"{MINIMAL}seed: {digits}").seed == 10
+
+
+@pytest.mark.parametrize("digits", ["0o17", "0x10", "0b1", "1:30", "1__0", "1_", "9" * 5000, "1e3"])
+def test_other_ways_to_write_a_whole_number_are_refused(refusal, digits):
+    for message in (refusal(MINIMAL, f"seed={digits}"), refusal(f"{MINIMAL}seed: {digits}")):
+        assert "seed: expected a whole number, found '" in message
+        assert len(message) < 500
+
+
+@pytest.mark.parametrize("place", ["run.dir", "data.path", "data.source", "data.cache_dir"])
+def test_a_tilde_is_the_home_folder(load, refusal, monkeypatch, place):
+    monkeypatch.setenv("HOME", "/home/ada")
+    section, key = place.split(".")
+    config = load(MINIMAL, f"{place}=~/x", "features.cache_dir=~/", "model.weights=~/w.pth")
+    assert getattr(getattr(config, section), key) == "/home/ada/x"
+    assert (config.features.cache_dir, config.model.weights) == ("/home/ada/", "/home/ada/w.pth")
+    in_file = load(
+        MINIMAL.replace("path: d", "path: ~/d, stream_urls: '~/{0..9}.tar', backend: stream")
+    )
+    assert (in_file.data.path, in_file.data.stream_urls) == ("/home/ada/d", "/home/ada/{0..9}.tar")
+    assert f"{place}: there is no home folder of a user 'nobody-here'" in refusal(
+        MINIMAL, f"{place}=~nobody-here/x"
+    )
+    config = load(MINIMAL, "run.dir=./~x", "data.path=s3://~/x")
+    assert (config.run.dir, config.data.path) == ("./~x", "s3://~/x")
+
+
+@pytest.mark.parametrize(
+    ("written", "seconds"),
+    [
+        ("30:00", 1800),
+        ("11:30:00", 41400),
+        ("1-12", 129600),
+        ("1-12:30", 131400),
+        ("1-12:30:15", 131415),
+        ("90 Minutes", 5400),
+        ("0.00001 days", 0.864),
+        ("20000000s", 2e7),
+    ],
+)
+def test_times_are_read_as_slurm_writes_them_too(load, written, seconds):
+    for config in (
+        load(MINIMAL, f"run.time_limit={written}"),
+        load(f"{MINIMAL}run: {{timeout: {written}}}"),
+    ):
+        span = config.run.time_limit or config.run.timeout
+        assert span.seconds == pytest.approx(seconds)
+    config = load(MINIMAL, f"run.time_limit={written}")
+    assert parse_config(to_dict(config)) == config
 
 
 @pytest.mark.parametrize(
@@ -298,7 +396,7 @@ def test_the_last_override_wins(load):
         ("stages.0.lrr=1", "'stages.0.lrr=1': unknown key stages.0.lrr; did you mean lr?"),
         ("stages.1.lr=1", "'stages.1.lr=1': '1' is not a position in a list of 1"),
         ("stages.-1.lr=1", "'stages.-1.lr=1': '-1' is not a position in a list of 1"),
-        ("stages.head.lr=1", "'stages.head.lr=1': 'head' is not a position in a list of 1"),
+        ("stages.haed.lr=1", "'stages.haed.lr=1': 'haed' is not a position in a list of 1"),
         ("stages.1={}", "'stages.1={}': '1' is not a position in a list of 1"),
         ("data.path.x=1", "'data.path.x=1': data.path is not a section"),
         ("seed=", "'seed=': seed: expected a whole number, found None"),
