@@ -52,5 +52,5 @@ def add_allow_missing_classes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-missing-classes",
         action="store_true",
-        help="accept a split without any image of some class",
+        help="accept a split without any image of some class, or one class only",
     )

@@ -7,6 +7,7 @@ import reprlib
 from collections.abc import Iterable, Sequence
 
 _AND_MORE = " and {:,} more"
+_JOINERS = "\u200c\u200d"  # of emoji and of several scripts; they move no cursor
 _MOST_COMPARED = 100  # letters of a name that is looked for among the known ones
 
 
@@ -26,6 +27,32 @@ def brief(value: object) -> str:
     return shown if len(shown) <= 200 else f"{shown[:200]}..."
 
 
+def shown(text: str) -> str:
+    """A name from outside as one line of a terminal: what cannot be printed (line feeds, escape
+    codes, marks that turn the direction, bytes that are no UTF-8) is escaped as Python does.
+
+    Everything that is printed and was chosen by others goes through this: or a file's name could
+    say what we say.
+    """
+    if text.isprintable():
+        return text
+    return "".join(one if is_showable(one) else _escaped(one) for one in text)
+
+
+def shown_lines(text: str) -> str:
+    """``shown`` of each line of what may have several."""
+    return "\n".join(map(shown, text.split("\n")))
+
+
+def is_showable(text: str) -> bool:
+    """Whether ``shown`` leaves it as it is."""
+    return all(one.isprintable() or one in _JOINERS for one in text)
+
+
+def _escaped(one: str) -> str:
+    return one.encode("unicode_escape").decode()
+
+
 def and_more(count: int, form: str = _AND_MORE) -> str:
     """What stands behind the shown part of a list of which ``count`` are not shown; may be nothing.
 
@@ -37,7 +64,7 @@ def and_more(count: int, form: str = _AND_MORE) -> str:
 
 def shorten(names: Sequence[str], most: int = 5, form: str = _AND_MORE) -> str:
     """At most so many of the names and how many more there are, for an error message."""
-    return ", ".join(names[:most]) + and_more(len(names) - most, form)
+    return ", ".join(map(shown, names[:most])) + and_more(len(names) - most, form)
 
 
 def did_you_mean(name: str, known: Iterable[str], form: str = "{}") -> str:
@@ -48,7 +75,7 @@ def did_you_mean(name: str, known: Iterable[str], form: str = "{}") -> str:
         form: how X is written, with ``{}`` or ``{!r}`` for the name.
     """
     near = nearest(name, known)
-    return "" if near is None else f"; did you mean {form.format(near)}?"
+    return "" if near is None else f"; did you mean {shown(form.format(near))}?"
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

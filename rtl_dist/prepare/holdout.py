@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from rtl_dist.core.errors import UserError
+from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.core.tasks import SINGLE_LABEL
+from rtl_dist.core.text import shorten
 from rtl_dist.prepare.splits import scatter_key
 
 
@@ -14,6 +15,22 @@ def check_val_fraction(fraction: float) -> None:
     """Raises UserError: it is no part of train, or all of it."""
     if not 0 <= fraction < 1:
         raise UserError(f"--val-fraction is {fraction}: give 0 or more, less than 1")
+
+
+def check_large_enough(classes: Sequence[str], counts: Sequence[Counter[int]]) -> None:
+    """Raises DataError: a class has one sample, so that train or val would have none of it.
+
+    Args:
+        counts: samples by class number, of each split.
+    """
+    totals = sum(counts, Counter[int]())
+    small = [name for number, name in enumerate(classes) if totals[number] == 1]
+    if small:
+        raise DataError(
+            f"--val-fraction needs two images of a class, one for each side, but there is one only"
+            f" of {shorten([repr(name) for name in small])}: add images of it, leave the class out,"
+            " or give --allow-missing-classes, which trains on it and measures nothing of it"
+        )
 
 
 def held_out(train: Mapping[str, tuple[int, ...]], task: str, fraction: float) -> set[str]:

@@ -14,9 +14,9 @@ import torch
 from rtl_dist.config import Config, ResolvedStage
 from rtl_dist.config.resolved_stage import resolve_stages
 from rtl_dist.core.errors import DataError
-from rtl_dist.core.text import and_more
 from rtl_dist.data.format.dataset import DESCRIPTION, Dataset, check_split, open_dataset
 from rtl_dist.data.format.split import Split
+from rtl_dist.data.format.trainable import why_untrainable
 from rtl_dist.data.loading.workers import resolve_workers
 from rtl_dist.data.order.training import training_order
 from rtl_dist.distributed.runtime import Runtime, configure_logging
@@ -53,7 +53,9 @@ def open_data(config: Config, runtime: Runtime) -> Dataset:
         from rtl_dist.prepare.packing.pack import pack
 
         LOG.info("packing %s into %s", config.data.source, root)
-        pack(config.data.source, root, val_fraction=config.data.val_fraction)
+        report = pack(config.data.source, root, val_fraction=config.data.val_fraction)
+        for line in report.remarks:
+            LOG.info("%s", line)
 
     with runtime.heartbeat.phase("packing", open_ended=runtime.is_main):
         runtime.from_main(pack_if_missing)
@@ -195,10 +197,7 @@ def _initial_model(
 
 
 def _check_classes(dataset: Dataset, split: str, counts: tuple[int, ...]) -> None:
-    missing = [name for name, n in zip(dataset.classes, counts, strict=True) if n == 0]
-    if missing:
+    if why := why_untrainable(dataset.task, dataset.classes, split, counts):
         raise DataError(
-            f"split {split!r} of {dataset.where} has no image of class {missing[0]!r}"
-            f"{and_more(len(missing) - 1)}; add some, or pack"
-            " without that class"
+            f"{dataset.where} cannot be trained on: {why}; add images, or pack without that class"
         )

@@ -111,7 +111,7 @@ def test_what_pack_made_is_indexed_as_pack_indexed_it(tmp_path):
         ("cls", ["n02", "n01", "n02"], {}, ("n01", "n02"), ["n02", "n01", "n02"]),
         ("CLS", ["1", "0"], {}, ("0", "1"), ["1", "0"]),
         ("txt", ["dog", "cat\n"], {"classes": "dog,cat"}, ("dog", "cat"), ["dog", "cat"]),
-        ("txt", ["\ufeff10", "9"], {}, ("10", "9"), ["10", "9"]),
+        ("txt", ["\ufeff10", "9"], {}, ("9", "10"), ["10", "9"]),
         ("label", ["Äpfel", "bee"], {}, ("bee", "Äpfel"), ["Äpfel", "bee"]),
         ("class.name", ["b", "a"], {"label": ".class.name"}, ("a", "b"), ["b", "a"]),
         ("json", ['{"label": 1, "width": 3}', '{"label": 0.0}'], {}, ("0", "1"), ["1", "0"]),
@@ -202,6 +202,44 @@ def test_labels_that_make_no_classes(tmp_path, labels, options, error, says):
 def test_json_that_tells_no_label(tmp_path, labels, error, says):
     shard(tmp_path / "x.tar", labels, "json")
     assert says in refused(error, tmp_path / "x.tar", out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("extension", ["cls", "txt", "json"])
+def test_numbers_give_the_same_classes_however_they_are_written(tmp_path, extension, capsys):
+    labels = [str(number) for number in range(12)]
+    written = [f'{{"label": "{one}"}}' if extension == "json" else one for one in labels]
+    shard(tmp_path / "x.tar", written, extension)
+    dataset, report = indexed(tmp_path / "x.tar", out=tmp_path / "out")
+    assert dataset.classes == tuple(labels)
+    assert "\nclasses are numbers here: --classes A,B,... names them\n" in str(report)
+    names = [f"name {letter}" for letter in "abcdefghijkl"]  # the hint, followed
+    options = {"classes": ",".join(names), "overwrite": True}
+    dataset, _ = indexed(tmp_path / "x.tar", out=tmp_path / "out", **options)
+    assert dataset.classes == tuple(names)
+    assert dataset.split("train").index["label"].tolist() == list(range(12))
+
+
+@pytest.mark.parametrize("extension", ["cls", "txt"])
+@pytest.mark.parametrize(("given", "classes"), [(None, ("1", "2", "3")), ("a,b,c", tuple("abc"))])
+def test_labels_that_count_from_one_make_no_dead_class(tmp_path, extension, given, classes):
+    shard(tmp_path / "x.tar", ["3", "1", "2"], extension)
+    dataset, report = indexed(tmp_path / "x.tar", out=tmp_path / "out", classes=given)
+    assert dataset.classes == classes
+    assert dataset.split("train").index["label"].tolist() == [2, 0, 1]
+    assert ("labels count from 1 here" in str(report)) == (extension == "cls" or given is not None)
+
+
+def test_one_class_is_refused(tmp_path):
+    shard(tmp_path / "x.tar", ["a", "a"])
+    message = refused(DataError, tmp_path / "x.tar", out=tmp_path / "out")
+    assert "the shards give one class only, 'a'" in message
+
+
+def test_class_too_small_for_val_is_named(tmp_path):
+    shard(tmp_path / "x.tar", ["a", "a", "b"])
+    message = refused(DataError, tmp_path / "x.tar", out=tmp_path / "out", val_fraction=0.5)
+    assert "--val-fraction needs two images of a class" in message
+    assert "only of 'b'" in message
 
 
 def test_missing_classes_are_accepted_when_asked(tmp_path):
@@ -324,7 +362,7 @@ def test_hard_links_are_named(tmp_path):
         member = tarfile.TarInfo("b.jpg")
         member.type, member.linkname = tarfile.LNKTYPE, "a.jpg"
         tar.addfile(member)
-    _, report = indexed(path, out=tmp_path / "out")
+    _, report = indexed(path, out=tmp_path / "out", allow_missing_classes=True)
     assert [one.reason for one in report.left_out] == [
         "its member b.jpg is a hard link, not a plain file"
     ]

@@ -98,7 +98,7 @@ def test_patterns(here):
         (["empty"], UserError, "empty holds no .tar file"),
         (["pipe:cat s/0.tar"], UserError, "pipe:cat s/0.tar: commands are never run"),
         (["train=pipe:cat s/0.tar"], UserError, "commands are never run"),
-        (["dev=s/0.tar"], UserError, "'dev' is no split; there are: train, val"),
+        (["later=s/0.tar"], UserError, "'later' is no split; there are: train, val"),
         (["s/{0.tar"], UserError, "a brace has no partner"),
         (["s/{0..99999999}.tar"], UserError, "names more than 1,000,000 shards"),
         (["s/*.tgz"], UserError, "fits no file"),

@@ -160,10 +160,11 @@ def processes_with(text):
 def test_parent_killed_with_its_workers_at_work(tmp_path):
     """The whole command, from outside: its workers must end with it and the rest be resumable."""
     source, out = tmp_path / "source", tmp_path / "out"
-    (source / "a").mkdir(parents=True)
+    for name in "ab":
+        (source / name).mkdir(parents=True)
     (source / "a" / "000.jpg").write_bytes(image_bytes(1, (1500, 1500)))
     for i in range(1, 60):
-        os.link(source / "a" / "000.jpg", source / "a" / f"{i:03d}.jpg")
+        os.link(source / "a" / "000.jpg", source / "ab"[i % 2] / f"{i:03d}.jpg")
     script = tmp_path / "packing.py"
     script.write_text(
         "import sys\nfrom pathlib import Path\nfrom rtl_dist.prepare.packing.pack import pack\n"

@@ -1,9 +1,14 @@
 """What the packer makes of each kind of source, and the one error each wrong source gets."""
 
+import os
+import socket
+import unicodedata
+
 import numpy as np
 import pytest
 from pack_images import REAL_DATA, class_folders, image_bytes
 
+from rtl_dist.cli import main
 from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.data.format.dataset import open_dataset
 from rtl_dist.data.format.reader import SampleReader
@@ -53,11 +58,117 @@ def test_folder_with_splits(name, tmp_path):
     assert source.classes == ("a",)
 
 
-def test_class_may_be_called_test(tmp_path):
-    assert open_source(str(class_folders(tmp_path / "s", {"test": 1, "control": 1}))).classes == (
-        "control",
-        "test",
-    )
+@pytest.mark.parametrize(
+    ("names", "note"),
+    [
+        (("training", "validation", "testing"), True),
+        (("Training", "dev", "Test"), True),
+        (("train_images", "val2017", "TestSet"), True),
+        (("train", "val", "test"), False),
+    ],
+)
+def test_folders_called_like_splits_are_splits(names, note, tmp_path):
+    folder = class_folders(tmp_path / "s", {f"{name}/{c}": 2 for name in names for c in "ab"})
+    report = pack(str(folder), tmp_path / "out")
+    assert report.class_counts == dict.fromkeys(("train", "val", "test"), (2, 2))
+    said = "splits: {} is train, {} is val, {} is test".format(*names)
+    assert (said in str(report)) == note
+
+
+@pytest.mark.parametrize(
+    ("folders", "classes"),
+    [
+        ({"test": 1, "control": 1}, ("control", "test")),
+        ({"train": 1, "bus": 1, "car": 1}, ("bus", "car", "train")),
+        ({"test/x": 1, "control": 1}, ("control", "test")),
+        ({"test_strips": 1, "val d": 1}, ("test_strips", "val d")),
+    ],
+)
+def test_class_may_be_called_like_a_split(folders, classes, tmp_path):
+    assert open_source(str(class_folders(tmp_path / "s", folders))).classes == classes
+
+
+def test_numbers_are_in_order_of_their_values(tmp_path):
+    folder = class_folders(tmp_path / "s", {"10": 1, "9": 1, "01": 1, "100": 1})
+    assert open_source(str(folder)).classes == ("01", "9", "10", "100")
+    (folder / "9a").mkdir()
+    (folder / "9a" / "x.jpg").write_bytes(image_bytes(1))
+    assert open_source(str(folder)).classes == ("01", "10", "100", "9", "9a")
+
+
+def test_two_spellings_of_a_letter_are_one_class(tmp_path):
+    apart = unicodedata.normalize("NFD", "\u00e9t\u00e9")
+    folder = class_folders(tmp_path / "s", {"train/\u00e9t\u00e9": 1, "train/a": 1, f"val/{apart}": 1, "val/a": 1})  # fmt: skip
+    assert open_source(str(folder)).classes == ("a", "\u00e9t\u00e9")
+    alone = class_folders(tmp_path / "t", {apart: 1, "a": 1})
+    assert open_source(str(alone)).classes == ("a", apart)  # one way only: as it is written
+    assert open_source(str(alone), ["\u00e9t\u00e9", "a"]).classes == (apart, "a")
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        ({"top/Cat": 1, "top/Dog": 1}, "one class only, 'top', .* pack .*/s/top, which holds the"),
+        ({"x/y/train/a": 1, "x/y/val/a": 1}, "pack .*/s/x/y, which holds the folders train, val"),
+        ({"images": 1}, "put the images of a second class into a folder beside .*images"),
+        ({"train/a": 1, "val/a": 1}, "one class only, 'a'"),
+        ({"test/a": 1, "test/b": 1, "site/a": 1}, "holds test, called like a split, beside site"),
+    ],
+)
+def test_what_cannot_be_told_apart_is_refused(folders, message, tmp_path):
+    with pytest.raises(DataError, match=message):
+        pack(str(class_folders(tmp_path / "s", folders)), tmp_path / "out")
+
+
+def test_tables_that_are_not_read_are_named(tmp_path):
+    folder = class_folders(tmp_path / "s", {"images": 1})
+    (folder / "labels.CSV").touch()
+    with pytest.raises(DataError, match=r"pack the table: rtl-dist pack .*/s/labels\.CSV OUT"):
+        pack(str(folder), tmp_path / "out")
+    class_folders(folder, {"masks": 1}, seed=9)
+    assert "not read: labels.CSV; to pack" in str(pack(str(folder), tmp_path / "out"))
+
+
+def test_classes_are_said_by_name_with_their_counts(tmp_path):
+    report = pack(str(class_folders(tmp_path / "s", {"a": 3, "b": 1})), tmp_path / "out")
+    assert "\nclasses: a 3, b 1\n" in f"\n{report}"
+    counts = {f"c{i:02d}": 1 + i % 7 for i in range(20)}
+    many = pack(str(class_folders(tmp_path / "t", counts)), tmp_path / "two")
+    assert "c11 5 and 8 more; the smallest is c00 1, the largest c06 7\n" in str(many)
+
+
+def test_folders_without_images_are_no_classes(tmp_path):
+    folder = class_folders(tmp_path / "s", {"a": 2, "b": 2, "none": 0, "docs": 0, "junk/deep": 0})
+    (folder / "docs" / "read.txt").write_text("what this is")
+    report = pack(str(folder), tmp_path / "out", val_fraction=0.5)
+    assert report.classes == ("a", "b")
+    without = "is a class folder without images"
+    assert [(one.name, one.reason) for one in report.left_out] == [
+        ("docs", without),
+        ("docs/read.txt", "is not a JPEG, PNG or WebP"),
+        ("junk", without),
+        ("none", without),
+    ]
+
+
+def test_pack_verify_and_train_agree_on_what_can_be_trained(tmp_path, capsys):
+    folder = class_folders(tmp_path / "s", {"train/a": 2, "val/a": 1, "val/b": 1})
+    out = str(tmp_path / "out")
+    assert main(["pack", str(folder), out, "--allow-missing-classes"]) == 0
+    why = "cannot be trained on: split 'train' has no image of class 'b'"
+    assert why in capsys.readouterr().out.splitlines()[-1]
+    assert main(["verify", out]) == 0
+    assert why in capsys.readouterr().out.splitlines()[-1]
+    config = tmp_path / "c.yaml"
+    config.write_text(f"""
+data: {{path: {out}, image_size: 32}}
+model: {{name: basic_cnn, weights: none}}
+stages: [{{name: all, epochs: 1, trainable: all, lr: 0.1}}]
+run: {{dir: {tmp_path / "run"}}}
+batch: {{global: 2, micro: 2}}
+""")
+    assert main(["train", "--config", str(config)]) == 3
+    assert why in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_labels_choose_classes_and_their_order(tmp_path):
@@ -78,7 +189,6 @@ def test_labels_choose_classes_and_their_order(tmp_path):
         ({"train/a": 1, "val/a": 1, "valid/a": 1}, "two folders for split 'val', val and valid"),
         ({"train/a": 1, "train/b": 1, "val/a": 1}, "class 'b' has no image in split 'val'; add"),
         ({"train/a": 1, "val/a": 1, "val/b": 1}, "class 'b' has no image in split 'train'; add"),
-        ({"a": 1, "b": 0}, "class 'b' has no image in split 'train'"),
     ],
 )
 def test_wrong_folder_is_one_data_error(folders, message, tmp_path):
@@ -94,11 +204,37 @@ def test_missing_classes_can_be_allowed(tmp_path):
     assert report.class_counts == {"train": (2, 0), "val": (0, 1)}
 
 
-def test_link_to_a_folder_above_is_an_error(tmp_path):
-    folder = class_folders(tmp_path / "s", {"a/b": 1})
-    (folder / "a" / "b" / "loop").symlink_to(folder / "a")
-    with pytest.raises(DataError, match="is a link to a folder above itself"):
-        open_source(str(folder))
+def test_links_in_circles_are_left_out_by_name(tmp_path):
+    folder = class_folders(tmp_path / "s", {"a/b": 1, "c": 1})
+    (folder / "a" / "b" / "up").symlink_to(folder / "a")
+    (folder / "all").symlink_to(folder)
+    (folder / "c" / "self.jpg").symlink_to("self.jpg")
+    (folder / "c" / "shared").symlink_to(folder / "a" / "b")  # no circle: it is of both classes
+    source = open_source(str(folder))
+    assert set(by_name(source)) == {"a/b/000.jpeg", "c/000.jpeg", "c/shared/000.jpeg"}
+    assert [(one.name, one.reason) for one in source.left_out] == [
+        ("a/b/up", "is a link to a folder that is here already"),
+        ("all", "is a class folder without images"),
+        ("all", "is a link to a folder above itself"),
+        ("c/self.jpg", "is a link to itself"),
+        ("c/shared/up/b", "is a link to a folder that is here already"),
+    ]
+
+
+def test_what_is_no_file_is_left_out_by_name(tmp_path):
+    folder = class_folders(tmp_path / "s", {"a": 1, "b": 1})
+    os.mkfifo(folder / "a" / "x.jpg")
+    os.mkfifo(folder / "beside.jpg")
+    (folder / "a" / "null.png").symlink_to("/dev/null")
+    with socket.socket(socket.AF_UNIX) as open_one:
+        open_one.bind(os.path.relpath(folder / "b" / "s.jpg"))
+        report = pack(str(folder), tmp_path / "out")
+    assert [(one.name, one.reason) for one in report.left_out] == [
+        ("a/null.png", "is a device, not a plain file"),
+        ("a/x.jpg", "is a named pipe, not a plain file"),
+        ("b/s.jpg", "is a socket, not a plain file"),
+        ("beside.jpg", "is a named pipe, not a plain file"),
+    ]
 
 
 @pytest.mark.parametrize("name", ["nowhere", "digit", "a.txt"])
@@ -124,7 +260,7 @@ def test_val_fraction_is_stratified_and_does_not_depend_on_the_listing(tmp_path,
 
 def test_class_of_one_image_cannot_give_to_val(tmp_path):
     folder = class_folders(tmp_path / "s", {"a": 10, "b": 1})
-    with pytest.raises(DataError, match="class 'b' has no image in split 'val'"):
+    with pytest.raises(DataError, match=r"needs two images of a class.*only of 'b': add"):
         pack(str(folder), tmp_path / "out", val_fraction=0.5)
 
 
@@ -202,7 +338,7 @@ def test_folder_of_one_csv_a_split(table, tmp_path):
         (["file,label", "a.jpg"], "line 2 has 1 cells where the header has 2"),
         (["file,x,y", "a.jpg,1,2"], "line 2 has '2' in column 'y', .* write 0 or 1"),
         (["file,x,y", "a.jpg,1,"], "line 2 has '' in column 'y'"),
-        (["file,label,split", "a.jpg,x,dev"], "line 2 has 'dev' in column `split`"),
+        (["file,label,split", "a.jpg,x,later"], "line 2 has 'later' in column `split`"),
         (["file,label,split", "a.jpg,x,train", "b.jpg,y,val"], "class 'y' has no image in split"),
         (["file,x,y,split", "a.jpg,1,1,train", "b.jpg,0,1,val"], "class 'x' has no image in spli"),
     ],

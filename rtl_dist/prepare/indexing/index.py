@@ -13,9 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rtl_dist.core.errors import RtlDistError, UserError
+from rtl_dist.core.errors import DataError, RtlDistError, UserError
 from rtl_dist.core.processes import check_workers
-from rtl_dist.prepare.holdout import check_val_fraction
+from rtl_dist.core.tasks import SINGLE_LABEL
+from rtl_dist.core.text import shown
+from rtl_dist.data.format.trainable import why_untrainable
+from rtl_dist.prepare.class_names import are_numbers, class_line
+from rtl_dist.prepare.holdout import check_large_enough, check_val_fraction
 from rtl_dist.prepare.indexing.classes import read_classes
 from rtl_dist.prepare.indexing.inputs import find_shards, splits_of
 from rtl_dist.prepare.indexing.labels import PICKLED
@@ -54,6 +58,8 @@ class IndexReport:
     """Samples of each class, by split."""
     left_out: tuple[LeftOutSample, ...]
     """By split, in the order of the shards."""
+    notes: tuple[str, ...]
+    """What was guessed: a line each."""
     fingerprint: str
     """Of ``dataset.json``: a sha256 in hexadecimal."""
     seconds: float
@@ -65,7 +71,9 @@ class IndexReport:
         lines = left_out_lines(left_out, self.out)
         if len(self.left_out) > sum(self.num_samples.values()):
             lines.append("MOST SAMPLES WERE LEFT OUT: look at the reasons above")
-        if all(name.isdecimal() for name in self.classes):
+        lines += self.notes
+        lines.append(class_line(self.classes, self.class_counts))
+        if are_numbers(self.classes):
             lines.append("classes are numbers here: --classes A,B,... names them")
         following = (
             f"rtl-dist train --config configs/transfer.yaml data.path={self.out}"
@@ -73,6 +81,8 @@ class IndexReport:
         )
         if TRAIN not in self.num_samples:
             following = "index it with train shards, train=... val=..., to train on it"
+        elif why := why_untrainable(self.task, self.classes, TRAIN, self.class_counts[TRAIN]):
+            following = f"add samples, for it cannot be trained on: {why}"
         elif VAL not in self.num_samples:
             following = (
                 "the same command with --val-fraction 0.2 --overwrite: training needs a val split"
@@ -84,8 +94,7 @@ class IndexReport:
             f" {self.num_shards:,} shards into {self.out} in {self.seconds:.0f} s; next:"
             f" {following}"
         )
-        # a tar's names need not be UTF-8, a terminal's lines must be
-        return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
+        return "\n".join(map(shown, lines))
 
 
 def index(
@@ -116,7 +125,8 @@ def index(
             names.
         val_fraction: the part of train, of each class alike, that becomes val.
         workers: processes; None takes this process's CPUs, or one where starting more costs more.
-        allow_missing_classes: accept classes without a sample in some split.
+        allow_missing_classes: accept what cannot be trained on: classes without a sample in some
+            split, or one class only.
         skip_decode: take it on trust that every image can be decoded.
         overwrite: replace a data set's description and index in OUT. Shards are never touched.
         show_progress: a bar on stderr, where that is a terminal.
@@ -153,8 +163,7 @@ def index(
     by_split = left_out_samples(inputs, scans)
     left_out = [one for split in splits for one in by_split[split]]
     if not allow_missing_classes:
-        _check_classes(found, sample_splits, left_out)
-
+        _check_classes(found, sample_splits, left_out, held_out=val_fraction > 0)
     num_left_out = {split: len(its) for split, its in by_split.items()}
     described = describe_splits(out, inputs, scans, found, sample_splits, num_left_out)
     settings = {"val_fraction": val_fraction, "decoded": not skip_decode}
@@ -174,6 +183,7 @@ def index(
         num_samples={name: entry["num_samples"] for name, entry in entries.items()},
         class_counts={name: tuple(entry["class_counts"]) for name, entry in entries.items()},
         left_out=tuple(left_out),
+        notes=found.notes,
         fingerprint=fingerprint,
         seconds=time.monotonic() - started_at,
     )
@@ -210,13 +220,24 @@ def _check_val(val_fraction: float, splits: tuple[str, ...]) -> None:
 
 
 def _check_classes(
-    found: Labelling, sample_splits: list[list[str]], left_out: list[LeftOutSample]
+    found: Labelling,
+    sample_splits: list[list[str]],
+    left_out: list[LeftOutSample],
+    *,
+    held_out: bool,
 ) -> None:
     """Raises DataError: a split has no sample of some class, perhaps because they were left out."""
+    if found.task == SINGLE_LABEL and len(found.classes) < 2:
+        raise DataError(
+            f"the shards give one class only, {shown(found.classes[0])!r}, and there is nothing to"
+            " tell it from: add the shards of the others, or name them with --classes"
+        )
     counts: dict[str, Counter[int]] = {}
     for labels, splits in zip(found.labels, sample_splits, strict=True):
         for its, split in zip(labels, splits, strict=True):
             counts.setdefault(split, Counter()).update(its)
+    if held_out and found.task == SINGLE_LABEL:
+        check_large_enough(found.classes, [counts.get(s, Counter()) for s in (TRAIN, VAL)])
     why = ""
     if left_out:
         why = (

@@ -74,7 +74,7 @@ def _shards_of(text: str) -> list[InputShard]:
         split, pattern = SPLIT_OF.get(assigned[1].lower()), assigned[2]
         if split is None:
             raise UserError(
-                f"{text}: {assigned[1]!r} is no split; there are: {', '.join(SPLIT_OF)}"
+                f"{text}: {assigned[1]!r} is no split; there are: {', '.join(SPLIT_ORDER)}"
             )
     if pattern.startswith("pipe:"):
         raise UserError(

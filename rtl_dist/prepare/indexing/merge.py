@@ -47,6 +47,8 @@ class Labelling:
     """Extension of the label members."""
     field: str | None
     """The label's field in JSON, dotted; None: no JSON, or all of it."""
+    notes: tuple[str, ...]
+    """What was guessed: a line each."""
 
 
 def check_scans(scans: Sequence[ShardScan]) -> None:
@@ -120,7 +122,7 @@ def label_samples(scans: Sequence[ShardScan], given: Sequence[str] | None) -> La
         raise UserError(
             f"the label is in several JSON fields, {' and '.join(found)}: choose with --field"
         )
-    classes, numbers = number_classes(where, given)
+    classes, numbers, notes = number_classes(where, given)
     if not classes:
         raise DataError("no sample has any label; choose another member with --label or --field")
     cache: dict[object, tuple[int, ...]] = {}
@@ -138,6 +140,7 @@ def label_samples(scans: Sequence[ShardScan], given: Sequence[str] | None) -> La
         image=sorted({extension for scan in scans for extension in scan.images}),
         label=next(extension for scan in scans for extension in scan.label_members),
         field=next(iter(fields)),
+        notes=notes,
     )
 
 

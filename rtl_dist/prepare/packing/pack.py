@@ -15,16 +15,20 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from rtl_dist.core.errors import UserError
+from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.core.processes import check_workers
-from rtl_dist.core.text import shorten
+from rtl_dist.core.tasks import SINGLE_LABEL
+from rtl_dist.core.text import shorten, shown
+from rtl_dist.data.format.trainable import why_untrainable
+from rtl_dist.prepare.class_names import class_line
+from rtl_dist.prepare.holdout import check_large_enough
 from rtl_dist.prepare.packing.plan import PackOptions, Plan, make_plan
 from rtl_dist.prepare.packing.publish import PackedSplit, gather_split, publish
 from rtl_dist.prepare.packing.resume import check_unfinished, claim, release
 from rtl_dist.prepare.packing.shard import write_shards
 from rtl_dist.prepare.publish import left_out_lines
 from rtl_dist.prepare.sources import LeftOut, is_path, open_source
-from rtl_dist.prepare.splits import check_classes_in_splits
+from rtl_dist.prepare.splits import TRAIN, VAL, check_classes_in_splits
 from rtl_dist.prepare.work_folder import locked
 
 
@@ -44,6 +48,8 @@ class PackReport:
     """Samples of each class, by split."""
     left_out: tuple[LeftOut, ...]
     """Images that are not in it, sorted by name."""
+    notes: tuple[str, ...]
+    """What was guessed or passed over: a line each."""
     fingerprint: str
     """Of ``dataset.json``: a sha256 in hexadecimal."""
     shards_kept: int
@@ -55,20 +61,38 @@ class PackReport:
     def resumed(self) -> bool:
         return self.shards_kept > 0
 
-    def __str__(self) -> str:
-        """What the command says: what was packed, what was left out, and what to type next."""
-        counts = ", ".join(f"{name} {count:,}" for name, count in self.num_samples.items())
+    @property
+    def remarks(self) -> list[str]:
+        """What is to be known of it: guesses, what was left out, the classes. A line each."""
         left_out = [f"{file.name} ({file.reason})" for file in self.left_out]
-        lines = left_out_lines(left_out, self.out)
-        if "val" not in self.num_samples:
+        lines = [*self.notes, *left_out_lines(left_out, self.out)]
+        lines.append(class_line(self.classes, self.class_counts))
+        return list(map(shown, lines))
+
+    @property
+    def untrainable(self) -> str:
+        """Why ``train`` would refuse it; empty where it would not."""
+        counts = self.class_counts.get(TRAIN)
+        return "" if counts is None else why_untrainable(self.task, self.classes, TRAIN, counts)
+
+    def __str__(self) -> str:
+        """What the command says: the remarks, what was packed, and what to type next."""
+        counts = ", ".join(f"{name} {count:,}" for name, count in self.num_samples.items())
+        lines = self.remarks
+        if VAL not in self.num_samples:
             lines.append("no val split to choose the best weights by: see --val-fraction")
         kept = f" ({self.shards_kept} shards were already there)" if self.resumed else ""
+        following = (
+            f"rtl-dist train --config configs/transfer.yaml data.path={self.out}"
+            f" run.dir=runs/{self.out.name}"
+        )
+        if self.untrainable:
+            following = f"add images, for it cannot be trained on: {self.untrainable}"
         lines.append(
             f"packed {len(self.classes):,} classes, {counts} images into {self.out} in"
-            f" {self.seconds:.0f} s{kept}; next: rtl-dist train --config"
-            f" configs/transfer.yaml data.path={self.out} run.dir=runs/{self.out.name}"
+            f" {self.seconds:.0f} s{kept}; next: {following}"
         )
-        return "\n".join(lines)
+        return "\n".join(map(shown, lines))
 
 
 def pack(
@@ -93,7 +117,8 @@ def pack(
         resize: images whose short side has more pixels are shrunk to it; None: files unchanged.
         workers: processes; None takes this process's CPUs, or one where starting more costs more.
         labels: a CSV's label columns, or the classes to keep, in that order.
-        allow_missing_classes: accept classes without a sample in some split.
+        allow_missing_classes: accept what cannot be trained on: classes without a sample in some
+            split, or one class only.
         overwrite: replace a finished data set that ``pack`` wrote in OUT.
         show_progress: a bar on stderr, where that is a terminal.
 
@@ -141,6 +166,7 @@ def pack(
         num_samples={name: entry["num_samples"] for name, entry in entries.items()},
         class_counts={name: tuple(entry["class_counts"]) for name, entry in entries.items()},
         left_out=tuple(left_out),
+        notes=tuple(plan.source.notes),
         fingerprint=fingerprint,
         shards_kept=kept,
         seconds=time.monotonic() - started_at,
@@ -158,9 +184,17 @@ def _check_apart(source: str, out: Path) -> None:
 
 
 def _check_classes(plan: Plan) -> None:
+    source = plan.source
+    if source.task == SINGLE_LABEL and len(source.classes) == 1:
+        raise DataError(
+            f"{shown(str(source.root))} gives one class only, {source.classes[0]!r}, and there is"
+            f" nothing to tell it from: {source.if_one or 'add images of a second class'}"
+        )
     counts = {split: Counter[int]() for split in plan.source.splits}
     for item in plan.source.items:
         counts[item.split].update(item.labels)
+    if plan.options.val_fraction and plan.source.task == SINGLE_LABEL:
+        check_large_enough(plan.source.classes, [counts[TRAIN], counts.get(VAL, Counter())])
     check_classes_in_splits(plan.source.classes, counts)
 
 

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import re
+import stat
 import zlib
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
@@ -133,10 +134,14 @@ def _read(item: Item, root: Path) -> bytes | np.ndarray:
     if item.content is not None:
         return item.content
     try:
-        with open(root / item.name, "rb") as file:
+        # without O_NONBLOCK a named pipe would be waited for, for ever
+        with open(os.open(root / item.name, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise DataError("is not a plain file")
             head = file.read(16)
             suffix_of(head)
-            if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
+            if status.st_size > MAX_FILE_BYTES:
                 raise DataError(f"is larger than the {MAX_FILE_BYTES >> 20} MiB allowed")
             return head + file.read()
     except OSError as error:

@@ -130,7 +130,7 @@ def _source(
     if len(columns) == 1:
         names = [_filled(row, columns[0]) for row in rows]
         pairs = list(zip(items, names, strict=True))
-        return single_label_source(root, pairs, sorted(set(names)), None)
+        return single_label_source(root, pairs, None)
     labelled = [
         Item(item.name, item.split, _numbers(row, columns))
         for item, row in zip(items, rows, strict=True)

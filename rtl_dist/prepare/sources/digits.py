@@ -33,4 +33,4 @@ def read_digits(labels: Sequence[str] | None) -> Source:
             late = VAL if part < _TRAIN_PART + _VAL_PART else TEST
             split = TRAIN if part < _TRAIN_PART else late
             named.append((Item(name, split, (), names[name]), str(digit)))
-    return single_label_source(Path(), named, [str(digit) for digit in range(10)], labels)
+    return single_label_source(Path(), named, labels)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rtl_dist.core.errors import DataError
+from rtl_dist.core.text import shorten, shown
+from rtl_dist.data.images.foreign import suffix_of
 from rtl_dist.prepare.sources.items import (
     IMAGE_SUFFIXES,
     Item,
@@ -14,108 +15,132 @@ from rtl_dist.prepare.sources.items import (
     Source,
     single_label_source,
 )
-from rtl_dist.prepare.splits import SPLIT_OF, SPLIT_ORDER, TRAIN
+from rtl_dist.prepare.sources.layout import (
+    cure_of_one_class,
+    nested_note,
+    split_folders,
+    split_note,
+    table_note,
+    tables_in,
+)
+from rtl_dist.prepare.sources.walk import list_folder, walk
 
-# Files that systems leave behind, besides those whose names begin with a dot.
-_SYSTEM_FILES = {"thumbs.db", "desktop.ini", "__macosx", "$recycle.bin", "lost+found"}
+_MOST = 5  # reasons a class folder, where there is no image at all
 
 
 def read_folder(root: Path, labels: Sequence[str] | None) -> Source:
-    """Classes are the names of the class folders, sorted, over all splits.
+    """Classes are the names of the class folders, over all splits, in the order of ``in_order``.
 
-    A class folder may hold folders of its own; everything beneath it is of its class. Images that
-    lie outside every class folder are left out by name; other stray files are ignored.
+    A class folder may hold folders of its own; everything beneath it is of its class. Folders that
+    hold no image in any split are no classes. They, images that lie outside every class folder, and
+    what is no file are left out by name; other stray files are ignored.
 
     Raises:
-        DataError: no class folders, a split twice or empty, or a folder that is no split.
+        DataError: no class folders or only one, a split twice or empty, or a folder that is no
+            split.
         UserError: ``labels`` names a class that is not there.
     """
-    named: list[tuple[Item, str]] = []
-    classes: set[str] = set()
-    split_folders = _split_folders(root)
-    stray_files = [] if split_folders[0][1] == root else [root / name for name in _list(root)[1]]
-    for split, folder in split_folders:
-        class_names, strays = _list(folder)
-        stray_files += [folder / name for name in strays]
+    splits = split_folders(root)
+    tables = tables_in(root)
+    left_out = [] if splits[0][1] == root else _strays(root, root)
+    found: dict[str, list[tuple[str, Path]]] = {}  # (split, file) by class
+    with_images: set[str] = set()
+    for split, folder in splits:
+        strays = _strays(folder, root)
+        left_out += strays
+        if folder != root:
+            tables += [f"{folder.name}/{name}" for name in tables_in(folder)]
+        class_names = list_folder(folder).folders
         if not class_names:
-            found = "images but no class folders" if strays else "nothing to pack"
-            raise DataError(
-                f"{folder} holds {found}: put the images of each class into a folder named after"
-                " the class, or list them in a CSV with the columns `file` and `label`"
-            )
-        classes.update(class_names)
-        before = len(named)
-        for class_name in class_names:
-            for file in _files_below(folder / class_name):
-                named.append((Item(_relative(file, root), split, ()), class_name))
-        if len(named) == before:
-            raise DataError(
-                f"{folder} holds class folders but no images: put images into them"
-                + (f", or remove {folder}" if len(split_folders) > 1 else "")
-            )
-    left_out = [
-        LeftOut(_relative(file, root), "lies outside every class folder")
-        for file in stray_files
-        if file.name.lower().endswith(IMAGE_SUFFIXES)
+            raise _no_classes(root, folder, tables, bool(strays or list_folder(folder).files))
+        reasons: list[str] = []
+        has_images = False
+        for name in class_names:
+            walked = walk(folder / name, root)
+            left_out += [LeftOut(_relative(path, root), what) for path, what in walked.odd]
+            found.setdefault(name, []).extend((split, file) for file in walked.files)
+            if any(_may_be_image(file) for file in walked.files):
+                with_images.add(name)
+                has_images = True
+            elif not has_images:
+                reasons += [f"{_relative(f, root)} {_reason(f)}" for f in walked.files[:_MOST]]
+        if not has_images:
+            raise _no_images(folder, split, reasons, len(splits) > 1)
+    for name in found.keys() - with_images:
+        left_out += [
+            LeftOut(_relative(folder / name, root), "is a class folder without images")
+            for _, folder in splits
+            if (folder / name).is_dir()
+        ]
+        left_out += [LeftOut(_relative(file, root), _reason(file)) for _, file in found[name]]
+    named = [
+        (Item(_relative(file, root), split, ()), name)
+        for name in found
+        if name in with_images
+        for split, file in found[name]
     ]
-    return single_label_source(root, named, sorted(classes), labels, left_out)
+    classes = sorted(with_images)
+    return single_label_source(
+        root,
+        named,
+        labels,
+        left_out=left_out,
+        notes=[
+            *split_note(splits, root),
+            *nested_note(splits[0][1], classes),
+            *table_note(root, tables),
+        ],
+        if_one=cure_of_one_class(splits[0][1], classes[0], tables) if len(classes) == 1 else "",
+    )
 
 
-def _split_folders(root: Path) -> list[tuple[str, Path]]:
-    """(split, folder) in the order train, val, test; the root itself is train when there is none.
+def _no_images(folder: Path, split: str, reasons: list[str], one_of_many: bool) -> DataError:
+    if reasons:
+        return DataError(f"no image of split {split!r} can be packed: {shorten(reasons)}")
+    return DataError(
+        f"{shown(str(folder))} holds class folders but no images: put images into them"
+        + (f", or remove {shown(str(folder))}" if one_of_many else "")
+    )
 
-    Folders are splits when one is called train or when all have a split's name: a class may well be
-    called ``test``.
-    """
-    folders, _ = _list(root)
-    splits = [name for name in folders if name.lower() in SPLIT_OF]
-    has_train = any(name.lower() == TRAIN for name in splits)
-    if not splits or not (has_train or len(splits) == len(folders)):
-        return [(TRAIN, root)]
-    others = [name for name in folders if name not in splits]
-    if others:
-        raise DataError(
-            f"{root / others[0]} is neither train, val nor test, but lies beside"
-            f" {', '.join(splits)}: move it away, or pack {root / splits[0]} alone"
+
+def _no_classes(root: Path, folder: Path, tables: list[str], has_files: bool) -> DataError:
+    found = "images but no class folders" if has_files else "nothing to pack"
+    if tables:
+        return DataError(
+            f"{shown(str(folder))} holds {found}, and tables: pack a table by its path, rtl-dist"
+            f" pack {shown(str(root / tables[0]))} OUT"
         )
-    found: dict[str, str] = {}
-    for name in splits:
-        split = SPLIT_OF[name.lower()]
-        if split in found:
-            raise DataError(
-                f"{root} has two folders for split {split!r}, {found[split]} and {name}: join them"
-                " or move one away"
-            )
-        found[split] = name
-    return [(split, root / found[split]) for split in SPLIT_ORDER if split in found]
+    return DataError(
+        f"{shown(str(folder))} holds {found}: put the images of each class into a folder named"
+        " after the class, or list them in a CSV with the columns `file` and `label`"
+    )
 
 
-def _list(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of folders, and of files, sorted and without hidden and system files."""
-    folders: list[str] = []
-    files: list[str] = []
+def _strays(folder: Path, root: Path) -> list[LeftOut]:
+    """What lies beside the class folders and looks like an image."""
+    listing = list_folder(folder)
+    found = [(name, "lies outside every class folder") for name in listing.files] + listing.odd
+    return [
+        LeftOut(_relative(folder / name, root), why)
+        for name, why in found
+        if name.lower().endswith(IMAGE_SUFFIXES)
+    ]
+
+
+def _may_be_image(file: Path) -> bool:
+    return _reason(file) == ""
+
+
+def _reason(file: Path) -> str:
+    """Why a file cannot be an image, by its first bytes; empty: it may be one."""
     try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if not entry.name.startswith(".") and entry.name.lower() not in _SYSTEM_FILES:
-                    (folders if entry.is_dir() else files).append(entry.name)
+        with open(file, "rb") as opened:
+            suffix_of(opened.read(16))
     except OSError as error:
-        raise DataError(
-            f"cannot list {folder}: {error.strerror}; correct its permissions"
-        ) from error
-    return sorted(folders), sorted(files)
-
-
-def _files_below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
-    """Every visible file beneath, links followed; ``above`` are the real paths already entered."""
-    real = os.path.realpath(folder)
-    if real in above:
-        raise DataError(f"{folder} is a link to a folder above itself: remove the link")
-    folders, files = _list(folder)
-    for name in files:
-        yield folder / name
-    for name in folders:
-        yield from _files_below(folder / name, (*above, real))
+        return f"cannot be read: {error.strerror}"
+    except DataError as error:
+        return str(error)
+    return ""
 
 
 def _relative(file: Path, root: Path) -> str:

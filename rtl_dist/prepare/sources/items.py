@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,8 @@ import numpy as np
 
 from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.core.tasks import SINGLE_LABEL
-from rtl_dist.core.text import did_you_mean, shorten
+from rtl_dist.core.text import did_you_mean, is_showable, shorten
+from rtl_dist.prepare.class_names import in_order, one_spelling
 from rtl_dist.prepare.splits import SPLIT_ORDER
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic")
@@ -73,6 +75,10 @@ class Source:
     """In no order."""
     left_out: list[LeftOut] = field(default_factory=list)
     """What is known beforehand not to be packed, sorted by name."""
+    notes: list[str] = field(default_factory=list)
+    """What was guessed or passed over: a line each, to be said."""
+    if_one: str = ""
+    """What to do about it where there is one class only; empty: nothing particular."""
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -84,35 +90,51 @@ class Source:
 def single_label_source(
     root: Path,
     named: list[tuple[Item, str]],
-    classes: Sequence[str],
     labels: Sequence[str] | None,
+    *,
+    classes: Sequence[str] | None = None,
     left_out: Sequence[LeftOut] = (),
+    notes: Sequence[str] = (),
+    if_one: str = "",
 ) -> Source:
-    """Numbers the classes: all of ``classes`` in their order, or only ``labels`` in theirs.
+    """Numbers the classes: all of them in order, or only ``labels`` in theirs.
 
-    ``named`` pairs each item with its class's name; the items' own labels are not looked at.
+    Args:
+        named: each item with its class's name; the items' own labels are not looked at.
+        classes: all names in order; None: those of ``named``, numbers by value and else as text.
+        if_one: what to do about it where there is one class only.
 
     Raises:
         UserError: ``labels`` names a class that is not there, or one twice.
         DataError: a class's name is not text.
     """
-    for name in classes:
-        if not name.isprintable():  # also what is not UTF-8 on disk: it fits no dataset.json
+    spelling = one_spelling(dict.fromkeys(name for _, name in named))
+    known = in_order(set(spelling.values())) if classes is None else tuple(classes)
+    for name in known:
+        if not is_showable(name):  # also what is not UTF-8 on disk: it fits no dataset.json
             raise DataError(f"class name {name!r} holds characters that cannot be shown: rename it")
-    kept = tuple(classes) if labels is None else check_labels(labels, classes, "class")
+    kept = known if labels is None else check_labels(labels, known, "class")
     number = {name: (i,) for i, name in enumerate(kept)}
     items = [
-        Item(name=item.name, split=item.split, labels=number[name], content=item.content)
+        Item(name=item.name, split=item.split, labels=number[spelling[name]], content=item.content)
         for item, name in named
-        if name in number
+        if spelling[name] in number
     ]
     return Source(
-        root=root, task=SINGLE_LABEL, classes=kept, items=items, left_out=sorted(left_out)
+        root=root,
+        task=SINGLE_LABEL,
+        classes=kept,
+        items=items,
+        left_out=sorted(left_out),
+        notes=list(notes),
+        if_one=if_one,
     )
 
 
 def check_labels(labels: Sequence[str], known: Sequence[str], what: str) -> tuple[str, ...]:
-    """``labels`` as a tuple. Raises UserError: one of them is unknown or is given twice."""
+    """``labels`` as ``known`` spells them. Raises UserError: one is unknown or is given twice."""
+    spelling = {unicodedata.normalize("NFC", name): name for name in known}
+    labels = [spelling.get(unicodedata.normalize("NFC", label), label) for label in labels]
     for label in labels:
         if label not in known:
             hint = did_you_mean(label, known, "{!r}") or f"; there are: {shorten(known)}"

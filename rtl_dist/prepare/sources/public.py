@@ -77,7 +77,7 @@ def read_public(name: str, labels: Sequence[str] | None) -> Source:
     if classes is None:
         classes = [str(number) for number in range(max(label for _, label in numbered) + 1)]
     named = [(item, classes[label]) for item, label in numbered]
-    return single_label_source(root, named, classes, labels)
+    return single_label_source(root, named, labels, classes=classes)
 
 
 def downloads_folder() -> Path:

@@ -11,10 +11,11 @@ import numpy as np
 from rtl_dist.core.errors import DataError
 from rtl_dist.core.tasks import MULTI_LABEL
 from rtl_dist.data.format.dataset import Dataset
+from rtl_dist.data.format.trainable import why_untrainable
 from rtl_dist.prepare.verifying.duplicates import Duplicates, Group, Kind
 from rtl_dist.prepare.verifying.findings import Damage, DamageList
 from rtl_dist.prepare.verifying.sizes import SizeTable
-from rtl_dist.prepare.verifying.skew import SplitSkew
+from rtl_dist.prepare.verifying.skew import TRAIN, SplitSkew
 from rtl_dist.prepare.verifying.splits import CheckedSplit
 
 
@@ -53,6 +54,14 @@ class Verification:
                 " take them out of the source and pack again"
             )
 
+    @property
+    def untrainable(self) -> str:
+        """Why ``train`` would refuse its train split; empty where it would not or there is none."""
+        if TRAIN not in self.skew:
+            return ""
+        counts = self.skew[TRAIN].counts
+        return why_untrainable(self.dataset.task, self.dataset.classes, TRAIN, counts)
+
     def to_json(self) -> dict[str, Any]:
         """Nothing in it depends on when, or by how many processes, it was found."""
         listed = (one for of_kind in self.damage.listed.values() for one in of_kind)
@@ -78,6 +87,7 @@ class Verification:
                 **{name: self._kind(kind) for name, kind in kinds.items()},
             },
             "classes": list(self.dataset.classes),
+            "untrainable": self.untrainable,
             "skew": {name: skew.to_json() for name, skew in self.skew.items()},
         }
 

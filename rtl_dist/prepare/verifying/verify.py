@@ -74,9 +74,10 @@ def verify_and_report(
     found.require_sound(strict=strict)
     samples = sum(split.num_rows for split in found.splits.values())
     shards = sum(len(split.split.shards) for split in found.splits.values())
+    untrainable = f"; it cannot be trained on: {why}" if (why := found.untrainable) else ""
     return (
         f"{path} is sound: {samples:,} samples in {shards:,} shards, checked in"
-        f" {time.monotonic() - started_at:.0f} s; all findings are in {out}"
+        f" {time.monotonic() - started_at:.0f} s; all findings are in {out}{untrainable}"
     )
 
 
