@@ -13,6 +13,7 @@ from collections.abc import Mapping, MutableMapping
 from datetime import timedelta
 
 from rtl_dist.core.errors import UserError
+from rtl_dist.core.text import brief
 
 # How long a process waits for the others to come, or in one exchange on the device, before it ends.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -37,13 +38,25 @@ def launched_world_size(env: MutableMapping[str, str] = os.environ) -> int:
         # Another port for each job, so that two on one node do not meet; below 32768, where Linux
         # begins to hand ports out by itself.
         env.setdefault("MASTER_PORT", str(12000 + int(env["SLURM_JOB_ID"]) % 20000))
-    world_size = int(env.get("WORLD_SIZE", "1"))
+    world_size = whole_number(env, "WORLD_SIZE", 1)
     if world_size > 1 and "MASTER_ADDR" not in env:
         raise UserError(
             f"WORLD_SIZE is {world_size} but MASTER_ADDR, where the processes meet, is not set:"
             " launch with torchrun, srun or accelerate and a file from launch/, or unset WORLD_SIZE"
         )
     return world_size
+
+
+def whole_number(env: Mapping[str, str], name: str, default: int) -> int:
+    """The value of a variable that a launcher sets.
+
+    Raises:
+        UserError: it is none.
+    """
+    text = env.get(name, str(default))
+    if not text.strip().isdecimal():
+        raise UserError(f"{name} is {brief(text)}, not a whole number: let a launcher set it")
+    return int(text)
 
 
 def may_end_alone(env: Mapping[str, str] = os.environ) -> bool:
@@ -58,7 +71,7 @@ def may_end_alone(env: Mapping[str, str] = os.environ) -> bool:
 
 def _is_srun_task(env: Mapping[str, str]) -> bool:
     """Whether this process is one of several that one srun started."""
-    return int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1  # not set in a batch script
+    return whole_number(env, "SLURM_STEP_NUM_TASKS", 1) > 1  # not set in a batch script
 
 
 def _tasks_on_this_node(env: Mapping[str, str]) -> int:

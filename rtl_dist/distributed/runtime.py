@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -23,7 +24,12 @@ from tqdm import tqdm
 from rtl_dist.config import Precision
 from rtl_dist.core.errors import RtlDistError, StopRequested, UserError
 from rtl_dist.core.processes import available_cpus
-from rtl_dist.distributed.launchers import COLLECTIVE_TIMEOUT, launched_world_size
+from rtl_dist.distributed.accelerate_settings import (
+    only_where_to_compute,
+    overruled,
+    refuse_other_ways,
+)
+from rtl_dist.distributed.launchers import COLLECTIVE_TIMEOUT, launched_world_size, whole_number
 from rtl_dist.distributed.ranks import Ranks
 from rtl_dist.distributed.stopping import StopRequests, was_launched
 
@@ -63,6 +69,7 @@ class Runtime(Ranks):
         self.precision = resolve_precision(precision)
         self.dtype = torch.float64 if self.precision == "fp64" else torch.float32
         launched = launched_world_size()
+        self._settings, settings = contextlib.ExitStack(), overruled()
         self.accelerator = self._meet()
         self.device: torch.device = self.accelerator.device
         self._require_all_came(launched)
@@ -73,7 +80,9 @@ class Runtime(Ranks):
             group=_gloo_group(patience) if self.accelerator.num_processes > 1 else None,
         )
         self._require_one_precision()
-        self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        if self.is_main and settings:
+            LOG.warning("not taken from accelerate's settings: %s", ", ".join(settings))
+        self.local_world_size = whole_number(os.environ, "LOCAL_WORLD_SIZE", self.world_size)
         if not torch.cuda.is_available() and not _user_chose_threads():
             torch.set_num_threads(max(1, available_cpus() // self.local_world_size))
         torch.backends.cudnn.benchmark = False  # its choice differs between runs
@@ -81,6 +90,8 @@ class Runtime(Ranks):
 
     def _meet(self) -> Accelerator:
         """Waits for the other processes, and makes the group in which the devices exchange."""
+        refuse_other_ways()
+        self._settings.enter_context(only_where_to_compute())
         try:
             return Accelerator(
                 # Without this two CPU processes each believe they are alone (accelerate 1.15).
@@ -94,6 +105,13 @@ class Runtime(Ranks):
                     InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
                 ],
             )
+        except ValueError as error:  # of a variable that says neither yes nor no, or is no number
+            self._forget_accelerate()
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"the launcher's environment cannot be used ({reason}): see ACCELERATE_USE_CPU,"
+                " ACCELERATE_CPU_AFFINITY, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
+            ) from error
         except dist.DistError as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise RtlDistError(
@@ -183,8 +201,12 @@ class Runtime(Ranks):
         self.accelerator.free_memory()
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
-        AcceleratorState._reset_state(reset_partial_state=True)
+        self._forget_accelerate()
         gc.collect()
+
+    def _forget_accelerate(self) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        self._settings.close()
 
     def progress(self, *, total: int, what: str, unit: str, done: int = 0) -> tqdm[Any]:
         """A bar with an ETA on rank 0's terminal; silent on other ranks and off a terminal.
