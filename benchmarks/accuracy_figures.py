@@ -9,7 +9,8 @@ from accuracy_sets import Prepared
 from scores import read_scores
 
 from rtl_dist.core.tasks import Task
-from rtl_dist.evaluation.metrics import Predictions, compute_metrics, wilson_interval
+from rtl_dist.evaluation.metrics import compute_metrics, wilson_interval
+from rtl_dist.evaluation.predictions import Predictions
 
 NUM_RESAMPLES = 200
 

@@ -32,6 +32,7 @@ def main() -> None:
         place(loaded.model, runtime.device, runtime.dtype)
         predictions = score_split(loaded.model, dataset, split, runtime=runtime, workers=2)
     assert predictions is not None
+    assert predictions.scores is not None
     keys = split.keys()  # a key is the sample's number and the stem of its file
     stems = [key.split("_", 1)[1] for key in keys]
     write_scores(args.scores, stems, predictions.scores)

@@ -19,75 +19,24 @@ from typing import Any
 
 import numpy as np
 
-from rtl_dist.core.errors import DataError, UserError
-from rtl_dist.core.tasks import MULTI_LABEL, SINGLE_LABEL, Task
+from rtl_dist.core.errors import DataError
+from rtl_dist.core.tasks import MULTI_LABEL
+from rtl_dist.evaluation.confusion import Confusion, confusion_of
+from rtl_dist.evaluation.predictions import (
+    SCORES_AT_ONCE,
+    THRESHOLD,
+    Predictions,
+    blocks_of_rows,
+)
 
 TOP_K = 5
 NUM_BINS = 15
-THRESHOLD = 0.5
 
 _Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
 # A float32 probability that rounded to 0 was below the first, one that rounded to 1 was within the
 # second of 1: the bounds that keep a loss finite without flattering it.
 _TINY = float(np.finfo(np.float32).tiny)
 _HALF_SPACING = 2.0**-25
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Predictions:
-    """What a model said of every sample of a split, row i being sample i.
-
-    Raises:
-        DataError: there are no samples.
-        UserError: a score is not finite (the model diverged).
-        ValueError: shapes, dtypes or ranges are not those above.
-    """
-
-    task: Task
-    """Decides the shape of ``labels``, and which metrics there are."""
-    classes: tuple[str, ...]
-    """The C names, in the order of the columns of ``scores``."""
-    labels: np.ndarray
-    """The truth: int64 (N,), the class's number; multi-label: uint8 (N, C), 0 or 1."""
-    scores: np.ndarray
-    """float32 (N, C): probabilities, of a softmax; multi-label: of a sigmoid each."""
-
-    def __post_init__(self) -> None:
-        if self.scores.ndim != 2 or self.scores.shape[1] != len(self.classes):
-            raise ValueError(f"scores {self.scores.shape} do not fit {len(self.classes)} classes")
-        if self.scores.dtype != np.float32:
-            raise ValueError(f"scores are {self.scores.dtype}, expected float32")
-        if not len(self.scores):
-            raise DataError("there are no samples to score: choose a split that has some")
-        finite = np.isfinite(self.scores).all(axis=1)
-        if not finite.all():
-            raise UserError(
-                f"the model's scores are not finite (first at sample {int(np.argmin(finite))}):"
-                " its weights diverged; evaluate an earlier checkpoint or train with a lower lr"
-            )
-        if self.scores.min() < 0 or self.scores.max() > 1 + 1e-3:
-            raise ValueError("scores must be probabilities, but some lie outside [0, 1]")
-        single = self.task == SINGLE_LABEL
-        shape = self.scores.shape[:1] if single else self.scores.shape
-        dtype, highest = (np.int64, len(self.classes) - 1) if single else (np.uint8, 1)
-        if self.labels.shape != shape or self.labels.dtype != dtype:
-            raise ValueError(
-                f"labels are {self.labels.dtype} {self.labels.shape}, expected {dtype.__name__}"
-                f" {shape}"
-            )
-        if self.labels.min() < 0 or self.labels.max() > highest:
-            raise ValueError(f"labels must lie in 0 to {highest}")
-
-    @property
-    def num_samples(self) -> int:
-        return len(self.scores)
-
-    @property
-    def predicted(self) -> np.ndarray:
-        """The predicted class, int64 (N,); for multi-label data the decisions, bool (N, C)."""
-        if self.task == MULTI_LABEL:
-            return self.scores >= THRESHOLD
-        return self.scores.argmax(axis=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +54,8 @@ class ClassScores:
     f1: float
     """Harmonic mean of the two."""
     average_precision: float | None
-    """Of the class against all others; None without samples of it."""
+    """Of the class against all others; None without samples of it, or where the scores were not
+    kept."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -134,15 +84,13 @@ def compute_metrics(predictions: Predictions) -> dict[str, float]:
 def single_label_metrics(predictions: Predictions) -> dict[str, float]:
     """``loss`` (mean cross entropy, nats), ``top1``, ``top5`` (k = min(5, C)), ``macro_f1``,
     ``macro_precision``, ``macro_recall``, ``balanced_accuracy`` and ``ece`` (15 bins)."""
-    labels, scores = predictions.labels, predictions.scores
-    truth = np.take_along_axis(scores, labels[:, None], axis=1)
-    before = np.arange(scores.shape[1]) < labels[:, None]
-    rank = (scores > truth).sum(axis=1) + ((scores == truth) & before).sum(axis=1)
-    figures = metrics_from_confusion(confusion_matrix(predictions))
+    outcomes = predictions.of_single_label
+    figures = metrics_from_confusion(confusion_of(predictions))
     del figures["per_class"]
+    truth = outcomes.truth_score.astype(np.float64)
     return figures | {
-        "loss": float(-np.log(np.clip(truth.astype(np.float64), _TINY, 1.0)).mean()),
-        "top5": float((rank < min(TOP_K, scores.shape[1])).mean()),
+        "loss": float(-np.log(np.clip(truth, _TINY, 1.0)).mean()),
+        "top5": float((outcomes.truth_rank < min(TOP_K, len(predictions.classes))).mean()),
         "ece": calibration(predictions).ece,
     }
 
@@ -150,24 +98,44 @@ def single_label_metrics(predictions: Predictions) -> dict[str, float]:
 def multi_label_metrics(predictions: Predictions, threshold: float = THRESHOLD) -> dict[str, float]:
     """``loss`` (binary cross entropy, nats, mean over samples and classes), ``map`` (0 when no
     class has positives), and at score >= threshold ``micro_f1``, ``macro_f1``, ``exact_match``."""
-    labels, scores = predictions.labels, predictions.scores.astype(np.float64)
-    present = np.log(np.clip(scores, _TINY, 1.0))
-    absent = np.log(np.clip(1.0 - scores, _HALF_SPACING, 1.0))
+    labels, scores = predictions.labels, predictions.of_multi_label
     counts = multi_label_confusion(predictions, threshold)
     precisions = [p for p in average_precisions(predictions) if p is not None]
     occurs = counts[:, 1, :].sum(axis=1) + counts[:, :, 1].sum(axis=1) > 0
     f1 = _precision_recall_f1(counts)[2]
     return {
-        "loss": float(-np.where(labels == 1, present, absent).mean()),
+        "loss": float(-_log_likelihood(labels.ravel(), scores.ravel()) / scores.size),
         "map": float(np.mean(precisions)) if precisions else 0.0,
         "micro_f1": float(_precision_recall_f1(counts.sum(axis=0, keepdims=True))[2][0]),
         "macro_f1": float(f1[occurs].mean()) if occurs.any() else 0.0,
-        "exact_match": float(((scores >= threshold) == labels).all(axis=1).mean()),
+        "exact_match": float(
+            np.concatenate(
+                [
+                    ((scores[rows] >= threshold) == labels[rows]).all(axis=1)
+                    for rows in blocks_of_rows(scores.shape)
+                ]
+            ).mean()
+        ),
     }
 
 
-def metrics_from_confusion(confusion: np.ndarray) -> dict[str, Any]:
-    """Figures of a confusion matrix, int64 (C, C) with rows = truth.
+def _log_likelihood(labels: np.ndarray, scores: np.ndarray) -> float:
+    """The sum of the logarithms of the probabilities of what is true, of flat arrays. Numpy's own
+    sum would halve the whole in the same way, so that it is the same to the last bit."""
+    if len(scores) > SCORES_AT_ONCE:
+        half = len(scores) // 2
+        half -= half % 8
+        return _log_likelihood(labels[:half], scores[:half]) + _log_likelihood(
+            labels[half:], scores[half:]
+        )
+    exact = scores.astype(np.float64)
+    present = np.log(np.clip(exact, _TINY, 1.0))
+    absent = np.log(np.clip(1.0 - exact, _HALF_SPACING, 1.0))
+    return float(np.where(labels == 1, present, absent).sum())
+
+
+def metrics_from_confusion(confusion: Confusion) -> dict[str, Any]:
+    """Figures of a confusion matrix.
 
     Returns:
         ``top1``, ``macro_f1``, ``macro_precision``, ``macro_recall``, ``balanced_accuracy``, and
@@ -177,10 +145,10 @@ def metrics_from_confusion(confusion: np.ndarray) -> dict[str, Any]:
     Raises:
         DataError: the matrix counts no sample.
     """
-    total = int(confusion.sum())
+    total = int(confusion.counts.sum())
     if not total:
         raise DataError("the confusion matrix counts no sample: the split is empty")
-    hits, true, said = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+    hits, true, said = confusion.hits, confusion.num_samples, confusion.num_predicted
     counts = np.stack([total - true - said + hits, said - hits, true - hits, hits], axis=1)
     precision, recall, f1 = _precision_recall_f1(counts.reshape(-1, 2, 2))
     occurs = (true > 0) | (said > 0)
@@ -200,18 +168,15 @@ def metrics_from_confusion(confusion: np.ndarray) -> dict[str, Any]:
     }
 
 
-def confusion_matrix(predictions: Predictions) -> np.ndarray:
-    """Single-label counts, int64 (C, C): row the truth, column the prediction."""
-    size = len(predictions.classes)
-    cells = predictions.labels * size + predictions.predicted
-    return np.bincount(cells, minlength=size**2).reshape(size, size).astype(np.int64)
-
-
 def multi_label_confusion(predictions: Predictions, threshold: float = THRESHOLD) -> np.ndarray:
     """Per-class counts, int64 (C, 2, 2): ``[c, truth, decision]``, laid out as scikit-learn's
     ``multilabel_confusion_matrix`` ([[tn, fp], [fn, tp]])."""
-    truth, said = predictions.labels == 1, predictions.scores >= threshold
-    hits, true, decided = (truth & said).sum(axis=0), truth.sum(axis=0), said.sum(axis=0)
+    labels, scores = predictions.labels, predictions.of_multi_label
+    hits = true = decided = np.zeros(len(predictions.classes), dtype=np.int64)
+    for rows in blocks_of_rows(scores.shape):
+        truth, said = labels[rows] == 1, scores[rows] >= threshold
+        hits = hits + (truth & said).sum(axis=0)
+        true, decided = true + truth.sum(axis=0), decided + said.sum(axis=0)
     absent = predictions.num_samples - true - decided + hits
     counts = np.stack([absent, decided - hits, true - hits, hits], axis=1)
     return counts.reshape(-1, 2, 2).astype(np.int64)
@@ -219,9 +184,12 @@ def multi_label_confusion(predictions: Predictions, threshold: float = THRESHOLD
 
 def average_precisions(predictions: Predictions) -> list[float | None]:
     """Each class's average precision against all others (scikit-learn's
-    ``average_precision_score``); None for a class without positives."""
+    ``average_precision_score``); None for a class without positives, and for all where the scores
+    were not kept."""
     from sklearn.metrics import average_precision_score
 
+    if predictions.scores is None:
+        return [None] * len(predictions.classes)
     result: list[float | None] = []
     for number in range(len(predictions.classes)):
         truth = positives(predictions, number)
@@ -244,7 +212,7 @@ def per_class_table(predictions: Predictions) -> list[ClassScores]:
         num_samples = counts[:, 1, :].sum(axis=1)
         precision, recall, f1 = _precision_recall_f1(counts)
     else:
-        table = metrics_from_confusion(confusion_matrix(predictions))["per_class"]
+        table = metrics_from_confusion(confusion_of(predictions))["per_class"]
         num_samples, f1 = table["num_samples"], table["f1"]
         precision, recall = table["precision"], table["recall"]
     areas = average_precisions(predictions)
@@ -268,16 +236,19 @@ def calibration(predictions: Predictions, num_bins: int = NUM_BINS) -> Calibrati
     Multi-label: each class's probability against its presence, over samples and classes.
     """
     if predictions.task == MULTI_LABEL:
-        confidence, right = predictions.scores.ravel(), predictions.labels.ravel()
+        confidence, right = predictions.of_multi_label.ravel(), predictions.labels.ravel()
     else:
-        confidence = predictions.scores.max(axis=1)
+        confidence = predictions.of_single_label.confidence
         right = predictions.predicted == predictions.labels
-    confidence = confidence.astype(np.float64)
     edges = np.linspace(0.0, 1.0, num_bins + 1)
-    bins = np.searchsorted(edges[1:-1], confidence, side="left")
-    counts = np.bincount(bins, minlength=num_bins)
-    sums = np.bincount(bins, weights=confidence, minlength=num_bins)
-    hits = np.bincount(bins, weights=right.astype(np.float64), minlength=num_bins)
+    counts = np.zeros(num_bins, dtype=np.int64)
+    sums, hits = np.zeros(num_bins), np.zeros(num_bins)
+    for rows in blocks_of_rows((len(confidence), 1)):
+        exact = confidence[rows].astype(np.float64)
+        bins = np.searchsorted(edges[1:-1], exact, side="left")
+        counts += np.bincount(bins, minlength=num_bins)
+        np.add.at(sums, bins, exact)  # one after the other, so that blocks change no bit
+        np.add.at(hits, bins, right[rows])
     some = counts > 0
     mean = np.divide(sums, counts, out=np.full(num_bins, np.nan), where=some)
     accuracy = np.divide(hits, counts, out=np.full(num_bins, np.nan), where=some)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -10,7 +11,8 @@ import numpy as np
 import torch
 
 from rtl_dist.core.errors import DataError
-from rtl_dist.core.tasks import MULTI_LABEL
+from rtl_dist.core.tasks import MULTI_LABEL, Task
+from rtl_dist.core.text import readable_size
 from rtl_dist.data.format.dataset import Dataset
 from rtl_dist.data.format.split import Split
 from rtl_dist.data.images.augment import EvalTransform
@@ -24,12 +26,15 @@ from rtl_dist.data.loading.blocks import (
 from rtl_dist.data.loading.loader import make_loader
 from rtl_dist.data.loading.microbatches import SplitMicrobatches
 from rtl_dist.distributed.runtime import Runtime
-from rtl_dist.evaluation.metrics import Predictions, compute_metrics
+from rtl_dist.evaluation.metrics import compute_metrics
+from rtl_dist.evaluation.predictions import Outcomes, Predictions, outcomes_of
 from rtl_dist.features.view_files import View
 from rtl_dist.model.classifier import Classifier
 from rtl_dist.model.divided import Divided, divide
 
+LOG = logging.getLogger("rtl_dist")
 KEPT_BYTES = 2**30
+SCORES_BYTES = 2**30
 
 
 @dataclass(kw_only=True)
@@ -63,6 +68,7 @@ def score_split(
     divided: Divided | None = None,
     view: View | None = None,
     kept: KeptImages | None = None,
+    keep_scores: bool = True,
 ) -> Predictions | None:
     """Scores a split, blocks of it shared among the ranks; the model is left in eval mode.
 
@@ -70,9 +76,11 @@ def score_split(
         divided: the model, cut; None: it is cut below its head.
         view: what the frozen part makes of this split, to score from.
         kept: images to score, or to be kept.
+        keep_scores: where they take at most 1 GiB of rank 0's memory; those of multi-label data
+            always are, as their metrics need them all.
 
     Returns:
-        on rank 0 every sample's scores in index order, elsewhere None.
+        on rank 0 what was said of every sample in index order, elsewhere None.
 
     Raises:
         DataError: on every rank, if a sample is damaged.
@@ -83,7 +91,8 @@ def score_split(
     model.eval()
     if divided is None:
         divided = divide(model, "head", dtype=runtime.autocast_dtype)
-    scored: list[tuple[np.ndarray, np.ndarray]] = []
+    keep_scores = _keeps_scores(dataset, split, keep_scores)
+    scored: list[_Block] = []
     with torch.inference_mode():
         if view is None:
             transform = eval_transform(model)
@@ -95,13 +104,16 @@ def score_split(
         for samples, logits in blocks:
             scores = logits.float()
             scores = scores.sigmoid() if dataset.task == MULTI_LABEL else scores.softmax(1)
-            scored.append((samples, scores.cpu().numpy()))
+            scored.append(_block(split, dataset.task, samples, scores.cpu().numpy(), keep_scores))
     gathered = runtime.gather_to_main(scored)
     assembled: list[Predictions] = []
 
     def assemble() -> None:
         blocks = [block for of_rank in gathered or [] for block in of_rank]
-        assembled.append(_assemble(dataset, split, blocks))
+        scored.clear()  # the list, so that ``blocks`` alone holds them
+        if gathered:
+            gathered.clear()
+        assembled.append(_assemble(dataset, split, blocks, keep_scores))
 
     runtime.from_main(assemble)  # so that what is wrong there ends every rank
     return assembled[0] if assembled else None
@@ -205,14 +217,61 @@ def _refuse_bad(runtime: Runtime, bad: list[str]) -> None:
         raise DataError(cannot_evaluate(every))
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Block:
+    """What is kept of samples that were scored together."""
+
+    samples: np.ndarray
+    """int64 (N,): their numbers."""
+    outcomes: Outcomes | None
+    """None of multi-label data."""
+    scores: np.ndarray | None
+    """float32 (N, C); None: they are not kept."""
+
+
+def _block(
+    split: Split, task: Task, samples: np.ndarray, scores: np.ndarray, keep_scores: bool
+) -> _Block:
+    return _Block(
+        samples=samples,
+        outcomes=None if task == MULTI_LABEL else outcomes_of(split.labels(samples), scores),
+        scores=scores if keep_scores else None,
+    )
+
+
+def _keeps_scores(dataset: Dataset, split: Split, wanted: bool) -> bool:
+    """Whether rank 0 is to have the scores of all samples, which grow with samples x classes."""
+    num_bytes = split.num_samples * dataset.num_classes * 4
+    if dataset.task == MULTI_LABEL:
+        if num_bytes > SCORES_BYTES:
+            LOG.warning(
+                "the scores of split %s take %s of rank 0's memory (%s samples x %s classes)",
+                split.name,
+                readable_size(num_bytes),
+                f"{split.num_samples:,}",
+                f"{dataset.num_classes:,}",
+            )
+        return True
+    return wanted and num_bytes <= SCORES_BYTES
+
+
 def _assemble(
-    dataset: Dataset, split: Split, blocks: list[tuple[np.ndarray, np.ndarray]]
+    dataset: Dataset, split: Split, blocks: list[_Block], keep_scores: bool
 ) -> Predictions:
-    scores = np.zeros((split.num_samples, dataset.num_classes), dtype=np.float32)
+    """Puts the blocks together, each of which is let go."""
     times_seen = np.zeros(split.num_samples, dtype=np.int64)
-    for samples, block in blocks:
-        scores[samples] = block
-        np.add.at(times_seen, samples, 1)
+    scores = None
+    if keep_scores:
+        scores = np.zeros((split.num_samples, dataset.num_classes), dtype=np.float32)
+    columns: dict[str, np.ndarray] = {}
+    while blocks:
+        block = blocks.pop()
+        np.add.at(times_seen, block.samples, 1)
+        if scores is not None:
+            scores[block.samples] = block.scores
+        for name, values in (vars(block.outcomes) if block.outcomes else {}).items():
+            whole = columns.setdefault(name, np.zeros(split.num_samples, dtype=values.dtype))
+            whole[block.samples] = values
     if not (times_seen == 1).all():
         raise RuntimeError(
             f"split {split.name!r}: {(times_seen != 1).sum()} of {split.num_samples} samples were"
@@ -221,4 +280,10 @@ def _assemble(
     labels = split.labels(np.arange(split.num_samples))
     if dataset.task == MULTI_LABEL:
         labels = labels.astype(np.uint8)
-    return Predictions(task=dataset.task, classes=dataset.classes, labels=labels, scores=scores)
+    return Predictions(
+        task=dataset.task,
+        classes=dataset.classes,
+        labels=labels,
+        scores=scores,
+        outcomes=Outcomes(**columns) if columns else None,
+    )

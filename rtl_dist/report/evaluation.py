@@ -17,15 +17,15 @@ from rtl_dist.core.files import read_object, write_csv, write_json, write_text
 from rtl_dist.core.tasks import METRICS, MULTI_LABEL, Metric
 from rtl_dist.data.format.reader import SampleReader
 from rtl_dist.data.format.split import Split
+from rtl_dist.evaluation.confusion import Confusion, confusion_of
 from rtl_dist.evaluation.metrics import (
     ClassScores,
-    Predictions,
     calibration,
-    confusion_matrix,
     multi_label_confusion,
     per_class_table,
     wilson_interval,
 )
+from rtl_dist.evaluation.predictions import Predictions, blocks_of_rows
 from rtl_dist.report import evaluation_plots as plots
 from rtl_dist.report.figure import draw
 from rtl_dist.report.html import Cell, Page, percent
@@ -40,6 +40,9 @@ PICTURES = {
     "calibration.png": "How far a stated confidence can be believed.",
     "mistakes.png": "The most confident mistakes: what the picture is, and what the model said.",
 }
+
+# Up to this many classes the confusion matrix is written as a matrix.
+MATRIX_CLASSES = 2000
 
 _ROWS_SHOWN = 40
 _PICTURE_SIDE = 224
@@ -71,10 +74,10 @@ def write_evaluation(
     """Writes an evaluation's files into ``out``, the page ``report.html`` last.
 
     ``metrics.json`` (the given metrics, ``num_samples``, and the 95 % interval of the share of
-    samples that are right), ``per_class.csv``, ``confusion_matrix.csv`` (multi-label: 2x2 counts a
-    class), ``predictions.csv``, ``mistakes.csv`` (most confident first), one picture for each of
-    ``PICTURES`` (one that cannot be drawn is left out, which is said), ``report.html``. Several
-    labels of a sample are joined by ``|``.
+    samples that are right), ``per_class.csv``, ``confusion_matrix.csv`` (of many classes a
+    list of its cells; multi-label: 2x2 counts a class), ``predictions.csv``, ``mistakes.csv`` (most
+    confident first), one picture for each of ``PICTURES`` (one that cannot be drawn is left out,
+    which is said), ``report.html``. Several labels of a sample are joined by ``|``.
 
     Raises:
         DataError: a shard of the split cannot be opened.
@@ -180,18 +183,21 @@ def _judge(predictions: Predictions) -> _Verdicts:
         return _Verdicts(
             truth=[classes[i] for i in labels],
             predicted=[classes[i] for i in said],
-            confidence=predictions.scores.max(axis=1).astype(np.float64),
+            confidence=predictions.of_single_label.confidence.astype(np.float64),
             right=said == labels,
         )
-    sure = np.where(said, predictions.scores, 1 - predictions.scores).astype(np.float64)
-    wrong = said != (labels == 1)
-    right = ~wrong.any(axis=1)
-    surest_wrong = np.where(wrong, sure, 0.0).max(axis=1)
+    scores, confidence, right = predictions.of_multi_label, [], []
+    for rows in blocks_of_rows(scores.shape):
+        sure = np.where(said[rows], scores[rows], 1 - scores[rows]).astype(np.float64)
+        wrong = said[rows] != (labels[rows] == 1)
+        right.append(~wrong.any(axis=1))
+        surest_wrong = np.where(wrong, sure, 0.0).max(axis=1)
+        confidence.append(np.where(right[-1], sure.min(axis=1), surest_wrong))
     return _Verdicts(
         truth=["|".join(classes[i] for i in np.flatnonzero(row)) for row in labels],
         predicted=["|".join(classes[i] for i in np.flatnonzero(row)) for row in said],
-        confidence=np.where(right, sure.min(axis=1), surest_wrong),
-        right=right,
+        confidence=np.concatenate(confidence),
+        right=np.concatenate(right),
     )
 
 
@@ -206,21 +212,31 @@ def _write_confusion(
         rows = ((name, *cell.ravel().tolist()) for name, cell in zip(classes, counts, strict=True))
         write_csv(out / "confusion_matrix.csv", header, rows)
         return [], lambda: plots.outcome_figure(counts, classes)
-    confusion = confusion_matrix(predictions)
-    write_csv(
-        out / "confusion_matrix.csv",
-        (r"truth\predicted", *classes),
-        ((name, *row) for name, row in zip(classes, confusion.tolist(), strict=True)),
-    )
-    off = confusion.copy()
-    np.fill_diagonal(off, 0)
-    totals = confusion.sum(axis=1)
-    pairs: list[tuple[Cell, ...]] = []
-    for cell in np.argsort(-off, axis=None, kind="stable")[:10]:
-        truth, said = np.unravel_index(cell, off.shape)
-        if count := int(off[truth, said]):
-            pairs.append((classes[truth], classes[said], count, percent(count / totals[truth])))
+    confusion = confusion_of(predictions)
+    _write_counts(confusion, classes, out / "confusion_matrix.csv")
+    shares, wrong = confusion.shares, np.flatnonzero(confusion.truth != confusion.predicted)
+    pairs: list[tuple[Cell, ...]] = [
+        (
+            classes[confusion.truth[cell]],
+            classes[confusion.predicted[cell]],
+            int(confusion.counts[cell]),
+            percent(shares[cell]),
+        )
+        for cell in wrong[np.argsort(-confusion.counts[wrong], kind="stable")[:10]]
+    ]
     return pairs, lambda: plots.confusion_figure(confusion, classes)
+
+
+def _write_counts(confusion: Confusion, classes: Sequence[str], path: Path) -> None:
+    """The matrix; with many classes only its cells that are not 0, one a row."""
+    if len(classes) <= MATRIX_CLASSES:
+        counts = confusion.matrix().tolist()
+        rows = ((name, *row) for name, row in zip(classes, counts, strict=True))
+        write_csv(path, (r"truth\predicted", *classes), rows)
+        return
+    cells = zip(confusion.truth, confusion.predicted, confusion.counts, strict=True)
+    listed = ((classes[truth], classes[said], count) for truth, said, count in cells)
+    write_csv(path, ("truth", "predicted", "samples"), listed)
 
 
 def _load_pictures(

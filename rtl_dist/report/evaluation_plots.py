@@ -1,7 +1,7 @@
 """The figures of one evaluation: confusion, precision against recall, calibration, mistakes.
 
 Each function takes arrays and returns a figure; nothing here touches a file. All stay readable
-from 2 to 1,000 classes: with many, the figure shows the whole and names only the worst.
+from 2 classes to tens of thousands: with many, the figure shows the whole and names only the worst.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rtl_dist.core.tasks import MULTI_LABEL, Task
-from rtl_dist.evaluation.metrics import Calibration, ClassScores, Predictions, positives
+from rtl_dist.evaluation.confusion import Confusion
+from rtl_dist.evaluation.metrics import Calibration, ClassScores, positives
+from rtl_dist.evaluation.predictions import Predictions
 from rtl_dist.report.figure import (
     BLUE,
     CYCLE,
@@ -42,6 +44,8 @@ NAMES_SHOWN = 60
 # Up to this many classes each has its own precision-recall curve.
 CURVES_SHOWN = 12
 MISTAKES_SHOWN = 24
+# Why there is no average precision: it needs every score of a class at once.
+TOO_MANY_SCORES = "left out: samples x classes are too many scores to keep"
 
 # More classes than this are drawn in blocks, else their cells would be smaller than a pixel.
 _CELLS_SHOWN = 250
@@ -63,22 +67,20 @@ class MistakePicture:
     """How sure it was, 0 to 1."""
 
 
-def confusion_figure(confusion: np.ndarray, classes: Sequence[str]) -> Figure:
-    """A single-label confusion matrix, int64 (C, C) with rows = truth, coloured by row share."""
+def confusion_figure(confusion: Confusion, classes: Sequence[str]) -> Figure:
+    """A single-label confusion matrix, coloured by row share."""
     num_classes = len(classes)
     side = max(4.2, 1.8 + 0.52 * num_classes)
     if num_classes > COUNTS_SHOWN:
         side = min(12.0, 4.0 + 0.14 * num_classes)
     figure = new_figure(side + 1.0, side)
     axes = figure.add_subplot()
-    totals = confusion.sum(axis=1, keepdims=True)
-    shares = np.divide(confusion, totals, out=np.zeros(confusion.shape), where=totals > 0)
     # With many classes the square root lifts rare confusions out of the background.
-    shown = shares if num_classes <= COUNTS_SHOWN else np.sqrt(shares)
+    shown = confusion.shares if num_classes <= COUNTS_SHOWN else np.sqrt(confusion.shares)
     block = math.ceil(num_classes / _CELLS_SHOWN)
     bounds = (-0.5, math.ceil(num_classes / block) * block - 0.5)
     image = axes.imshow(
-        _largest_in_blocks(shown, block),
+        _largest_in_blocks(confusion, shown, block),
         cmap="Blues",
         vmin=0.0,
         vmax=1.0,
@@ -98,8 +100,10 @@ def confusion_figure(confusion: np.ndarray, classes: Sequence[str]) -> Figure:
         axes.set_xlabel(f"predicted (class number{remark})", fontsize=10)
         axes.set_ylabel("truth (class number)", fontsize=10)
     if num_classes <= COUNTS_SHOWN:
-        size = 10 if confusion.max() < 1000 else 8 if confusion.max() < 100_000 else 6
-        for (row, column), count in np.ndenumerate(confusion):
+        most = confusion.counts.max()
+        size = 10 if most < 1000 else 8 if most < 100_000 else 6
+        shares = _largest_in_blocks(confusion, confusion.shares, 1)
+        for (row, column), count in np.ndenumerate(confusion.matrix()):
             color = "white" if shares[row, column] > 0.55 else INK if count else GREY
             axes.text(column, row, str(count), ha="center", va="center", fontsize=size, color=color)
     bar = figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class")
@@ -156,7 +160,9 @@ def precision_recall_figure(predictions: Predictions, table: Sequence[ClassScore
     axes.set_xlim(-0.01, 1.01)
     axes.set_ylim(0.0, 1.02)
     if not areas:
-        say(axes, "no class has positive samples")
+        has_scores = predictions.scores is not None
+        why = "no class has positive samples" if has_scores else TOO_MANY_SCORES
+        say(axes, why)
         return figure
     ranked = sorted(areas, key=lambda i: areas[i])
     shown = sorted(areas) if len(areas) <= CURVES_SHOWN else ranked[:_WORST]
@@ -267,20 +273,20 @@ def mistakes_figure(mistakes: Sequence[MistakePicture]) -> Figure:
     return figure
 
 
-def _largest_in_blocks(matrix: np.ndarray, block: int) -> np.ndarray:
-    """The largest value of each ``block`` x ``block`` cells, so that no single cell is lost."""
-    if block == 1:
-        return matrix
-    padding = -len(matrix) % block
-    padded = np.pad(matrix, ((0, padding), (0, padding)))
-    size = len(padded) // block
-    return padded.reshape(size, block, size, block).max(axis=(1, 3))
+def _largest_in_blocks(confusion: Confusion, values: np.ndarray, block: int) -> np.ndarray:
+    """The largest of the cells' values in each ``block`` x ``block`` cells, so that no single one
+    is lost."""
+    size = math.ceil(confusion.num_classes / block)
+    largest = np.zeros((size, size))
+    np.maximum.at(largest, (confusion.truth // block, confusion.predicted // block), values)
+    return largest
 
 
 def _curve(predictions: Predictions, number: int) -> tuple[np.ndarray, np.ndarray]:
     """Precision and recall of one class, from recall 1 down to 0 (scikit-learn's order)."""
     from sklearn.metrics import precision_recall_curve
 
+    assert predictions.scores is not None
     truth = positives(predictions, number)
     precision, recall, _ = precision_recall_curve(
         truth, predictions.scores[:, number], drop_intermediate=True

@@ -18,7 +18,7 @@ from rtl_dist.data.format.split import Split
 from rtl_dist.data.loading.workers import resolve_workers
 from rtl_dist.distributed.runtime import Runtime, configure_logging
 from rtl_dist.distributed.stopping import StopRequests
-from rtl_dist.evaluation.metrics import Predictions
+from rtl_dist.evaluation.predictions import Predictions
 from rtl_dist.evaluation.scoring import metrics_on_every_rank, score_split
 from rtl_dist.model.classifier import Classifier, place
 from rtl_dist.model.folder import LoadedModel, load_model

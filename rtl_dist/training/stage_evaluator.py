@@ -71,6 +71,7 @@ class StageEvaluator:
             divided=divided,
             view=self._view,
             kept=run.val_images,
+            keep_scores=False,
         )
         return metrics_on_every_rank(predictions, run.runtime)
 

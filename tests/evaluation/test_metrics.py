@@ -8,12 +8,12 @@ from sklearn.calibration import calibration_curve
 
 from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.core.tasks import MULTI_LABEL, SINGLE_LABEL
+from rtl_dist.evaluation import metrics, predictions
+from rtl_dist.evaluation.confusion import Confusion, confusion_of
 from rtl_dist.evaluation.metrics import (
-    Predictions,
     average_precisions,
     calibration,
     compute_metrics,
-    confusion_matrix,
     metrics_from_confusion,
     multi_label_confusion,
     multi_label_metrics,
@@ -21,6 +21,7 @@ from rtl_dist.evaluation.metrics import (
     single_label_metrics,
     wilson_interval,
 )
+from rtl_dist.evaluation.predictions import Predictions
 
 
 def single(num_samples=211, num_classes=7, *, absent=(), decimals=None, seed=0):
@@ -127,9 +128,9 @@ def test_confusion_and_per_class_table_equal_sklearns(shape):
     predictions = single(**shape)
     labels, said = predictions.labels, predictions.scores.argmax(axis=1)
     classes = range(len(predictions.classes))
-    confusion = confusion_matrix(predictions)
+    confusion = confusion_of(predictions)
     np.testing.assert_array_equal(
-        confusion, reference.confusion_matrix(labels, said, labels=classes)
+        confusion.matrix(), reference.confusion_matrix(labels, said, labels=classes)
     )
     precision, recall, f1, support = reference.precision_recall_fscore_support(
         labels, said, labels=classes, zero_division=0
@@ -156,7 +157,7 @@ def test_confusion_and_per_class_table_equal_sklearns(shape):
 def test_balanced_accuracy_equals_sklearns_when_all_classes_occur():
     predictions = single(500, 4)
     expected = reference.balanced_accuracy_score(predictions.labels, predictions.predicted)
-    figures = metrics_from_confusion(confusion_matrix(predictions))
+    figures = metrics_from_confusion(confusion_of(predictions))
     assert figures["balanced_accuracy"] == pytest.approx(expected)
 
 
@@ -285,11 +286,37 @@ def test_predictions_are_checked():
         build(labels=good.labels[:3])
     with pytest.raises(ValueError, match="float32"):
         build(scores=good.scores.astype(np.float64))
+    none = np.zeros(0, dtype=np.int64)
+    nothing = Confusion(num_classes=2, truth=none, predicted=none, counts=none)
     with pytest.raises(DataError, match="no sample"):
-        metrics_from_confusion(np.zeros((2, 2), dtype=np.int64))
+        metrics_from_confusion(nothing)
 
 
 @pytest.mark.parametrize("make", [single, multi])
 def test_what_a_task_is_said_to_measure_is_measured(make):
     predictions = make()
     assert set(predictions.task.metrics) <= compute_metrics(predictions).keys()
+
+
+@pytest.mark.parametrize("make", [single, multi])
+def test_figures_do_not_depend_on_how_many_scores_are_looked_at_together(make, monkeypatch):
+    whole = make()
+    expected, ece = compute_metrics(whole), calibration(whole).ece
+    monkeypatch.setattr(predictions, "SCORES_AT_ONCE", 100)
+    monkeypatch.setattr(metrics, "SCORES_AT_ONCE", 736)  # as large a part as numpy's sum makes
+    assert compute_metrics(make()) == expected
+    assert calibration(make()).ece == ece
+
+
+def test_figures_need_no_scores_of_single_labels():
+    whole = single(300, 12, decimals=1)
+    alone = Predictions(
+        task=whole.task,
+        classes=whole.classes,
+        labels=whole.labels,
+        scores=None,
+        outcomes=whole.outcomes,
+    )
+    assert compute_metrics(alone) == compute_metrics(whole)
+    assert [row.f1 for row in per_class_table(alone)] == [row.f1 for row in per_class_table(whole)]
+    assert average_precisions(alone) == [None] * 12

@@ -33,11 +33,11 @@ def runtime():
         yield runtime
 
 
-def score(dataset, runtime):
+def score(dataset, runtime, **options):
     split = dataset.split("val")
     divided = Divided(Brightness(), torch.nn.Identity())
     return room.score_split(
-        Brightness(), dataset, split, runtime=runtime, workers=0, divided=divided
+        Brightness(), dataset, split, runtime=runtime, workers=0, divided=divided, **options
     )
 
 
@@ -62,3 +62,13 @@ def test_a_block_that_does_not_come_once_is_no_result(dataset, runtime, monkeypa
     monkeypatch.setattr(room, "rounds_of", lambda *given: len(other_blocks(*given)))
     with pytest.raises(RuntimeError, match=r"split 'val': \d+ of 300 samples were not counted"):
         score(dataset, runtime)
+
+
+def test_scores_are_kept_where_they_are_wanted_and_fit(dataset, runtime, monkeypatch):
+    whole = score(dataset, runtime)
+    assert whole.scores.shape == (300, 3)
+    for patch, wanted in ((room.SCORES_BYTES, False), (300 * 3 * 4 - 1, True)):
+        monkeypatch.setattr(room, "SCORES_BYTES", patch)
+        alone = score(dataset, runtime, keep_scores=wanted)
+        assert alone.scores is None
+        assert compute_metrics(alone) == compute_metrics(whole)

@@ -15,7 +15,8 @@ from report_helpers import (
 
 from rtl_dist.core.errors import DataError
 from rtl_dist.core.tasks import MULTI_LABEL, SINGLE_LABEL, Task
-from rtl_dist.evaluation.metrics import Predictions, compute_metrics, wilson_interval
+from rtl_dist.evaluation.metrics import compute_metrics, wilson_interval
+from rtl_dist.evaluation.predictions import Outcomes, Predictions
 from rtl_dist.report.evaluation import PICTURES, write_evaluation
 
 # torchvision 0.29 announces that its decoder will move to another package.
@@ -151,3 +152,23 @@ def test_split_keys_equal_key_and_name_a_missing_shard(tmp_path):
     split.shard_path(1).unlink()
     with pytest.raises(DataError, match=r"shard-1\.tar"):
         list(split.keys())
+
+
+def test_many_classes_are_listed_and_not_squared(tmp_path):
+    """33,000 classes, whose matrix would take 9 GB, without the scores."""
+    classes = tuple(f"class {i}" for i in range(33_000))
+    labels = np.arange(50)
+    said = np.where(labels % 5 == 0, labels + 30_000, labels)
+    sure = np.full(50, 0.5, dtype=np.float32)
+    outcomes = Outcomes(predicted=said, confidence=sure, truth_score=sure, truth_rank=0 * said)
+    predictions = Predictions(
+        task=SINGLE_LABEL, classes=classes, labels=labels, scores=None, outcomes=outcomes
+    )
+    out, metrics = evaluate(tmp_path, predictions)
+    assert metrics["top1"] == 0.8
+    cells = read_csv(out / "confusion_matrix.csv")
+    assert len(cells) == 50
+    assert cells[5] == {"truth": "class 5", "predicted": "class 30005", "samples": "1"}
+    for name in PICTURES:
+        assert_drawn(out / name)
+    assert (out / "report.html").stat().st_size < 2**20

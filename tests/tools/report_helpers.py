@@ -12,7 +12,7 @@ from PIL import Image
 from rtl_dist.core.tasks import MULTI_LABEL, SINGLE_LABEL
 from rtl_dist.data.format.split import INDEX_DTYPE, DatasetPlace, Split
 from rtl_dist.data.storage.shard_files import ShardFiles, Shards
-from rtl_dist.evaluation.metrics import Predictions
+from rtl_dist.evaluation.predictions import Predictions
 
 
 def make_split(root, num_samples, num_shards=3, side=24):
