@@ -12,6 +12,9 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
+# what opening raises of a link; of a pipe, to write to it; of a folder, likewise; of a device
+NOT_REGULAR = (errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.EINVAL)
+
 
 def open_regular(path: Path) -> BinaryIO:
     """Opens a file for reading.

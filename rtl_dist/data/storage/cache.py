@@ -27,14 +27,15 @@ from pathlib import Path
 
 from rtl_dist.core.errors import DataError, RemoteError, RtlDistError, ShardError, UserError
 from rtl_dist.core.files import flush_to_disk, user_cache_folder
+from rtl_dist.data.storage.cache_folder import PART, CacheFolder, delete, is_at, is_locked
 from rtl_dist.data.storage.remote import read_chunks
 
-_PART, _FAILED = ".part", ".failed"
-_LOCK = "room.lock"
+_FAILED = ".failed"
 _SHARE_OF_FREE_SPACE = 0.8
 _GIGABYTE = 10**9
 _POLL_S = 0.05
 _SHA256 = re.compile("[0-9a-f]{64}")
+_LONGEST_FAILURE = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +71,13 @@ class Cache:
     def __init__(self, folder: str | None = None, gigabytes: float | None = None) -> None:
         self.folder = user_cache_folder() if folder is None else Path(folder)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / _LOCK).touch()
+            self._files = CacheFolder(self.folder)
         except OSError as error:
             raise UserError(
                 f"cannot write the cache folder {self.folder}: {error.strerror}; set data.cache_dir"
             ) from error
         if gigabytes is None:
-            ours = sum(entry.path.stat().st_blocks * 512 for entry in self._entries())
+            ours = sum(entry.path.lstat().st_blocks * 512 for entry in self._files.entries())
             free = shutil.disk_usage(self.folder).free + ours
             self.limit = int(free * _SHARE_OF_FREE_SPACE)
         else:
@@ -88,17 +88,18 @@ class Cache:
         now = time.time_ns()  # the kernel's own stamp is too coarse to tell what came first
         with self._named_errors(file):
             try:
-                os.utime(self._path(file), ns=(now, now))
+                os.utime(self._path(file), ns=(now, now), follow_symlinks=False)
             except FileNotFoundError:
                 return False
         return True
 
     def forget(self, file: RemoteFile) -> bool:
         """Deletes a file, to be fetched anew at its next use; whether it was here."""
-        try:
-            self._path(file).unlink()
-        except FileNotFoundError:
-            return False
+        with self._named_errors(file):
+            try:
+                self._path(file).unlink()
+            except FileNotFoundError:
+                return False
         return True
 
     def read(self, file: RemoteFile, offset: int, size: int) -> bytes:
@@ -106,7 +107,7 @@ class Cache:
         while True:
             self.fetch(file)
             with self._named_errors(file), suppress(FileNotFoundError):  # room was made just now
-                descriptor = os.open(self._path(file), os.O_RDONLY)
+                descriptor = self._files.open(self._path(file), os.O_RDONLY)
                 try:
                     return os.pread(descriptor, size, offset)
                 finally:
@@ -114,8 +115,11 @@ class Cache:
 
     def path(self, file: RemoteFile) -> Path:
         """Where the file is, fetched where it is not here. Raises as ``fetch``."""
-        self.fetch(file)
-        return self._path(file)
+        while True:
+            self.fetch(file)
+            with self._named_errors(file), suppress(FileNotFoundError):  # room was made just now
+                os.close(self._files.open(self._path(file), os.O_RDONLY))
+                return self._path(file)
 
     def fetch(self, file: RemoteFile, *, wait: bool = True) -> bool:
         """Brings a file here unless it is.
@@ -159,12 +163,13 @@ class Cache:
     def _lock_part(self, file: RemoteFile, *, wait: bool) -> int | None:
         """A descriptor of the file's part, locked, its room reserved; None where another process
         has it, has finished it, or has the room that it needs."""
-        path = self._path(file, _PART)
-        with self._room():
-            if not path.exists() and (self._path(file).exists() or not self._make_room(file)):
+        path = self._path(file, PART)
+        with self._files.locked():
+            is_begun = os.path.lexists(path)
+            if not is_begun and (self._path(file).exists() or not self._make_room(file)):
                 part = None
             else:
-                part = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+                part = self._files.open(path, os.O_RDWR | os.O_CREAT)
                 with suppress(BlockingIOError):
                     fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     return part
@@ -174,14 +179,14 @@ class Cache:
             return None
         if wait:
             fcntl.flock(part, fcntl.LOCK_EX)
-            if _is_at(part, path):
+            if is_at(part, path):
                 return part  # who had it has given up, or was killed
         os.close(part)
         return None
 
     def _complete(self, part: int, file: RemoteFile) -> None:
         """From a locked part to the file, on disk."""
-        path = self._path(file, _PART)
+        path = self._path(file, PART)
         try:
             # the second time from nothing: what was left behind may be at fault
             if not _download(part, file) and not _download(part, file):
@@ -197,24 +202,32 @@ class Cache:
         except OSError:
             path.unlink()  # a full disk has better uses for its room
             raise
-        with self._room():
+        with self._files.locked():
             os.replace(path, self._path(file))
         self._path(file, _FAILED).unlink(missing_ok=True)
         flush_to_disk(self.folder)
 
     def _tell_others(self, file: RemoteFile, error: RtlDistError) -> None:
         kind = "shard" if isinstance(error, ShardError) else "remote"
-        with suppress(OSError):  # they will find out for themselves
-            self._path(file, _FAILED).write_text(f"{time.time_ns()} {kind} {error}")
+        with suppress(OSError, UserError):  # they will find out for themselves
+            path = self._path(file, _FAILED)
+            with open(
+                self._files.open(path, os.O_WRONLY | os.O_CREAT), "w", encoding="utf-8"
+            ) as told:
+                told.truncate(0)
+                told.write(f"{time.time_ns()} {kind} {error}")
 
     def _fail_as_another_did(self, file: RemoteFile, asked_at: int) -> None:
         """Raises the error of a process that has failed since ``asked_at``: many that try one after
         the other would take hours to find a server gone."""
         try:
-            at, kind, text = self._path(file, _FAILED).read_text().split(" ", 2)
+            with open(self._files.open(self._path(file, _FAILED), os.O_RDONLY), "rb") as told:
+                content = told.read(_LONGEST_FAILURE).decode("utf-8", "replace")
+            at, kind, text = content.split(" ", 2)
+            failed_at = int(at)
         except (FileNotFoundError, ValueError):
             return
-        if int(at) >= asked_at:
+        if failed_at >= asked_at:
             raise ShardError(text) if kind == "shard" else RemoteError(text)
 
     def _make_room(self, file: RemoteFile) -> bool:
@@ -225,42 +238,22 @@ class Cache:
                 f"{file.url} has {file.bytes:,} bytes, the cache {self.folder} may hold"
                 f" {self.limit:,}; raise data.cache_gb or pack smaller shards"
             )
-        entries = sorted(self._entries(), key=lambda entry: entry.used_at)
+        entries = sorted(self._files.entries(), key=lambda entry: entry.used_at)
         too_much = sum(entry.bytes for entry in entries) + file.bytes - self.limit
         if too_much <= 0:
             return True
-        idle = [entry for entry in entries if not _is_locked(entry.path)]
+        idle = [entry for entry in entries if not is_locked(entry.path)]
         if sum(entry.bytes for entry in idle) < too_much:
             return False  # nothing is deleted in vain
         for entry in idle:
-            if _delete(entry.path):
+            if delete(entry.path):
                 too_much -= entry.bytes
                 if too_much <= 0:
                     return True
         return False
 
-    @contextmanager
-    def _room(self) -> Iterator[None]:
-        with open(self.folder / _LOCK, "rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-
-    def _entries(self) -> Iterator[_Entry]:
-        for entry in os.scandir(self.folder):
-            sha256, _, size = entry.name.removesuffix(_PART).partition(".")
-            if _SHA256.fullmatch(sha256) and size.isdigit():  # the rest of the folder is not ours
-                with suppress(FileNotFoundError):
-                    yield _Entry(Path(entry.path), int(size), entry.stat().st_mtime_ns)
-
     def _path(self, file: RemoteFile, suffix: str = "") -> Path:
         return self.folder / f"{file.sha256}.{file.bytes}{suffix}"
-
-
-@dataclass(frozen=True)
-class _Entry:
-    path: Path
-    bytes: int
-    used_at: int
 
 
 def _download(part: int, file: RemoteFile) -> bool:
@@ -281,37 +274,4 @@ def _download(part: int, file: RemoteFile) -> bool:
         os.ftruncate(part, 0)
         return False
     os.fsync(part)
-    return True
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _is_locked(path: Path) -> bool:
-    """Whether it is a part that somebody is fetching."""
-    if not path.name.endswith(_PART):
-        return False
-    try:
-        with open(path, "rb") as part:
-            fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (FileNotFoundError, BlockingIOError):
-        return True
-    return False
-
-
-def _delete(path: Path) -> bool:
-    """Deletes a cached file, or a part that nobody is fetching; whether it did."""
-    try:
-        if path.name.endswith(_PART):
-            with open(path, "rb") as part:
-                fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
-        else:
-            path.unlink()
-    except (FileNotFoundError, BlockingIOError):
-        return False
     return True
