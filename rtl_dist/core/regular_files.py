@@ -9,14 +9,14 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 # what opening raises of a link; of a pipe, to write to it; of a folder, likewise; of a device
 NOT_REGULAR = (errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.EINVAL)
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Opens a file for reading.
 
     Raises:

@@ -15,8 +15,9 @@ from rtl_dist.data.loading.batch import Batch
 from rtl_dist.data.loading.blocks import blocks_of_rank, cannot_evaluate, num_rounds
 from rtl_dist.data.loading.loader import make_loader
 from rtl_dist.distributed.runtime import Runtime
+from rtl_dist.features.seal import Seal
 from rtl_dist.features.store import FeatureStore
-from rtl_dist.features.view_files import View, write_block
+from rtl_dist.features.view_files import BlockSums, View, write_block
 from rtl_dist.features.views import ViewPlan
 
 
@@ -53,7 +54,7 @@ def compute_view(
     with runtime.heartbeat.phase("reserving features", open_ended=runtime.is_main):
         folder = Path(runtime.from_main(lambda: _reserve(plan, store, keep)))
     try:
-        written = _write_blocks(plan, folder, runtime=runtime, workers=workers, bar=bar)
+        written = _write_blocks(plan, folder, store.seal, runtime=runtime, workers=workers, bar=bar)
         if written.bad and not plan.substitutes:
             raise DataError(cannot_evaluate(written.bad))
         with runtime.heartbeat.phase("writing features", open_ended=runtime.is_main):
@@ -102,8 +103,8 @@ class _Block(NamedTuple):
 
     first: int
     """Number of its first row."""
-    checksum: int
-    """crc32 of its rows."""
+    sums: BlockSums
+    """Of its rows."""
     used: list[int]
     """The samples that its rows really are of."""
 
@@ -111,7 +112,7 @@ class _Block(NamedTuple):
 class _Written(NamedTuple):
     """What all ranks have written of a view; see ``complete_view``."""
 
-    checksums: list[int]
+    checksums: list[BlockSums]
     used: np.ndarray
     bad: list[str]
 
@@ -141,7 +142,7 @@ def _publish(plan: ViewPlan, store: FeatureStore, folder: Path, written: _Writte
 
 
 def _write_blocks(
-    plan: ViewPlan, folder: Path, *, runtime: Runtime, workers: int, bar: tqdm[Any]
+    plan: ViewPlan, folder: Path, seal: Seal, *, runtime: Runtime, workers: int, bar: tqdm[Any]
 ) -> _Written:
     """Computes and writes this rank's blocks, in step with the other ranks."""
     shape = plan.shape
@@ -160,7 +161,7 @@ def _write_blocks(
         if batch is not None:
             bad += batch.bad
             try:
-                blocks.append(_write_block(plan, folder, mine[turn], batch, runtime))
+                blocks.append(_write_block(plan, folder, mine[turn], batch, seal, runtime))
             except OSError:
                 disk_failed = True
         bar.update()
@@ -174,18 +175,18 @@ def _write_blocks(
             raise NoCachedFeaturesError(f"{folder.parent} cannot be written by every process")
     every = sorted(block for of_rank in runtime.gather(blocks) for block in of_rank)
     return _Written(
-        checksums=[block.checksum for block in every],
+        checksums=[block.sums for block in every],
         used=np.array([sample for block in every for sample in block.used], dtype=np.int64),
         bad=[name for names in runtime.gather(bad) for name in names],
     )
 
 
 def _write_block(
-    plan: ViewPlan, folder: Path, first: int, batch: Batch, runtime: Runtime
+    plan: ViewPlan, folder: Path, first: int, batch: Batch, seal: Seal, runtime: Runtime
 ) -> _Block:
     features = _features(plan, first, batch, runtime)
-    checksum = write_block(folder, first, features)
-    return _Block(first, checksum, batch.samples[: len(features)].tolist())
+    sums = write_block(folder, first, features, seal)
+    return _Block(first, sums, batch.samples[: len(features)].tolist())
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from rtl_dist.features.compute import (
     compute_view,
     rounds_of_view,
 )
+from rtl_dist.features.seal import Seal, user_secret
 from rtl_dist.features.store import FeatureStore
 from rtl_dist.features.view_files import View
 from rtl_dist.features.views import ViewPlan, ViewPlanner
@@ -44,7 +45,10 @@ class FeatureMaker:
         self._planner, self._runtime, self._workers = planner, runtime, workers
         folder = features.cache_dir
         root = user_cache_folder() / "features" if folder is None else Path(folder)
-        self._store = FeatureStore(root, int(features.cache_gb * 1e9))
+        secret = runtime.from_main(user_secret) if uses_store else None
+        self._store = FeatureStore(
+            root, int(features.cache_gb * 1e9), None if secret is None else Seal(secret)
+        )
 
     def training_views(
         self, split: Split, numbers: tuple[int, ...], *, samples_to_come: int
@@ -116,6 +120,14 @@ class FeatureMaker:
             return False
         if not all(runtime.gather(store.has(plan.key))):
             raise NoCachedFeaturesError(f"not every process sees {store.root}")
+        if not all(runtime.gather(store.believes(plan.key, plan.shape, plan.content))):
+            LOG.warning(
+                "cached features %s are not what they should be, or another user's in a folder"
+                " that others can write; computing them again",
+                plan.key,
+            )
+            runtime.from_main(lambda: store.forget(plan.key))
+            return False
         share = {"rank": runtime.rank, "world_size": runtime.world_size}
         if all(runtime.gather(store.is_sound(plan.key, **share))):
             return True

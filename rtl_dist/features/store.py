@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from rtl_dist.core.shared_folder import is_shared
 from rtl_dist.core.text import readable_size
 from rtl_dist.core.whole_folder import (
     GONE,
@@ -26,11 +27,16 @@ from rtl_dist.core.whole_folder import (
     incomplete_folder,
     publish_folder,
 )
+from rtl_dist.features.seal import Seal
 from rtl_dist.features.view_files import (
+    FILES,
+    BlockSums,
     View,
     ViewShape,
     complete_view,
+    fits,
     is_clean,
+    is_sealed,
     is_sound,
     is_whole,
     open_view,
@@ -38,7 +44,7 @@ from rtl_dist.features.view_files import (
 )
 
 # a user's own are not touched
-_OURS = re.compile(f"({re.escape(INCOMPLETE)}|{re.escape(GONE)})*[0-9a-f]{{32}}.*")
+_OURS = re.compile(rf"({re.escape(INCOMPLETE)}|{re.escape(GONE)})*[0-9a-f]{{32}}(\.\d+)*")
 _ABANDONED_S = 24 * 3600.0  # a temporary folder that nobody wrote to for so long
 _LEFT_FREE = 0.1  # of the disk's free space
 
@@ -46,8 +52,14 @@ _LEFT_FREE = 0.1  # of the disk's free space
 class FeatureStore:
     """A folder of views that holds at most ``limit_bytes``."""
 
-    def __init__(self, root: Path, limit_bytes: int) -> None:
+    def __init__(self, root: Path, limit_bytes: int, seal: Seal | None = None) -> None:
+        """
+        Args:
+            seal: of the user; None: this object knows only its own views in a folder that others
+                can write.
+        """
         self.root, self._limit = root, limit_bytes
+        self.seal = seal or Seal(os.urandom(32))
 
     def has(self, key: str) -> bool:
         return is_whole(self.root / key)
@@ -68,7 +80,7 @@ class FeatureStore:
             needed = readable_size(kept + num_bytes)
             return f"{needed} are more than features.cache_gb allows ({readable_size(self._limit)})"
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
+            self.root.mkdir(mode=0o775, parents=True, exist_ok=True)
             free = shutil.disk_usage(self.root).free * (1 - _LEFT_FREE) + self._held()
         except OSError as error:
             return f"{self.root} cannot be used ({error.strerror})"
@@ -82,11 +94,11 @@ class FeatureStore:
         Raises:
             OSError: no room, or no permission.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
+        self.root.mkdir(mode=0o775, parents=True, exist_ok=True)
         self._require_room_beside(keep, shape.num_bytes)
         self._make_room(shape.num_bytes, keep)
         folder = incomplete_folder(self.root / key, shared=True)
-        folder.mkdir()
+        folder.mkdir(mode=0o755)
         try:
             reserve_room(folder, shape)
         except OSError:
@@ -100,7 +112,7 @@ class FeatureStore:
         key: str,
         shape: ViewShape,
         *,
-        checksums: list[int],
+        checksums: list[BlockSums],
         used: np.ndarray,
         bad: list[str],
         content: dict[str, Any],
@@ -112,11 +124,19 @@ class FeatureStore:
             OSError: the disk fails; the folder is gone.
         """
         try:
-            complete_view(folder, shape, checksums=checksums, used=used, bad=bad, content=content)
+            complete_view(
+                folder,
+                shape,
+                checksums=checksums,
+                used=used,
+                bad=bad,
+                content=content,
+                seal=self.seal,
+            )
             publish_folder(folder, self.root / key)
         except OSError:
             # another run may have made the same at the same time
-            is_there = folder.exists() and self.has(key)
+            is_there = folder.exists() and self.has(key) and self.believes(key, shape, content)
             discard_folder(folder)
             if not is_there:
                 raise
@@ -129,9 +149,19 @@ class FeatureStore:
         with contextlib.suppress(OSError):
             delete_folder(self.root / key, shared=True)
 
+    def believes(self, key: str, shape: ViewShape, content: dict[str, Any]) -> bool:
+        """Whether a view is described as the one that is expected; and, in a folder that others can
+        write, was made by this user."""
+        folder = self.root / key
+        try:
+            is_ours = is_sealed(folder, self.seal)
+            return fits(folder, shape, content) and (is_ours or not is_shared(self.root))
+        except OSError:
+            return False
+
     def is_sound(self, key: str, *, rank: int, world_size: int) -> bool:
         """Whether this rank's share of the blocks of a view is as it was written."""
-        return is_sound(self.root / key, rank=rank, world_size=world_size)
+        return is_sound(self.root / key, self.seal, rank=rank, world_size=world_size)
 
     def open(self, key: str) -> View:
         """A view that ``is_sound``, mapped; it is the most recently used then."""
@@ -144,14 +174,17 @@ class FeatureStore:
         """(when last used or written to, bytes, folder) of every view, the oldest first."""
         found = []
         for folder in self.root.iterdir():
-            if not _OURS.fullmatch(folder.name):
+            if not _OURS.fullmatch(folder.name) or folder.is_symlink():
                 continue
             try:
-                files = [path.stat() for path in folder.iterdir()]
-                used_at = max(stat.st_mtime for stat in (folder.stat(), *files))
-                found.append((used_at, sum(stat.st_size for stat in files), folder))
-            except (FileNotFoundError, NotADirectoryError):
-                continue  # another run gave it up just now; or it is no view
+                files = list(folder.iterdir())
+                if any(path.name not in FILES for path in files):
+                    continue  # a user's own that is called alike
+                stats = [path.lstat() for path in files]
+                used_at = max(stat.st_mtime for stat in (folder.stat(), *stats))
+                found.append((used_at, sum(stat.st_size for stat in stats), folder))
+            except (FileNotFoundError, NotADirectoryError, PermissionError):
+                continue  # another run gave it up just now; or it is no view of ours
         return sorted(found)
 
     def _held(self) -> int:

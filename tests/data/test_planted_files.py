@@ -84,7 +84,7 @@ def test_a_lock_that_is_no_file_is_refused(tmp_path, kind):
     precious = tmp_path / "precious"
     precious.write_bytes(b"mine")
     plant(kind, tmp_path / "cache" / "room.lock", precious)
-    with pytest.raises(UserError, match="data.cache_dir"):
+    with pytest.raises(UserError, match=r"data\.cache_dir"):
         Cache(str(tmp_path / "cache"))
     assert not precious.with_name("new").exists()
 

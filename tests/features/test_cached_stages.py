@@ -111,7 +111,7 @@ def test_a_view_that_another_run_makes_meanwhile_is_taken(tmp_path, dataset, com
     folder = str(tmp_path / "features")
     write, raced = room.write_block, []
 
-    def race(place, first, rows):
+    def race(*arguments):
         if not raced:
             raced.append(True)
             config = tiny_config(
@@ -120,7 +120,7 @@ def test_a_view_that_another_run_makes_meanwhile_is_taken(tmp_path, dataset, com
             file = write_config(tmp_path / "other.yaml", config)
             done = subprocess.run([sys.executable, SCRIPT, "--config", file], env=environment())
             assert done.returncode == 0
-        return write(place, first, rows)
+        return write(*arguments)
 
     monkeypatch.setattr(room, "write_block", race)
     run = train(tmp_path, dataset, **CACHED, features={"cache_dir": folder})

@@ -41,14 +41,16 @@ def written(store: FeatureStore, key: str, rows: torch.Tensor, *, keep=frozenset
     """A reserved folder with all rows in it, in blocks, the last one first."""
     folder = store.reserve(key, shape_of(rows), keep=set(keep))
     for first in reversed(range(0, len(rows), 4)):
-        write_block(folder, first, rows[first : first + 4])
+        write_block(folder, first, rows[first : first + 4], store.seal)
     return folder
 
 
 def publish(store: FeatureStore, folder: Path, key: str, rows: torch.Tensor, **changes) -> None:
     blocks = range(0, len(rows), 4)
     arguments = {
-        "checksums": [write_block(folder, first, rows[first : first + 4]) for first in blocks],
+        "checksums": [
+            write_block(folder, first, rows[first : first + 4], store.seal) for first in blocks
+        ],
         "used": np.arange(len(rows), dtype=np.int64)[::-1].copy(),
         "bad": ["sample 3"],
         "content": CONTENT,

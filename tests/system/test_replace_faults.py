@@ -134,7 +134,9 @@ def add_view(store: FeatureStore) -> None:
     folder = store.reserve(KEY, SHAPE, keep=set())
     try:
         blocks = range(0, 200, 64)
-        checksums = [write_block(folder, first, ROWS[first : first + 64]) for first in blocks]
+        checksums = [
+            write_block(folder, first, ROWS[first : first + 64], store.seal) for first in blocks
+        ]
         used = np.arange(200)
         store.publish(folder, KEY, SHAPE, checksums=checksums, used=used, bad=[], content={})
     finally:

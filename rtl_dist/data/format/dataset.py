@@ -35,6 +35,8 @@ DESCRIPTION = "dataset.json"
 PACKER_KEY, INDEXER_KEY = "packer", "indexer"  # in it: which command made it, and its settings
 INDEX_FOLDER = "index"
 
+_CHECKSUM_OF = {".npy": "index_sha256", ".labels.npy": "labels_sha256"}  # by the file's ending
+_MOST_HEADER = 4096  # bytes of an array's file before its values
 CHECKED_INDEX_BYTES = 2**30  # larger ones are neither read at every start nor read ahead
 # What numpy lets the damaged header of an array file out as.
 LOAD_ERRORS = (
@@ -88,9 +90,12 @@ class Dataset:
         has_remote = self.place.is_remote or shards.has_urls()
         return ShardFiles(self.where, shards, self.place.cache if has_remote else None)
 
-    def split(self, name: str) -> Split:
-        """Opens a split, at a cost that does not grow with its samples; ``check_split`` looks at
-        its files.
+    def split(self, name: str, *, trusts_cache: bool = False) -> Split:
+        """Opens a split, at a cost that does not grow with its samples, but for an index that is
+        compared with its checksum; ``check_split`` looks at its files.
+
+        Args:
+            trusts_cache: the cached index of remote data was looked at by another process.
 
         Raises:
             DataError: no such split, or its index does not fit the description.
@@ -104,7 +109,7 @@ class Dataset:
             )
         entry = splits[name]
         self._check_entry(name, entry)
-        index = self._load_array(f"{name}.npy", entry.get("index_sha256"))
+        index = self._load_array(name, ".npy", trusts_cache)
         if index.dtype != INDEX_DTYPE or index.shape != (entry["num_samples"],):
             raise DataError(
                 f"the index of split {name!r} in {self.where} does not fit {DESCRIPTION}; pack"
@@ -112,7 +117,7 @@ class Dataset:
             )
         label_matrix = None
         if self.task == MULTI_LABEL:
-            label_matrix = self._load_array(f"{name}.labels.npy", entry.get("labels_sha256"))
+            label_matrix = self._load_array(name, ".labels.npy", trusts_cache)
             expected = (len(index), self.num_classes)
             if label_matrix.shape != expected or label_matrix.dtype != np.uint8:
                 raise DataError(
@@ -136,22 +141,52 @@ class Dataset:
         """What opens a split again in another process; it can be pickled."""
         return functools.partial(_open_split, self.place, name)
 
-    def index_path(self, name: str, sha256: str | None) -> Path:
-        """The local file of an index; a remote one is fetched into the cache first."""
-        where = self.place.path_of(f"{INDEX_FOLDER}/{name}")
+    def index_path(
+        self, split: str, suffix: str, *, checked_bytes: int = CHECKED_INDEX_BYTES
+    ) -> Path:
+        """The local file of an index; a remote one is fetched into the cache first, and anew where
+        the copy there is damaged.
+
+        Args:
+            suffix: ``.npy``, or of the labels ``.labels.npy``.
+            checked_bytes: the copy of a larger one is not compared with its checksum.
+
+        Raises:
+            DataError: it is not what the description says.
+            RemoteError: a remote place cannot be reached.
+        """
+        where = self.place.path_of(f"{INDEX_FOLDER}/{split}{suffix}")
         if not self.place.is_remote:
             return Path(where)
+        sha256 = self.description["splits"][split].get(_CHECKSUM_OF[suffix])
         if sha256 is None:
-            raise DataError(f"{self.where} does not say the checksum of {name}; pack again")
-        return self.place.cache.path(RemoteFile(url=where, bytes=size_of(where), sha256=sha256))
+            raise DataError(f"{self.where} does not say the checksum of {where}; pack again")
+        file = RemoteFile(url=where, bytes=self._index_bytes(split, suffix, where), sha256=sha256)
+        if file.bytes > checked_bytes:
+            return self.place.cache.path(file)
+        return self.place.cache.sound_path(file)
 
-    def _load_array(self, name: str, sha256: str | None) -> np.ndarray:
-        path = self.index_path(name, sha256)
+    def _index_bytes(self, split: str, suffix: str, where: str) -> int:
+        """Its size, as the server says, which must be that of so many rows and a header."""
+        width = INDEX_DTYPE.itemsize if suffix == ".npy" else self.num_classes
+        rows = self.description["splits"][split]["num_samples"] * width
+        found = size_of(where)
+        if not rows <= found <= rows + _MOST_HEADER:
+            raise DataError(
+                f"the index {where} has {found:,} bytes, which do not fit the samples that"
+                f" {DESCRIPTION} tells of; restore it or pack again"
+            )
+        return found
+
+    def _load_array(self, split: str, suffix: str, trusts_cache: bool) -> np.ndarray:
+        checked_bytes = -1 if trusts_cache else CHECKED_INDEX_BYTES
+        path = self.index_path(split, suffix, checked_bytes=checked_bytes)
         try:
             array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
         except LOAD_ERRORS as error:
             if self.place.is_remote and isinstance(error, FileNotFoundError):
-                return self._load_array(name, sha256)  # another process made room just now
+                # another process made room just now
+                return self._load_array(split, suffix, trusts_cache)
             raise DataError(f"cannot read the index {path}: {error}; pack again") from error
         if array.nbytes > CHECKED_INDEX_BYTES and isinstance(array.base, mmap.mmap):
             # else each row of 24 bytes brings in the disk's whole read-ahead, which may be 8 MB
@@ -216,10 +251,10 @@ def check_index(dataset: Dataset, split: str) -> None:
         DataError: it was altered since packing.
     """
     entry = dataset.description["splits"][split]
-    for suffix, key in ((".npy", "index_sha256"), (".labels.npy", "labels_sha256")):
+    for suffix, key in _CHECKSUM_OF.items():
         if key not in entry:
             continue
-        path = dataset.index_path(f"{split}{suffix}", entry[key])
+        path = dataset.index_path(split, suffix)
         if path.stat().st_size <= CHECKED_INDEX_BYTES and sha256_of(path) != entry[key]:
             raise DataError(f"the index {path} was altered since packing; restore it or pack again")
 
@@ -278,7 +313,7 @@ def open_dataset(
 
 def _open_split(place: DatasetPlace, name: str) -> Split:
     dataset = open_dataset(place.where, cache_dir=place.cache_dir, cache_gb=place.cache_gb)
-    return dataset.split(name)
+    return dataset.split(name, trusts_cache=True)
 
 
 def fingerprint_of(description: dict[str, Any]) -> str:

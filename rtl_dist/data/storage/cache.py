@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,14 +29,17 @@ from pathlib import Path
 
 from rtl_dist.core.errors import DataError, RemoteError, RtlDistError, ShardError, UserError
 from rtl_dist.core.files import flush_to_disk, user_cache_folder
+from rtl_dist.core.regular_files import open_regular
 from rtl_dist.data.storage.cache_folder import PART, CacheFolder, delete, is_at, is_locked
 from rtl_dist.data.storage.remote import read_chunks
 
 _FAILED = ".failed"
+LOG = logging.getLogger("rtl_dist")
 _SHARE_OF_FREE_SPACE = 0.8
 _GIGABYTE = 10**9
 _POLL_S = 0.05
 _SHA256 = re.compile("[0-9a-f]{64}")
+_TRIES = 3  # to read what was fetched
 _LONGEST_FAILURE = 10_000
 
 
@@ -84,10 +89,15 @@ class Cache:
             self.limit = int(gigabytes * _GIGABYTE)
 
     def touch(self, file: RemoteFile) -> bool:
-        """Whether it is here; if so it counts as just used."""
+        """Whether it is here; if so it counts as just used. One of another size was cut or grew on
+        this disk, and is let go."""
         now = time.time_ns()  # the kernel's own stamp is too coarse to tell what came first
         with self._named_errors(file):
             try:
+                found = self._path(file).lstat()
+                if stat.S_ISREG(found.st_mode) and found.st_size != file.bytes:
+                    self._forget(file, found)
+                    return False
                 os.utime(self._path(file), ns=(now, now), follow_symlinks=False)
             except FileNotFoundError:
                 return False
@@ -120,6 +130,29 @@ class Cache:
             with self._named_errors(file), suppress(FileNotFoundError):  # room was made just now
                 os.close(self._files.open(self._path(file), os.O_RDONLY))
                 return self._path(file)
+
+    def sound_path(self, file: RemoteFile) -> Path:
+        """As ``path``, its bytes compared with the checksum: a copy that was damaged on this disk
+        is fetched anew."""
+        for _ in range(_TRIES):
+            path = self.path(file)
+            with self._named_errors(file), suppress(FileNotFoundError):  # room was made just now
+                with open_regular(path) as copy:
+                    if hashlib.file_digest(copy, "sha256").hexdigest() == file.sha256:
+                        return path
+                    found = os.fstat(copy.fileno())
+                LOG.warning("%s was damaged on this disk: fetching it anew", path)
+                self._forget(file, found)
+        raise RtlDistError(
+            f"{self._path(file)} is damaged whenever it is read, though it came whole: set"
+            " data.cache_dir to another disk"
+        )
+
+    def _forget(self, file: RemoteFile, found: os.stat_result) -> None:
+        """Deletes that very file, and not one that another process has fetched meanwhile."""
+        with self._files.locked(), suppress(FileNotFoundError):
+            if os.path.samestat(found, self._path(file).lstat()):
+                self._path(file).unlink()
 
     def fetch(self, file: RemoteFile, *, wait: bool = True) -> bool:
         """Brings a file here unless it is.

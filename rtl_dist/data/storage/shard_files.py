@@ -114,6 +114,12 @@ class ShardFiles:
             return cache.path(self._remote_file(number))
         return Path(self.location(number))
 
+    def sound_path(self, number: int) -> Path:
+        """As ``path``; of a remote one a copy that has its checksum."""
+        if (cache := self._cache_of(number)) is not None:
+            return cache.sound_path(self._remote_file(number))
+        return Path(self.location(number))
+
     def read(self, number: int, offset: int, size: int) -> bytes:
         """Bytes of a shard; fewer where it ends early.
 

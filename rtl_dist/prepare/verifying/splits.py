@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -142,7 +143,7 @@ class _IndexFiles:
         where = f"{INDEX_FOLDER}/{name}"
         empty = np.zeros((0, *shape[1:]), dtype)
         try:
-            path = self._dataset.index_path(name, sha256)
+            path = self._dataset.index_path(self._split, f"{suffix}.npy", checked_bytes=sys.maxsize)
             array = np.load(path, mmap_mode="r", allow_pickle=False)
             if sha256 is not None and sha256_of(path) != sha256:
                 self._add(where, "its sha256 is not that of dataset.json")
