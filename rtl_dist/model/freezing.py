@@ -49,6 +49,18 @@ def set_modes(model: Classifier, stage: StageConfig) -> None:
                         layer.eval()
 
 
+def batchnorm_learns(model: Classifier, stage: StageConfig) -> bool:
+    """Whether some BatchNorm layer takes its statistics from the microbatches of a stage."""
+    chosen = trainable_parts(model, stage)
+    return stage.batchnorm != "frozen" and any(
+        isinstance(layer, _BatchNorm)
+        for name, modules in parts_of(model).items()
+        if name in chosen
+        for module in modules
+        for layer in module.modules()
+    )
+
+
 def frozen_tensors(model: Classifier) -> dict[str, torch.Tensor]:
     """All that must not move in this stage: parameters without gradient, and the buffers of layers
     that are not in training mode."""

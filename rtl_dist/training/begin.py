@@ -13,7 +13,7 @@ import torch
 
 from rtl_dist.config import Config, ResolvedStage
 from rtl_dist.config.resolved_stage import resolve_stages
-from rtl_dist.core.errors import DataError
+from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.data.format.dataset import DESCRIPTION, Dataset, check_split, open_dataset
 from rtl_dist.data.format.split import Split
 from rtl_dist.data.format.trainable import why_untrainable
@@ -24,6 +24,7 @@ from rtl_dist.evaluation.scoring import KeptImages
 from rtl_dist.model.average import Average
 from rtl_dist.model.build import build_model
 from rtl_dist.model.classifier import Classifier, place
+from rtl_dist.model.freezing import batchnorm_learns
 from rtl_dist.model.parts import trainable_parts
 from rtl_dist.records.checkpoint import Snapshot
 from rtl_dist.records.checkpoint_writer import CheckpointWriter
@@ -140,6 +141,15 @@ def _check_stages(config: Config, model: Classifier) -> None:
                 " what it can learn; set batchnorm: train",
                 stage.name,
                 stage.batchnorm,
+            )
+        one_image = config.batch.micro == 1 and not config.batch.sync_batchnorm
+        if one_image and batchnorm_learns(model, stage):
+            cures = "set batch.micro to 2 or more" + (
+                ", and batch.global to a multiple" if config.batch.total % 2 else ""
+            )
+            raise UserError(
+                f"batch.micro: is 1, and BatchNorm cannot learn from one image at a time"
+                f" (stages.{number}.batchnorm: {stage.batchnorm}): {cures}, or batchnorm: frozen"
             )
 
 

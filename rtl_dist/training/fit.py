@@ -7,7 +7,7 @@ import time
 
 from rtl_dist.config import ResolvedStage
 from rtl_dist.core.errors import OutOfMemory, UserError
-from rtl_dist.model.batchnorm import learning_layers
+from rtl_dist.model.freezing import batchnorm_learns
 from rtl_dist.records.checkpoint import Snapshot
 from rtl_dist.training.run import Run
 from rtl_dist.training.solving import solve_head
@@ -91,7 +91,9 @@ def _halve_microbatch(run: Run, error: OutOfMemory) -> None:
     """Keeps the global batch, in more and smaller microbatches."""
     size = run.micro_batch_size
     smaller = next((size // n for n in range(2, size + 1) if size % n == 0), 0)
-    least = 2 if learning_layers(run.model) else 1  # BatchNorm learns nothing from one image
+    # BatchNorm cannot learn from one image: neither now nor in a stage that comes
+    learns = any(batchnorm_learns(run.model, stage) for stage in run.config.stages)
+    least = 2 if learns else 1
     if smaller < least:
         raise UserError(
             f"{error}: batch.micro cannot be made smaller; use a smaller model or data.image_size"

@@ -55,6 +55,8 @@ def largest_that_fits(config: Config, runtime: Runtime, sizes: list[int], num_cl
     side = max(stage.image_size or config.data.image_size for stage in config.stages)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
     for size in sizes:
+        if size == 1:  # where BatchNorm learns, a run refuses it for what it is
+            model.eval()
         fits = _fits(model, optimizer, (size, config.data.channels, side, side), runtime)
         _free(runtime.device)
         if all(runtime.gather(fits)):

@@ -101,6 +101,34 @@ def test_out_of_memory_halves_the_microbatch_and_goes_on(tmp_path, dataset, faul
     assert samples == [[x["samples"] for x in lines if x["step"] == step] for step in (3, 4, 5)]
 
 
+@pytest.mark.parametrize(
+    ("batchnorm", "batch"),
+    [("train", {"global": 4, "micro": 1}), ("stats", {"global": 1, "micro": "auto"})],
+)
+def test_batchnorm_that_learns_from_one_image_is_refused_before_the_first_stage(
+    tmp_path, dataset, capsys, batchnorm, batch
+):
+    stages = [{**HEAD, "steps": 1}, {**ALL, "steps": 1, "batchnorm": batchnorm}]
+    run = train(tmp_path, dataset, code=2, stages=stages, batch=batch)
+    told = capsys.readouterr().err
+    assert (
+        f"batch.micro: is 1, and BatchNorm cannot learn from one image at a time (stages.1.batchnorm: {batchnorm})"
+        in told
+    )
+    assert "set batch.micro to 2 or more" in told
+    assert "stage head" not in told
+    assert not list(run.glob("checkpoints/*"))
+
+
+def test_a_halving_leaves_two_images_to_batchnorm_of_a_later_stage(
+    tmp_path, dataset, fault, capsys
+):
+    fault("oom", 0, 0)
+    stages = [{**HEAD, "steps": 2}, {**ALL, "steps": 1, "batchnorm": "train"}]
+    train(tmp_path, dataset, code=2, stages=stages, batch={"global": 4, "micro": 2})
+    assert "batch.micro cannot be made smaller" in capsys.readouterr().err
+
+
 def test_a_microbatch_of_one_that_does_not_fit_is_said(tmp_path, dataset, fault, capsys):
     fault("oom", 1, 2)
     stages = [{**ALL, "steps": 3, "batchnorm": "frozen"}]
