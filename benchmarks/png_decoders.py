@@ -1,24 +1,22 @@
-"""PNG decoders beside each other: torchvision's behind `png_check.py`, torchvision's, Pillow's.
+"""PNG decoders beside each other: ours (`data/images/png.py`), torchvision's alone, Pillow's.
 
     python benchmarks/png_decoders.py --small FOLDER --photos FOLDER [--damages 6000] [--rounds 7]
 
 `FOLDER` holds images of any kind, which become PNGs: the small ones of 32 px, the photographs with
 a longer side of 500. The sides:
 
-  checked      what a file from elsewhere meets today: `check_png`, then torchvision
-  unchecked    torchvision alone, as for a file whose crc32 an index of ours holds
-  pillow       the candidate: Pillow, with torchvision's rules for alpha, depth and grey
+  checked      ours: taken apart, checked and put together anew, then torchvision
+  unchecked    torchvision alone
+  pillow       the other candidate: Pillow, with torchvision's rules for alpha, depth and grey
 
 Printed: every sort of PNG of which Pillow's pixels differ from torchvision's; what each side makes
 of damaged files, in processes of their own so that a crash is counted; time and memory of files
 made to cost much; CPU time an image, the sides alternating within each round, as the median and
 the span of the ratios to `checked`.
 
-On 2026-11-27 (CIFAR-10 and hymenoptera images, 2 busy vCPUs of an AMD EPYC, torch 2.15, torchvision
-0.29.2, Pillow 13.0.0): Pillow's pixels differ in 20 of 120 sorts, all of them colour read as one
-channel; of 6,000 damaged files `unchecked` crashed on 1,646, the others on none, and `pillow`
-returned other pixels for 550, `checked` for 183; an image costs `pillow` 0.99 (32 px) and 0.79
-(500 px) of `checked`, but 2.2 and 1.2 times `unchecked`. See `docs/decisions/png-decoder.md`.
+On 2026-11-28 (2 busy vCPUs of an AMD EPYC, torch 2.15, torchvision 0.29.2, Pillow 13.0.0): of 6,000
+damaged files `checked` and `pillow` crashed on none, `unchecked` on 1,646; `pillow` returned other
+pixels for 550, `checked` for 140. See `docs/decisions/png-decoder.md`.
 About 5 minutes on a quiet machine, and 6 GB of memory.
 """
 
@@ -28,6 +26,7 @@ import argparse
 import io
 import itertools
 import json
+import math
 import os
 import random
 import resource
@@ -48,10 +47,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from png_files import assemble, bombs, damaged, every_sort
+from torchvision.io import ImageReadMode, decode_png
 
 from rtl_dist.core.errors import DataError
-from rtl_dist.data.images.decode import MAX_PIXELS, claimed_pixels, decode
-from rtl_dist.data.images.png_check import check_png
+from rtl_dist.data.images.decode import decode
+from rtl_dist.data.images.foreign import MAX_PIXELS
 
 Decoder = Callable[[bytes, int], torch.Tensor]
 SMALL_PX, PHOTO_PX = 32, 500
@@ -63,15 +63,20 @@ GREY_WEIGHTS = np.array([9794, 19234, 3740], np.int32)
 # --- the sides ------------------------------------------------------------------------------------
 
 
-def checked(content: bytes, channels: int) -> torch.Tensor:
-    check_png(content)
-    return decode(content, channels)
+def unchecked(content: bytes, channels: int) -> torch.Tensor:
+    encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
+    try:
+        image = decode_png(encoded, mode=mode, apply_exif_orientation=True)
+    except RuntimeError as error:
+        raise DataError(str(error)) from error
+    return (image.to(torch.int32) >> 8).to(torch.uint8) if image.dtype == torch.uint16 else image
 
 
 def pillow(content: bytes, channels: int) -> torch.Tensor:
     """As much like `decode` as Pillow allows: alpha dropped, 16 bits to their upper 8, libpng's
     weights for grey, EXIF orientation applied."""
-    if claimed_pixels(content) > MAX_PIXELS:
+    if math.prod(struct.unpack(">II", content[16:24].ljust(8, b"\0"))) > MAX_PIXELS:
         raise DataError(f"has more than the {MAX_PIXELS:,} pixels allowed")
     try:
         with warnings.catch_warnings():
@@ -101,7 +106,7 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
     return image if image.mode == wanted else image.convert(wanted)
 
 
-SIDES: dict[str, Decoder] = {"checked": checked, "unchecked": decode, "pillow": pillow}
+SIDES: dict[str, Decoder] = {"checked": decode, "unchecked": unchecked, "pillow": pillow}
 
 
 # --- pixels ---------------------------------------------------------------------------------------
@@ -111,7 +116,7 @@ def compare_pixels() -> None:
     found: dict[tuple[int, str], list[int]] = {}
     for (name, chunks), channels in itertools.product(every_sort(), (3, 1)):
         content = assemble(chunks)
-        ours, theirs = checked(content, channels), pillow(content, channels)
+        ours, theirs = decode(content, channels), pillow(content, channels)
         off = 255 if ours.shape != theirs.shape else int((ours.int() - theirs.int()).abs().max())
         found.setdefault((channels, name), []).append(off)
     for (channels, name), off in found.items():

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from rtl_dist.data.images.png_check import SIGNATURE
+from rtl_dist.data.images.foreign import PNG_SIGNATURE
 
 GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6
 NAMES = {GREY: "grey", RGB: "RGB", PALETTE: "palette", GREY_ALPHA: "grey+alpha", RGBA: "RGBA"}
@@ -22,7 +22,7 @@ Chunk = tuple[bytes, bytes]
 
 
 def assemble(chunks: list[Chunk]) -> bytes:
-    parts = [SIGNATURE]
+    parts = [PNG_SIGNATURE]
     for kind, body in chunks:
         crc = zlib.crc32(kind + body)
         parts += [struct.pack(">I", len(body)), kind, body, struct.pack(">I", crc)]

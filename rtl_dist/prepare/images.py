@@ -1,24 +1,34 @@
-"""What may become a sample: sniffed by content, bounded, decoded once; and shrunk when asked."""
+"""What may become a sample: decoded once, and shrunk when asked."""
 
 from __future__ import annotations
 
 import io
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from rtl_dist.data.images.decode import decode
-from rtl_dist.data.images.foreign import PIL_FORMATS, require_decodable
+from rtl_dist.data.images.decode import decode_file
+from rtl_dist.data.images.doubts import doubt_of
 
-# A file may be this large; its bytes are held in memory, once a worker.
-MAX_FILE_BYTES = 1 << 30
 JPEG_QUALITY = 92
 
-_GREY_MODES = ("1", "L", "LA", "I", "I;16", "F")
+_PIL_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 
 
-def checked_image(content: bytes | np.ndarray, short_side: int | None) -> tuple[str, bytes]:
-    """An image as it will be packed: (suffix, the file's bytes).
+class CheckedImage(NamedTuple):
+    """An image as it will be packed."""
+
+    suffix: str
+    """``jpg``, ``png`` or ``webp``."""
+    content: bytes
+    """The file's bytes."""
+    doubt: str
+    """Why its pixels may not be what was meant; empty: nothing speaks against them."""
+
+
+def checked_image(content: bytes | np.ndarray, short_side: int | None) -> CheckedImage:
+    """An image that can be decoded, for a sample.
 
     ``content``: an image file, passed through unchanged unless it must shrink; or uint8 pixels of
     shape (height, width[, 3]), which become a PNG. ``short_side``: images whose short side has more
@@ -29,16 +39,15 @@ def checked_image(content: bytes | np.ndarray, short_side: int | None) -> tuple[
     """
     if isinstance(content, np.ndarray):
         content = _encode(Image.fromarray(content), "png")
-    suffix, size, mode = require_decodable(content)
-    shrink = short_side is not None and min(size) > short_side
-    # Shrinking starts from the pixels that training would have seen, grey images staying grey;
-    # the WebP decoder knows only colour.
-    grey = shrink and mode in _GREY_MODES and suffix != "webp"
-    pixels = decode(content, 1 if grey else 3)
-    if not shrink:
-        return suffix, content
-    array = pixels.permute(1, 2, 0).numpy()
-    return suffix, _encode(_shrunk(array[:, :, 0] if grey else array, short_side or 0), suffix)
+    decoded = decode_file(content, 3)
+    doubt = doubt_of(decoded)
+    height, width = decoded.pixels.shape[1:]
+    if short_side is None or min(height, width) <= short_side:
+        return CheckedImage(decoded.suffix, content, doubt)
+    # Shrinking starts from the pixels that training would have seen, grey images staying grey.
+    array = decoded.pixels.permute(1, 2, 0).numpy()
+    shrunk = _shrunk(array[:, :, 0] if decoded.header.is_grey else array, short_side)
+    return CheckedImage(decoded.suffix, _encode(shrunk, decoded.suffix), doubt)
 
 
 def _shrunk(pixels: np.ndarray, short_side: int) -> Image.Image:
@@ -51,5 +60,5 @@ def _shrunk(pixels: np.ndarray, short_side: int) -> Image.Image:
 def _encode(image: Image.Image, suffix: str) -> bytes:
     file = io.BytesIO()
     options = {} if suffix == "png" else {"quality": JPEG_QUALITY}
-    image.save(file, PIL_FORMATS[suffix], **options)
+    image.save(file, _PIL_FORMATS[suffix], **options)
     return file.getvalue()

@@ -15,6 +15,7 @@ from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.data.format.dataset import check_index
 from rtl_dist.data.format.reader import SampleReader
 from rtl_dist.data.format.tar_reader import member_names
+from rtl_dist.data.images.decode import decode
 from rtl_dist.prepare.indexing.index import index
 from rtl_dist.prepare.packing.pack import pack
 
@@ -326,8 +327,9 @@ def test_what_cannot_be_used_is_named_and_left_out(tmp_path):
     skipped, report = indexed(path, out=tmp_path / "skipped", skip_decode=True)
     split = skipped.split("train")
     assert list(split.keys()) == ["good", "broken", "bad_png", "between"]
-    with pytest.raises(DataError, match="the PNG is cut short"):  # before a decoder sees it
-        SampleReader(split).read(2)
+    content = SampleReader(split).read(2)
+    with pytest.raises(DataError, match="the PNG is cut short"):
+        decode(content, 3)
 
 
 def test_links_and_sparse_files_are_named_and_not_followed(tmp_path):

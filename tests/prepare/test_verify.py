@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pack_images import REAL_DATA, files_of, image_bytes
-from sealed_sets import change_index, kinds, reseal, said
+from sealed_sets import change_index, kinds, put, reseal, said
 from small_sets import flip_byte, packed
 
 from rtl_dist.cli import main
@@ -40,22 +40,6 @@ def clean(tmp_path_factory):
 def data(clean, tmp_path):
     """A copy to be damaged."""
     return shutil.copytree(clean, tmp_path / "data")
-
-
-def put(data, sample, content, split="train"):
-    """Writes other bytes over the beginning of a sample; its checksum in the index then fits."""
-    part = open_dataset(data).split(split)
-    row = part.index[sample]
-    path = data / part.shards[row["shard"]].path
-    shard = bytearray(path.read_bytes())
-    offset, size = int(row["offset"]), int(row["size"])
-    shard[offset : offset + len(content)] = content
-    path.write_bytes(shard)
-
-    def change(index):
-        index["crc32"][sample] = zlib.crc32(shard[offset : offset + size])
-
-    change_index(data, change, split)
 
 
 def test_clean_data_set_is_clean_and_stays_as_it_was(clean, data, capsys):

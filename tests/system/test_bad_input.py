@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from sealed_sets import broken_png, put, reseal
 from tiny_runs import damage, make_dataset, tiny_config, write_config, write_images
 
 from rtl_dist.cli import main as cli
 from rtl_dist.data.format.dataset import DESCRIPTION, fingerprint_of, open_dataset
+from rtl_dist.data.format.reader import SampleReader
 from rtl_dist.train import main
 
 
@@ -70,6 +72,25 @@ def test_missing_shard(tmp_path, copy, capsys):
     shard.unlink()
     refused(tmp_path, copy, code=3)
     assert f"shard {shard} cannot be opened" in one_line(capsys)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_png_that_would_end_its_decoder_in_a_data_set_that_says_we_packed_it(
+    tmp_path, copy, capsys, workers
+):
+    content = SampleReader(open_dataset(copy).split("train")).read(7)
+    put(copy, 7, broken_png(content))
+    reseal(copy)
+    stages = [{"name": "all", "epochs": 1, "trainable": "all", "lr": 1e-3}]
+    changes = {"stages": stages, "data__workers": workers, "eval": {"every": "9 epochs"}}
+    refused(tmp_path, copy, code=3, checkpoint={"every": "9 epochs"}, **changes)
+    line = one_line(capsys)
+    assert "sample 7 of split 'train' (key " in line
+    assert "cannot be decoded: the PNG's data" in line
+    config = tiny_config(copy, tmp_path / "replaced", data__bad_samples=1, **changes)
+    assert main(["--config", write_config(tmp_path / "c.yaml", config)]) == 0
+    results = json.loads((tmp_path / "replaced" / "results.json").read_text())
+    assert results["bad_samples"]["count"] == 1
 
 
 def test_damaged_sample_in_the_middle_of_training(tmp_path, copy, capsys):

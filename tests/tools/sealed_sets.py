@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import zlib
 
 import numpy as np
 
-from rtl_dist.data.format.dataset import fingerprint_of
+from rtl_dist.data.format.dataset import fingerprint_of, open_dataset
 
 
 def reseal(data, **entries):
@@ -30,6 +31,30 @@ def change_index(data, change, split="train", suffix=""):
     index = np.load(path)
     changed = change(index)
     np.save(path, index if changed is None else changed)
+
+
+def put(data, sample, content, split="train"):
+    """Writes other bytes over the beginning of a sample; its checksum in the index then fits."""
+    part = open_dataset(data).split(split)
+    row = part.index[sample]
+    path = data / part.shards[row["shard"]].path
+    shard = bytearray(path.read_bytes())
+    offset, size = int(row["offset"]), int(row["size"])
+    shard[offset : offset + len(content)] = content
+    path.write_bytes(shard)
+
+    def change(index):
+        index["crc32"][sample] = zlib.crc32(shard[offset : offset + size])
+
+    change_index(data, change, split)
+
+
+def broken_png(content):
+    """The PNG with image data that cannot be inflated, behind a checksum that fits."""
+    at = content.index(b"IDAT")
+    size = int.from_bytes(content[at - 4 : at], "big")
+    body = content[at : at + 4 + size // 2] + bytes(size - size // 2)
+    return content[:at] + body + zlib.crc32(body).to_bytes(4, "big") + content[at + 8 + size :]
 
 
 def kinds(found):

@@ -6,7 +6,7 @@ import zlib
 
 from rtl_dist.core.errors import DataError, ShardError
 from rtl_dist.data.format.split import Split
-from rtl_dist.data.images.foreign import require_known
+from rtl_dist.data.images.foreign import MAX_FILE_BYTES
 
 
 class SampleReader:
@@ -24,11 +24,14 @@ class SampleReader:
 
         Raises:
             ShardError: the whole shard is missing, unreadable or cut short.
-            DataError: the sample's bytes changed since packing, or are no image that a decoder may
-                be given.
+            DataError: the sample's bytes changed since packing, or are more than any image's.
         """
         split = self._split
         shard, offset, size, crc32 = split.row(sample)
+        if size > MAX_FILE_BYTES:
+            raise DataError(
+                f"{split.describe(sample)} is larger than the {MAX_FILE_BYTES >> 20} MiB allowed"
+            )
         content = split.files.read(shard, offset, size)
         is_whole = zlib.crc32(content) == crc32
         if not is_whole and shard not in self._fetched_anew and split.files.forget(shard):
@@ -45,8 +48,6 @@ class SampleReader:
                 f"{split.describe(sample)} fails its checksum: the shard was altered or"
                 " damaged since packing; restore the file or pack again"
             )
-        if not split.are_ours or split.files.is_remote(shard):
-            require_known(content)
         return content
 
     def close(self) -> None:

@@ -1,20 +1,16 @@
-"""Image files that are not known to be sound: what they are, and whether a decoder may see them."""
+"""What an image file is by its first bytes, and how much of one is let in."""
 
 from __future__ import annotations
 
-import io
-import warnings
-
-from PIL import Image
-
 from rtl_dist.core.errors import DataError
-from rtl_dist.data.images.png_check import SIGNATURE, check_png
 
 # A decoded image may hold at most this many pixels: a "decompression bomb" of a few kilobytes can
 # ask for gigabytes (Pillow's own limit is of the same size).
 MAX_PIXELS = 178_956_970
+# A file may be this large; its bytes are held in memory, once a worker.
+MAX_FILE_BYTES = 1 << 30
 
-PIL_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _FOREIGN = {
     b"GIF8": "a GIF",
     b"BM": "a BMP",
@@ -32,7 +28,7 @@ def suffix_of(head: bytes) -> str:
     """
     if head.startswith(b"\xff\xd8\xff"):
         return "jpg"
-    if head.startswith(SIGNATURE):
+    if head.startswith(PNG_SIGNATURE):
         return "png"
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "webp"
@@ -44,43 +40,9 @@ def suffix_of(head: bytes) -> str:
     raise DataError("is not a JPEG, PNG or WebP")
 
 
-def require_known(content: bytes) -> None:
-    """The least that must hold before a file from elsewhere is decoded, cheap enough for every read
-    (the decoder itself bounds the pixels).
-
-    Raises:
-        DataError: it is no JPEG, PNG or WebP, or a PNG that is not whole (on which libpng can end
-            the process).
-    """
-    if suffix_of(content[:16]) == "png":
-        check_png(content)
-
-
-def require_decodable(content: bytes) -> tuple[str, tuple[int, int], str]:
-    """(suffix, (width, height), Pillow mode) of an image file that a decoder may be given.
-
-    Raises:
-        DataError: it is no JPEG, PNG or WebP, asks for too much memory, or is a PNG that is not
-            whole (on which libpng can end the process).
-    """
-    suffix = suffix_of(content[:16])
-    (width, height), mode = _header(content)
-    if width * height > MAX_PIXELS:  # before decoding: a few kilobytes can ask for gigabytes
-        raise DataError(f"has {width} x {height} pixels, more than the {MAX_PIXELS:,} allowed")
-    if suffix == "png":
-        check_png(content)
-    return suffix, (width, height), mode
-
-
-def _header(content: bytes) -> tuple[tuple[int, int], str]:
-    """((width, height), Pillow mode) without decoding."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of sizes below our bound, and of EXIF
-            with Image.open(io.BytesIO(content), formats=list(PIL_FORMATS.values())) as image:
-                return image.size, image.mode
-    except Image.DecompressionBombError as error:
-        raise DataError(f"has more than the {MAX_PIXELS:,} pixels allowed") from error
-    # Pillow's readers let a broken header out as any of these
-    except (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError) as error:
-        raise DataError("has a header that cannot be read") from error
+def require_allowed(width: int, height: int) -> None:
+    """Before anything is decoded. Raises DataError: so many pixels are not."""
+    if width * height > MAX_PIXELS:
+        raise DataError(
+            f"has {width} x {height} pixels, more than the {MAX_PIXELS:,} pixels allowed"
+        )

@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, get_worker_info
 from rtl_dist.core.errors import DataError
 from rtl_dist.core.keys import Stream, stream_key
 from rtl_dist.data.images.augment import Transform
-from rtl_dist.data.images.foreign import require_decodable
 from rtl_dist.data.loading.batch import Batch, to_device
 from rtl_dist.data.loading.workers import WorkerBatches, start_worker
 
@@ -146,7 +145,6 @@ class _Decode:
         if not 0 <= label < self._num_classes:
             raise DataError(f"{name}: label {label} out of range, 0 to {self._num_classes - 1}")
         try:
-            require_decodable(content)
             image = self._transform(content, self._start.pixels_key(self._drawn) >> 1)
         except DataError as error:
             raise DataError(f"{name} {error}") from error

@@ -22,8 +22,8 @@ from rtl_dist.core.processes import map_in_order, num_workers
 from rtl_dist.core.urls import is_url
 from rtl_dist.data.format.split import INDEX_DTYPE
 from rtl_dist.data.format.tar_reader import Member, walk
-from rtl_dist.data.images.foreign import suffix_of
-from rtl_dist.prepare.images import MAX_FILE_BYTES, checked_image
+from rtl_dist.data.images.foreign import MAX_FILE_BYTES, suffix_of
+from rtl_dist.prepare.images import checked_image
 from rtl_dist.prepare.indexing.inputs import InputShard
 from rtl_dist.prepare.indexing.labels import MAX_LABEL_BYTES, Label, read_label
 from rtl_dist.prepare.indexing.local_copy import local_copy

@@ -21,8 +21,8 @@ from rtl_dist.core.errors import DataError, RtlDistError
 from rtl_dist.core.processes import map_in_order, num_workers
 from rtl_dist.core.tasks import MULTI_LABEL
 from rtl_dist.data.format.tar import TarWriter
-from rtl_dist.data.images.foreign import suffix_of
-from rtl_dist.prepare.images import MAX_FILE_BYTES, checked_image
+from rtl_dist.data.images.foreign import MAX_FILE_BYTES, suffix_of
+from rtl_dist.prepare.images import checked_image
 from rtl_dist.prepare.packing.plan import Plan, ShardPlan
 from rtl_dist.prepare.packing.resume import ShardRecord, is_finished, record_shard
 from rtl_dist.prepare.sources.items import Item
@@ -101,7 +101,7 @@ def write_shard(context: PackContext, shard: ShardPlan, advance: Callable[[int],
         tar = TarWriter(file)
         for position, item in enumerate(shard.items):
             try:
-                suffix, content = checked_image(_read(item, context.root), context.resize)
+                suffix, content, _ = checked_image(_read(item, context.root), context.resize)
             except DataError as error:
                 left_out.append((item.name, str(error)))
             else:

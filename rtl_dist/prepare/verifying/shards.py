@@ -19,7 +19,7 @@ from rtl_dist.core.errors import DataError
 from rtl_dist.core.files import sha256_of
 from rtl_dist.data.format.tar import BLOCK
 from rtl_dist.data.images.decode import decode
-from rtl_dist.data.images.foreign import require_decodable
+from rtl_dist.data.images.foreign import MAX_FILE_BYTES
 from rtl_dist.data.storage.shard_files import Shard, ShardFiles
 from rtl_dist.prepare.verifying.findings import Damage
 
@@ -130,6 +130,9 @@ def _check_sample(
     if offset < BLOCK or offset + size > job.shard.bytes:
         yield "index_row", f"{size} bytes from {offset} are not in a shard of {job.shard.bytes}"
         return
+    if size > MAX_FILE_BYTES:
+        yield "undecodable", f"is larger than the {MAX_FILE_BYTES >> 20} MiB allowed"
+        return
     content = os.pread(file, size, offset)
     if len(content) != size:
         yield "cut_short", "the shard ends before it does"
@@ -140,8 +143,6 @@ def _check_sample(
     if job.check_members:
         yield from _check_member(job, i, file, offset, size)
     try:
-        # First, because a PNG that is not whole can end the process in its decoder.
-        require_decodable(content)
         pixels = decode(content, 3)
     except DataError as error:
         yield "undecodable", str(error)

@@ -127,8 +127,8 @@ def verify(
                     digests.put(result.split, result.samples, result.digests)
         except BrokenProcessPool as error:
             raise RtlDistError(
-                "a verifying process was killed: for want of memory (start the same command again"
-                " with fewer --workers), or by an image that crashes its decoder"
+                "a verifying process was killed, perhaps for want of memory: start the same command"
+                " again with fewer --workers"
             ) from error
     return Verification(
         dataset=dataset,
