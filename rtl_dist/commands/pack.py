@@ -37,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A,B,...",
         help="CSV: the label column(s); class folders: the classes, in this order",
     )
+    parser.add_argument(
+        "--file-column",
+        metavar="NAME",
+        help="CSV: the column of the images' paths (default: 'file', or it is found)",
+    )
     add_allow_missing_classes(parser)
     add_overwrite(parser, "replace a data set in OUT")
     add_debug(parser)
@@ -53,6 +58,7 @@ def run(arguments: argparse.Namespace) -> str:
         resize=arguments.resize,
         workers=arguments.workers,
         labels=arguments.labels.split(",") if arguments.labels else None,
+        file_column=arguments.file_column,
         allow_missing_classes=arguments.allow_missing_classes,
         overwrite=arguments.overwrite,
     )

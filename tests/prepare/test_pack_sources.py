@@ -312,6 +312,75 @@ def test_csv_labels_choose_the_columns(table):
         open_source(path, ["plaec"])
 
 
+@pytest.mark.parametrize(
+    ("content", "note"),
+    [
+        ("\ufefffile;label\r\np\\a.jpg;x\r\np\\b.jpg;y\r\n", r"2 paths with backslashes: p\a.jpg is"),
+        ("file\tlabel\np/a.jpg\tx\np/b.jpg\ty\n", ""),
+        ("sep=;\nfile;label\np/a.jpg;x\np/b.jpg;y\n", ""),
+        ("FileName,class\np/A.JPG,x\nP/b.jpeg.jpg,y\n", "column 'FileName' of t.csv is taken for"),
+        ("id,breed,sex\na,x,m\nb,y,f\n", "column 'breed' of t.csv is taken for the label, sex is"),
+        ("Bild,Art\np/a.jpg,x\np/b.jpg,y\n", "column 'Bild' of t.csv is taken for the images'"),
+        (",file,label\n0,p/a.jpg,x\n1,p/b.jpg,y\n", ""),
+        ("file,label\nC:\\me\\p\\a.jpg,x\nC:\\me\\p\\b.jpg,y\n", "2 paths with folders of another"),
+        ("file,label\n/data/me/p/a.jpg,x\n/data/me/p/b.jpg,y\n", "is taken for p/a.jpg"),
+        ("file,label\np/a,x\np/b,y\n", "2 paths without extension: p/a is taken for p/a.jpg"),
+        ("file,label\na.jpg,x\nb.jpg,y\n", "2 paths without their folder: a.jpg is taken for p/a"),
+    ],
+)  # fmt: skip
+def test_tables_as_people_save_them(content, note, tmp_path):
+    encoding = "utf-8" if note else "utf-16"  # as Excel saves "Unicode text"
+    (tmp_path / "p").mkdir()
+    for i, name in enumerate("ab"):
+        (tmp_path / "p" / f"{name}.jpg").write_bytes(image_bytes(i))
+    content = content.replace("b.jpeg.jpg", "B.jpg")
+    (tmp_path / "t.csv").write_bytes(content.encode(encoding))
+    source = open_source(str(tmp_path / "t.csv"))
+    assert by_name(source) == {"p/a.jpg": ("train", ["x"]), "p/b.jpg": ("train", ["y"])}
+    assert note in "\n".join(source.notes)
+    assert bool(note) == bool(source.notes)
+
+
+def test_names_that_several_files_have_are_refused(tmp_path):
+    class_folders(tmp_path, {"x": 1, "y": 1})
+    (tmp_path / "x" / "000.png").write_bytes(image_bytes(1, kind="PNG"))
+    for line, message in (("000.jpeg,a", "may be x/000.jpeg, y/000.jpeg: write which, with its"),
+                          ("x/000,a", "may be 000.jpeg, 000.png: write which")):  # fmt: skip
+        (tmp_path / "t.csv").write_text(f"file,label\n{line}\n")
+        with pytest.raises(DataError, match=message):
+            open_source(str(tmp_path / "t.csv"))
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "splits"),
+    [
+        ("Split", ("Training", "validation", "TEST"), ("train", "val", "test")),
+        ("subset", ("train", "dev", "test"), ("train", "val", "test")),
+        ("is_valid", ("False", "True", "False"), ("train", "val", "train")),
+    ],
+)
+def test_split_columns_as_people_call_them(column, values, splits, table):
+    rows = [f"{name}.jpg,{name},{value}" for name, value in zip("abc", values, strict=True)]
+    source = open_source(table(f"file,label,{column}", *rows))
+    assert [item.split for item in source.items] == list(splits)
+
+
+def test_columns_can_be_told(table):
+    path = table("img,copy,a,b", "a.jpg,d.jpg,x,1", "b.jpg,c.jpg,y,0")
+    source = open_source(path, ["a"], "copy")
+    assert by_name(source) == {"d.jpg": ("train", ["x"]), "c.jpg": ("train", ["y"])}
+    with pytest.raises(UserError, match=r"--file-column names 'kopy', .* did you mean 'copy'"):
+        open_source(path, ["a"], "kopy")
+    with pytest.raises(UserError, match="SOURCE is no table"):
+        open_source("digits", file_column="img")
+
+
+def test_labels_that_differ_in_case_are_told(table):
+    source = open_source(table("file,label", "a.jpg,Sea ", "b.jpg,sea", "c.jpg,hill"))
+    assert source.classes == ("Sea", "hill", "sea")
+    assert "classes 'Sea' and 'sea' differ in upper and lower case only" in source.notes[0]
+
+
 def test_folder_of_one_csv_a_split(table, tmp_path):
     table("file,sea,hill", "a.jpg,1,0", "b.jpg,0,1", name="train.csv")
     table("file,hill,sea", "c.jpg,1,0", name="valid.csv")
@@ -326,13 +395,19 @@ def test_folder_of_one_csv_a_split(table, tmp_path):
     [
         ([], "has no column `file`"),
         (["file,label"], "has a header but no rows"),
-        (["path,label", "a.jpg,x"], "has no column `file` .its first line holds: path, label."),
-        (["file;label", "a.jpg;x"], "separate columns by commas"),
+        (["where,label", "x.jpg,x"], "has no column `file` .its first line holds: where, label."),
+        (["img,path,label", "a.jpg,b.jpg,x"], "; img, path may all be it: name the column of"),
+        (["file:label", "a.jpg:x"], "separate columns by commas"),
+        (
+            ["file,label", "C:\\p\\z.jpg,x", "b.jpg,x", "y.jpg,x"],
+            "which is an absolute path, .*so do 1 more",
+        ),
+        (["file,label", "a.jgp,x"], "no such file in .*; did you mean a.jpg.: correct the path"),
         (["file", "a.jpg"], "has no label column"),
         (["file,x,x", "a.jpg,0,1"], "has two columns 'x'"),
         (["file,label", "a.jpg,x", "z.jpg,x"], r"list.csv line 3 names z.jpg, but there is no"),
         (["file,label", "a.jpg,x", "a.jpg,y"], r"line 3 lists a.jpg again, after .* line 2"),
-        (["file,label", "/etc/passwd,x"], "line 2 names /etc/passwd by an absolute path"),
+        (["file,label", "/etc/passwd,x"], "line 2 names /etc/passwd, which is an absolute path"),
         (["file,label", "a.jpg,"], "line 2 has nothing in column `label`"),
         (["file,label", ",x"], "line 2 has nothing in column `file`"),
         (["file,label", "a.jpg"], "line 2 has 1 cells where the header has 2"),

@@ -104,6 +104,7 @@ def pack(
     resize: int | None = None,
     workers: int | None = None,
     labels: Sequence[str] | None = None,
+    file_column: str | None = None,
     allow_missing_classes: bool = False,
     overwrite: bool = False,
     show_progress: bool = True,
@@ -117,6 +118,7 @@ def pack(
         resize: images whose short side has more pixels are shrunk to it; None: files unchanged.
         workers: processes; None takes this process's CPUs, or one where starting more costs more.
         labels: a CSV's label columns, or the classes to keep, in that order.
+        file_column: a CSV's column of the images' paths; None: ``file``, or it is found.
         allow_missing_classes: accept what cannot be trained on: classes without a sample in some
             split, or one class only.
         overwrite: replace a finished data set that ``pack`` wrote in OUT.
@@ -139,7 +141,7 @@ def pack(
     _check_apart(source, out)
     if not overwrite:
         check_unfinished(out)  # before anything is downloaded or listed
-    plan = make_plan(open_source(source, options.labels), options)
+    plan = make_plan(open_source(source, options.labels, file_column), options)
     if not allow_missing_classes:
         _check_classes(plan)
     with locked(out):
