@@ -36,6 +36,16 @@ def add_workers(
 def add_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache-dir", help="remote data: where shards are kept, on a local disk")
     parser.add_argument("--cache-gb", type=float, metavar="N", help="remote data: at most N GB")
+    add_redirects(parser)
+
+
+def add_redirects(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--redirects",
+        choices=("origin", "any"),
+        default="origin",
+        help="remote data: whether redirects to other servers are followed, too (default: origin)",
+    )
 
 
 def add_val_fraction(parser: argparse.ArgumentParser) -> None:

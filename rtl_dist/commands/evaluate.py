@@ -42,4 +42,5 @@ def run(arguments: argparse.Namespace) -> str:
         precision=arguments.precision,
         cache_dir=arguments.cache_dir,
         cache_gb=arguments.cache_gb,
+        redirects=arguments.redirects,
     )

@@ -9,6 +9,7 @@ from rtl_dist.commands.common import (
     add_allow_missing_classes,
     add_debug,
     add_overwrite,
+    add_redirects,
     add_val_fraction,
     add_workers,
 )
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--skip-decode", action="store_true", help="do not decode every image to see that it can be"
     )
     add_overwrite(parser, "replace the description and index in OUT")
+    add_redirects(parser)
     add_debug(parser)
 
 
@@ -64,5 +66,6 @@ def run(arguments: argparse.Namespace) -> str:
         allow_missing_classes=arguments.allow_missing_classes,
         skip_decode=arguments.skip_decode,
         overwrite=arguments.overwrite,
+        redirects=arguments.redirects,
     )
     return str(report)

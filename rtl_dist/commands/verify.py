@@ -38,4 +38,5 @@ def run(arguments: argparse.Namespace) -> str:
         show=sys.stdout.write,
         cache_dir=arguments.cache_dir,
         cache_gb=arguments.cache_gb,
+        redirects=arguments.redirects,
     )

@@ -7,7 +7,7 @@ from typing import Literal
 
 from rtl_dist.config.checks import Checks
 from rtl_dist.config.places import Place
-from rtl_dist.core.urls import is_url, secret_in
+from rtl_dist.core.urls import Redirects, is_url, secret_in
 
 LARGEST_SIDE = 4096  # pixels; the first layer's output of one such image takes a gigabyte
 _LEAST_CROP = 0.1
@@ -64,6 +64,9 @@ class DataConfig:
     cache_gb: float | None = None
     """How much the cache may hold, in 10^9 bytes; what was used least recently goes first. null:
     80 % of what the disk has free."""
+    redirects: Redirects = "origin"
+    """Of remote data behind ``https://``. origin: redirects are followed within the server that
+    ``path`` names. any: to other servers too, as those of hubs lead to where files are stored."""
     bad_samples: int = 0
     """How many damaged samples a run may replace by another before it stops (exit code 3)."""
 

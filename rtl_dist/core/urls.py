@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 from urllib.parse import parse_qsl, urlsplit
 
+Redirects = Literal["origin", "any"]  # where they may lead: to the same server, or to others too
 _SECRET = re.compile(r"(?i)sig|token|secret|password|credential|key|auth")
 
 

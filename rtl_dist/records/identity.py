@@ -21,6 +21,7 @@ _FREE_KEYS = {
         "workers",
         "cache_dir",
         "cache_gb",
+        "redirects",
         "bad_samples",
     ),
     "model": ("weights", "head"),

@@ -13,6 +13,7 @@ from typing import Literal
 from rtl_dist.config import Precision
 from rtl_dist.core.errors import UserError
 from rtl_dist.core.files import read_object
+from rtl_dist.core.urls import Redirects
 from rtl_dist.data.format.dataset import Dataset, check_split, open_dataset
 from rtl_dist.data.format.split import Split
 from rtl_dist.data.loading.workers import resolve_workers
@@ -84,13 +85,14 @@ def evaluate(
     precision: Precision | None = None,
     cache_dir: str | None = None,
     cache_gb: float | None = None,
+    redirects: Redirects = "origin",
 ) -> str:
     """Evaluates a model and writes tables and pictures into ``out``.
 
     Args:
         split_name: None takes test where there is one, else val.
         out: None takes ``evaluation/<split>`` in the model's folder.
-        cache_dir, cache_gb: of remote data; see ``Cache``.
+        cache_dir, cache_gb, redirects: of remote data; see ``Cache``.
 
     Works on one process or, under a launcher, on many, with the same figures.
 
@@ -105,7 +107,9 @@ def evaluate(
     with StopRequests() as stops, Runtime(precision or _precision_of(loaded), stops) as runtime:
         configure_logging(is_main=runtime.is_main)
         dataset = runtime.on_every_rank(
-            lambda: open_dataset(data_path, cache_dir=cache_dir, cache_gb=cache_gb)
+            lambda: open_dataset(
+                data_path, cache_dir=cache_dir, cache_gb=cache_gb, redirects=redirects
+            )
         )
         _require_same_classes(loaded, dataset)
         name = split_name or ("test" if "test" in dataset.split_names else "val")

@@ -63,7 +63,12 @@ def open_data(config: Config, runtime: Runtime) -> Dataset:
     data = config.data
     with runtime.heartbeat.phase("opening the data set", open_ended=True):
         return runtime.on_every_rank(
-            lambda: open_dataset(data.path, cache_dir=data.cache_dir, cache_gb=data.cache_gb)
+            lambda: open_dataset(
+                data.path,
+                cache_dir=data.cache_dir,
+                cache_gb=data.cache_gb,
+                redirects=data.redirects,
+            )
         )
 
 

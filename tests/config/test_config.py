@@ -457,6 +457,7 @@ def everything_set():
                 **{"path": "p", "source": "digits", "val_fraction": 0.1, "train": "a", "val": "b"},
                 **{"backend": "stream", "stream_urls": "x.tar", "test": None, "image_size": 33},
                 **{"shuffle": "window", "window": 3, "cache_dir": "c", "cache_gb": 1.5},
+                "redirects": "any",
                 **{"crop_pct": 0.9, "channels": 1, "workers": 3, "bad_samples": 4},
             },
             "augment": {

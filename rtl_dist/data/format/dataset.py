@@ -12,6 +12,8 @@ import functools
 import hashlib
 import json
 import mmap
+import os
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,7 +26,7 @@ import numpy as np
 from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.core.files import sha256_of
 from rtl_dist.core.tasks import MULTI_LABEL, SINGLE_LABEL, Task
-from rtl_dist.core.urls import is_url, secret_in
+from rtl_dist.core.urls import Redirects, is_url, secret_in
 from rtl_dist.data.format.split import INDEX_DTYPE, DatasetPlace, Split
 from rtl_dist.data.storage.cache import RemoteFile
 from rtl_dist.data.storage.remote import read_url, size_of
@@ -36,6 +38,7 @@ PACKER_KEY, INDEXER_KEY = "packer", "indexer"  # in it: which command made it, a
 INDEX_FOLDER = "index"
 
 _CHECKSUM_OF = {".npy": "index_sha256", ".labels.npy": "labels_sha256"}  # by the file's ending
+_MOST_DESCRIPTION = 100_000_000  # bytes; 10^5 shards take 20 million
 _MOST_HEADER = 4096  # bytes of an array's file before its values
 CHECKED_INDEX_BYTES = 2**30  # larger ones are neither read at every start nor read ahead
 # What numpy lets the damaged header of an array file out as.
@@ -170,7 +173,7 @@ class Dataset:
         """Its size, as the server says, which must be that of so many rows and a header."""
         width = INDEX_DTYPE.itemsize if suffix == ".npy" else self.num_classes
         rows = self.description["splits"][split]["num_samples"] * width
-        found = size_of(where)
+        found = size_of(where, self.place.redirects)
         if not rows <= found <= rows + _MOST_HEADER:
             raise DataError(
                 f"the index {where} has {found:,} bytes, which do not fit the samples that"
@@ -260,12 +263,16 @@ def check_index(dataset: Dataset, split: str) -> None:
 
 
 def open_dataset(
-    path: str | Path, *, cache_dir: str | None = None, cache_gb: float | None = None
+    path: str | Path,
+    *,
+    cache_dir: str | None = None,
+    cache_gb: float | None = None,
+    redirects: Redirects = "origin",
 ) -> Dataset:
     """Opens the data set in a folder or behind a URL.
 
     Args:
-        cache_dir, cache_gb: of remote shards; see ``Cache``.
+        cache_dir, cache_gb, redirects: of remote shards; see ``Cache``.
 
     Raises:
         UserError: the URL holds a password or token.
@@ -274,10 +281,12 @@ def open_dataset(
     """
     if is_url(str(path)) and (reason := secret_in(str(path))):
         raise UserError(reason)
-    place = DatasetPlace(where=str(path), cache_dir=cache_dir, cache_gb=cache_gb)
+    place = DatasetPlace(
+        where=str(path), cache_dir=cache_dir, cache_gb=cache_gb, redirects=redirects
+    )
     where = place.path_of(DESCRIPTION)
     try:
-        content = read_url(where) if place.is_remote else Path(where).read_bytes()
+        content = _read_description(place, where)
         description = json.loads(content)
     except FileNotFoundError:
         raise DataError(
@@ -311,8 +320,22 @@ def open_dataset(
         raise DataError(f"{where} lacks {error}; pack again") from error
 
 
+def _read_description(place: DatasetPlace, where: str) -> bytes:
+    if place.is_remote:
+        return read_url(where, _MOST_DESCRIPTION, place.redirects)
+    found = os.stat(where)  # a link may lead there; opening a pipe would not end
+    if not stat.S_ISREG(found.st_mode) or found.st_size > _MOST_DESCRIPTION:
+        raise ValueError(f"it is no file of up to {_MOST_DESCRIPTION:,} bytes")
+    return Path(where).read_bytes()
+
+
 def _open_split(place: DatasetPlace, name: str) -> Split:
-    dataset = open_dataset(place.where, cache_dir=place.cache_dir, cache_gb=place.cache_gb)
+    dataset = open_dataset(
+        place.where,
+        cache_dir=place.cache_dir,
+        cache_gb=place.cache_gb,
+        redirects=place.redirects,
+    )
     return dataset.split(name, trusts_cache=True)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rtl_dist.core.errors import RtlDistError, ShardError
-from rtl_dist.core.urls import is_url, join_url
+from rtl_dist.core.urls import Redirects, is_url, join_url
 from rtl_dist.data.format.tar_reader import member_names
 from rtl_dist.data.storage.cache import Cache
 from rtl_dist.data.storage.shard_files import ShardFiles, Shards
@@ -36,6 +36,8 @@ class DatasetPlace:
     """``Cache``'s folder; None for the user's own."""
     cache_gb: float | None = None
     """How much the cache may hold, in 10^9 bytes; None for a part of what the disk has free."""
+    redirects: Redirects = "origin"
+    """Whether they are followed to other servers, too."""
 
     @property
     def is_remote(self) -> bool:
@@ -47,7 +49,7 @@ class DatasetPlace:
 
     @cached_property
     def cache(self) -> Cache:
-        return Cache(self.cache_dir, self.cache_gb)
+        return Cache(self.cache_dir, self.cache_gb, self.redirects)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -30,6 +30,7 @@ from pathlib import Path
 from rtl_dist.core.errors import DataError, RemoteError, RtlDistError, ShardError, UserError
 from rtl_dist.core.files import flush_to_disk, user_cache_folder
 from rtl_dist.core.regular_files import open_regular
+from rtl_dist.core.urls import Redirects
 from rtl_dist.data.storage.cache_folder import PART, CacheFolder, delete, is_at, is_locked
 from rtl_dist.data.storage.remote import read_chunks
 
@@ -71,9 +72,16 @@ class Cache:
     Args:
         folder: on a local disk; None takes ``rtl_dist`` in the user's cache folder.
         gigabytes: 10^9 bytes that all files may take; None takes most of what the disk has free.
+        redirects: whether they are followed to other servers, too.
     """
 
-    def __init__(self, folder: str | None = None, gigabytes: float | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | None = None,
+        gigabytes: float | None = None,
+        redirects: Redirects = "origin",
+    ) -> None:
+        self.redirects = redirects
         self.folder = user_cache_folder() if folder is None else Path(folder)
         try:
             self._files = CacheFolder(self.folder)
@@ -222,7 +230,9 @@ class Cache:
         path = self._path(file, PART)
         try:
             # the second time from nothing: what was left behind may be at fault
-            if not _download(part, file) and not _download(part, file):
+            if not _download(part, file, self.redirects) and not _download(
+                part, file, self.redirects
+            ):
                 raise ShardError(
                     f"{file.url} was altered: its bytes have another sha256 than the data set's"
                     " description says; restore it or pack again"
@@ -289,7 +299,7 @@ class Cache:
         return self.folder / f"{file.sha256}.{file.bytes}{suffix}"
 
 
-def _download(part: int, file: RemoteFile) -> bool:
+def _download(part: int, file: RemoteFile, redirects: Redirects) -> bool:
     """Appends what is missing; if the whole then has another checksum, empties the part and returns
     False."""
     digest = hashlib.sha256()
@@ -297,7 +307,7 @@ def _download(part: int, file: RemoteFile) -> bool:
     while piece := os.pread(part, 1 << 20, have):
         digest.update(piece)
         have += len(piece)
-    for piece in read_chunks(file.url, have, file.bytes):
+    for piece in read_chunks(file.url, have, file.bytes, redirects):
         view = memoryview(piece)
         digest.update(view)
         while view:

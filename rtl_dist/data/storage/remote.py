@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from rtl_dist.core.errors import RemoteError, RtlDistError, ShardError, UserError
+from rtl_dist.core.urls import Redirects
 
 LOG = logging.getLogger("rtl_dist")
 T = TypeVar("T")
@@ -24,6 +25,7 @@ ATTEMPTS = 8  # in a row without progress
 FIRST_WAIT_S = 0.5  # doubled each time, so that all waits together are one to two minutes
 TIMEOUT_S = 60  # for one range; a server that says nothing is asked again
 _FIRST_ATTEMPTS = 5  # of the first contact: a mistyped host must not take minutes to be told
+_SLOW_ATTEMPTS = 2
 _AT_ONCE = 32
 SILENCE_S = 20
 _said_at: list[float] = [-SILENCE_S]
@@ -37,21 +39,38 @@ _EXTRAS = (
 _SYSTEMS: set[Any] = set()
 
 
-def read_url(url: str) -> bytes:
+def read_url(url: str, most: int, redirects: Redirects = "origin") -> bytes:
     """A small file, whole.
 
+    Args:
+        most: bytes that it may have.
+        redirects: of HTTP, whether they are followed to other servers, too.
+
     Raises:
-        ShardError: it is not there, or may not be read.
+        ShardError: it is not there, may not be read, or is too large.
         RemoteError: the place cannot be reached.
     """
-    system, path = _system_of(url)
-    content: bytes = _retried(
-        lambda: _call(system, system.cat_file, path), url, min(ATTEMPTS, _FIRST_ATTEMPTS)
-    )
+    system, path = _system_of(url, redirects)
+
+    def read() -> bytes:
+        # HTTP is asked for no more; a store need not know ranges of empty files, but tells sizes
+        size = most if _is_http(url) else _size(system, path)
+        if size > most:
+            return b"x" * (most + 1)
+        content: bytes = (
+            _call(system, system.cat_file, path, start=0, end=most + 1)
+            if _is_http(url)
+            else _call(system, system.cat_file, path)
+        )
+        return content
+
+    content = _retried(read, url, min(ATTEMPTS, _FIRST_ATTEMPTS), _SLOW_ATTEMPTS)
+    if len(content) > most:
+        raise ShardError(f"{url} has more than {most:,} bytes: it is none of ours; correct the URL")
     return content
 
 
-def read_chunks(url: str, start: int, end: int) -> Iterator[bytes]:
+def read_chunks(url: str, start: int, end: int, redirects: Redirects = "origin") -> Iterator[bytes]:
     """The bytes from ``start`` to ``end`` (exclusive), in pieces; a broken connection is taken up
     where it broke.
 
@@ -59,7 +78,7 @@ def read_chunks(url: str, start: int, end: int) -> Iterator[bytes]:
         ShardError: the file is not there, may not be read, or ends before ``end``.
         RemoteError: the place cannot be reached.
     """
-    system, path = _system_of(url)
+    system, path = _system_of(url, redirects)
     chunk = CHUNK
 
     def read_range() -> bytes:
@@ -74,8 +93,6 @@ def read_chunks(url: str, start: int, end: int) -> Iterator[bytes]:
             raise
         if len(content) == stop - start:
             return content
-        if len(content) >= end and "http" in url[:4]:
-            return content[start:end]  # a server that knows no ranges sends all of it
         if start + len(content) < end <= _size(system, path):
             raise OSError(f"{len(content)} bytes came where {stop - start} were asked for")
         raise ShardError(truncated)
@@ -88,7 +105,7 @@ def read_chunks(url: str, start: int, end: int) -> Iterator[bytes]:
         yield content
 
 
-def sizes_of(urls: Iterable[str]) -> dict[str, int | None]:
+def sizes_of(urls: Iterable[str], redirects: Redirects = "origin") -> dict[str, int | None]:
     """The size in bytes of each file, None where there is none.
 
     Raises:
@@ -96,31 +113,31 @@ def sizes_of(urls: Iterable[str]) -> dict[str, int | None]:
     """
     urls = list(dict.fromkeys(urls))
     # HTTP has no listings, and elsewhere one is worth a thousand questions.
-    folders = sorted({posixpath.dirname(url) for url in urls if not url.startswith("http")})
+    folders = sorted({posixpath.dirname(url) for url in urls if not _is_http(url)})
     with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="rtl_dist sizes") as pool:
         listed = dict(zip(folders, pool.map(_list_folder, folders), strict=True))
 
         def size(url: str) -> int | None:
             folder, name = posixpath.split(url)
             sizes = listed.get(folder)
-            return _size_or_none(url) if sizes is None else sizes.get(name)
+            return _size_or_none(url, redirects) if sizes is None else sizes.get(name)
 
         return dict(zip(urls, pool.map(size, urls), strict=True))
 
 
-def size_of(url: str) -> int:
+def size_of(url: str, redirects: Redirects = "origin") -> int:
     """Its size in bytes.
 
     Raises:
         ShardError: it is not there, or may not be read.
         RemoteError: the place cannot be reached.
     """
-    system, path = _system_of(url)
+    system, path = _system_of(url, redirects)
     return _retried(lambda: _size(system, path), url)
 
 
-def _size_or_none(url: str) -> int | None:
-    system, path = _system_of(url)
+def _size_or_none(url: str, redirects: Redirects) -> int | None:
+    system, path = _system_of(url, redirects)
 
     def ask() -> int | None:
         try:
@@ -135,7 +152,7 @@ def _size_or_none(url: str) -> int | None:
 
 def _list_folder(folder: str) -> dict[str, int] | None:
     """The size of each file in it by name; None if it may not be listed."""
-    system, path = _system_of(folder)
+    system, path = _system_of(folder, "origin")  # no HTTP
 
     def ask() -> dict[str, int] | None:
         system.invalidate_cache()  # an earlier answer may be of before the files were mended
@@ -160,7 +177,11 @@ def _size(system: Any, path: str) -> int:
     return int(size)
 
 
-def _system_of(url: str) -> tuple[Any, str]:
+def _is_http(url: str) -> bool:
+    return url.lower().startswith(("http://", "https://"))
+
+
+def _system_of(url: str, redirects: Redirects) -> tuple[Any, str]:
     """(fsspec file system, the path in it). fsspec keeps one for each process, also after a fork.
 
     Raises:
@@ -169,9 +190,12 @@ def _system_of(url: str) -> tuple[Any, str]:
     import fsspec
 
     try:
-        # as curl does: .netrc and proxies by what the environment says
-        http = {"client_kwargs": {"trust_env": True}} if url.startswith("http") else {}
-        system, path = fsspec.core.url_to_fs(url, **http)
+        if _is_http(url):
+            from rtl_dist.data.storage.http import BoundedHTTP
+
+            system, path = BoundedHTTP(redirects=redirects, seconds=TIMEOUT_S), url
+        else:
+            system, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
         raise UserError(f"cannot read {url}: {error}; {_EXTRAS}") from error
     except ValueError as error:
@@ -186,7 +210,15 @@ def _call(system: Any, method: Callable[..., Any], *args: Any, **kwargs: Any) ->
     return method(*args, **kwargs)
 
 
-def _retried(action: Callable[[], T], url: str, attempts: int | None = None) -> T:
+def _retried(
+    action: Callable[[], T], url: str, attempts: int | None = None, slow: int | None = None
+) -> T:
+    """
+    Args:
+        attempts: how often it is tried; None: ``ATTEMPTS``.
+        slow: how often where a try took all of its time, which is not better the next time; None:
+            as often.
+    """
     wait = FIRST_WAIT_S
     attempts = attempts or ATTEMPTS
     for attempt in range(1, attempts + 1):
@@ -202,9 +234,10 @@ def _retried(action: Callable[[], T], url: str, attempts: int | None = None) -> 
                 raise ShardError(
                     f"{url} may not be read: {_reason(error)}; check the credentials"
                 ) from error
-            if attempt == attempts:
+            is_slow = isinstance(error, TimeoutError)
+            if attempt == attempts or (is_slow and slow and attempt >= slow):
                 raise RemoteError(
-                    f"cannot read {url}: {_reason(error)} ({attempts} attempts); check the URL"
+                    f"cannot read {url}: {_reason(error)} ({attempt} attempts); check the URL"
                     " and the network, then start the same command again"
                 ) from error
             if attempt > 1:  # once is nothing
@@ -226,7 +259,7 @@ def _is_missing(error: BaseException, url: str) -> bool:
     if _status(error) in (404, 410):
         return True
     # fsspec's HTTP says "not found" of any failure to learn a size
-    return isinstance(error, FileNotFoundError) and not (url.startswith("http") and error.__cause__)
+    return isinstance(error, FileNotFoundError) and not (_is_http(url) and error.__cause__)
 
 
 def _is_refused(error: BaseException) -> bool:

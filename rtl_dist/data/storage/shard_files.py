@@ -164,7 +164,7 @@ class ShardFiles:
             RemoteError: a remote place cannot be reached.
         """
         urls = [self.location(n) for n in range(len(self._shards)) if self.is_remote(n)]
-        remote_sizes = sizes_of(urls) if urls else {}
+        remote_sizes = sizes_of(urls, self._cache.redirects) if self._cache and urls else {}
         wrong = []
         for number, shard in enumerate(self._shards):
             where = self.location(number)

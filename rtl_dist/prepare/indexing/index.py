@@ -17,6 +17,7 @@ from rtl_dist.core.errors import DataError, RtlDistError, UserError
 from rtl_dist.core.processes import check_workers
 from rtl_dist.core.tasks import SINGLE_LABEL
 from rtl_dist.core.text import shown
+from rtl_dist.core.urls import Redirects
 from rtl_dist.data.format.trainable import why_untrainable
 from rtl_dist.prepare.class_names import are_numbers, class_line
 from rtl_dist.prepare.holdout import check_large_enough, check_val_fraction
@@ -110,6 +111,7 @@ def index(
     allow_missing_classes: bool = False,
     skip_decode: bool = False,
     overwrite: bool = False,
+    redirects: Redirects = "origin",
     show_progress: bool = True,
 ) -> IndexReport:
     """Describes WebDataset shards where they are, as a data set in OUT.
@@ -129,6 +131,7 @@ def index(
             split, or one class only.
         skip_decode: take it on trust that every image can be decoded.
         overwrite: replace a data set's description and index in OUT. Shards are never touched.
+        redirects: of URLs, whether they are followed to other servers, too.
         show_progress: a bar on stderr, where that is a terminal.
 
     Raises:
@@ -153,6 +156,7 @@ def index(
         decode=not skip_decode,
         workers=workers,
         description=f"indexing {out.name}",
+        redirects=redirects,
         show_progress=show_progress,
     )
     check_scans(scans)

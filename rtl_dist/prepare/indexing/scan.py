@@ -19,7 +19,7 @@ from tqdm import tqdm
 from rtl_dist.core.errors import DataError, RtlDistError, ShardError
 from rtl_dist.core.files import sha256_of
 from rtl_dist.core.processes import map_in_order, num_workers
-from rtl_dist.core.urls import is_url
+from rtl_dist.core.urls import Redirects, is_url
 from rtl_dist.data.format.split import INDEX_DTYPE
 from rtl_dist.data.format.tar_reader import Member, walk
 from rtl_dist.data.images.foreign import MAX_FILE_BYTES, suffix_of
@@ -58,6 +58,8 @@ class ScanJob:
     """Whether each image is decoded; else only its first bytes are looked at."""
     folder: Path
     """Where a remote one is put meanwhile."""
+    redirects: Redirects
+    """Of a remote one, whether they are followed to other servers, too."""
 
 
 @dataclass(kw_only=True)
@@ -97,6 +99,7 @@ def scan_shards(
     decode: bool,
     workers: int | None,
     description: str,
+    redirects: Redirects,
     show_progress: bool,
 ) -> list[ShardScan]:
     """Reads every shard, in processes, and says what is in it, in the order of ``inputs``.
@@ -105,6 +108,7 @@ def scan_shards(
         decode: whether each image is decoded.
         workers: processes; None chooses.
         description: of the bar on stderr, where that is a terminal.
+        redirects: of remote ones, whether they are followed to other servers, too.
 
     Raises:
         RtlDistError: a process was killed, or a remote place failed. UserError: a URL's scheme is
@@ -120,7 +124,11 @@ def scan_shards(
             # once there is damage nothing is published: only more of it is looked for
             sound = not any(scan.damage for scan in scans)
             yield ScanJob(
-                location=shard.location, chosen=chosen, decode=decode and sound, folder=folder
+                location=shard.location,
+                chosen=chosen,
+                decode=decode and sound,
+                folder=folder,
+                redirects=redirects,
             )
 
     with (
@@ -159,7 +167,9 @@ def scan_shard(job: ScanJob, advance: Callable[[int], Any]) -> ShardScan:
     remote = is_url(job.location)
     try:
         with (
-            local_copy(job.location, job.folder) if remote else nullcontext(Path(job.location))
+            local_copy(job.location, job.folder, job.redirects)
+            if remote
+            else nullcontext(Path(job.location))
         ) as path:
             scan.sha256 = sha256_of(path)
             _read(scan, path, job, advance)

@@ -23,7 +23,7 @@ from rtl_dist.core.errors import RtlDistError, UserError
 from rtl_dist.core.files import write_json
 from rtl_dist.core.processes import check_workers, map_in_order, num_workers
 from rtl_dist.core.tasks import MULTI_LABEL
-from rtl_dist.core.urls import is_url
+from rtl_dist.core.urls import Redirects, is_url
 from rtl_dist.data.format.dataset import Dataset, open_dataset
 from rtl_dist.data.storage.shard_files import Shards
 from rtl_dist.prepare.verifying.duplicates import Digests, Duplicates, find_duplicates
@@ -49,6 +49,7 @@ def verify_and_report(
     strict: bool = False,
     cache_dir: str | None = None,
     cache_gb: float | None = None,
+    redirects: Redirects = "origin",
     show: Callable[[str], Any],
 ) -> str:
     """The command: checks, shows the summary, writes the report, and only then complains.
@@ -63,7 +64,9 @@ def verify_and_report(
     """
     started_at = time.monotonic()
     out = _report_path(path, out)  # before hours are spent
-    found = verify(path, workers=workers, cache_dir=cache_dir, cache_gb=cache_gb)
+    found = verify(
+        path, workers=workers, cache_dir=cache_dir, cache_gb=cache_gb, redirects=redirects
+    )
     show(f"{summary_of(found)}\n\n")
     try:
         write_json(out, found.to_json())
@@ -87,6 +90,7 @@ def verify(
     workers: int | None = None,
     cache_dir: str | None = None,
     cache_gb: float | None = None,
+    redirects: Redirects = "origin",
     show_progress: bool = True,
 ) -> Verification:
     """Checks a data set, going on after whatever is wrong with it. Changes nothing.
@@ -94,7 +98,7 @@ def verify(
     Args:
         workers: processes; None takes this process's CPUs, or one where starting more costs more.
             Their number changes nothing in the result.
-        cache_dir, cache_gb: of remote data; see ``Cache``.
+        cache_dir, cache_gb, redirects: of remote data; see ``Cache``.
         show_progress: a bar on stderr, where that is a terminal.
 
     Raises:
@@ -103,7 +107,7 @@ def verify(
         RtlDistError: a worker was killed.
     """
     check_workers(workers)
-    dataset = open_dataset(path, cache_dir=cache_dir, cache_gb=cache_gb)
+    dataset = open_dataset(path, cache_dir=cache_dir, cache_gb=cache_gb, redirects=redirects)
     damage = DamageList()
     splits = {name: check_split(dataset, name, damage) for name in dataset.split_names}
     num_samples = {name: split.num_rows for name, split in splits.items()}
