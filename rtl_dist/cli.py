@@ -65,7 +65,11 @@ def _unknown(command: str) -> str:
 
 def script() -> NoReturn:
     """The program ``rtl-dist``."""
-    code = main()
+    try:
+        code = main()
+    except KeyboardInterrupt:  # as the command's own file was read
+        sys.stderr.write("rtl-dist: interrupted; start the same command again\n")
+        sys.exit(75)
 
     from rtl_dist.commands.running import leave
 

@@ -7,15 +7,22 @@ import gc
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
 from rtl_dist.core.errors import RtlDistError, StopRequested
 from rtl_dist.distributed.stopping import STOP_SIGNALS
 
 _OUR_FAULT = 1
+
+
+class _Interrupted(BaseException):
+    """A request to stop. Not a KeyboardInterrupt: one that passes through an ``exec``, as of a
+    dataclass that is being made, has Python end by SIGINT whatever ``sys.exit`` says then."""
 
 
 @contextmanager
@@ -47,8 +54,10 @@ def leave(code: int) -> NoReturn:
 
 def run_command(command: Callable[[], str | None], *, debug: bool) -> int:
     """Runs a command and returns its exit code; its result, or the error, is its last line."""
+    asked_to_stop: list[int] = []
     try:
-        result = command()
+        with _interrupted_by_requests(asked_to_stop):
+            result = command()
     except RtlDistError as error:
         if debug:
             traceback.print_exc()
@@ -56,13 +65,42 @@ def run_command(command: Callable[[], str | None], *, debug: bool) -> int:
         if not (isinstance(error, StopRequested) and is_one_of_many):
             sys.stderr.write(f"rtl-dist: {error}\n")
         return error.exit_code
-    except KeyboardInterrupt:
-        sys.stderr.write("rtl-dist: interrupted; start the same command again\n")
-        return StopRequested.exit_code
+    except (KeyboardInterrupt, _Interrupted):
+        return _say_interrupted()
     except Exception:  # noqa: BLE001 - the one place where our own faults end
+        if asked_to_stop and not debug:  # a library made another error of the interrupt
+            return _say_interrupted()
         traceback.print_exc()
         sys.stderr.write("rtl-dist: this is a fault of rtl_dist itself; please report it\n")
         return _OUR_FAULT
     if result:
         sys.stdout.write(f"{result}\n")
     return 0
+
+
+@contextmanager
+def _interrupted_by_requests(asked: list[int]) -> Iterator[None]:
+    """Within the block a signal that asks to stop interrupts the command, as Ctrl-C does, and is
+    noted. A command that saves itself first listens by itself (``StopRequests``)."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        raise _Interrupted
+
+    usual = (signal.SIG_DFL, signal.default_int_handler)
+    old = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    mine = [number for number, handler in old.items() if handler in usual]
+    if threading.current_thread() is not threading.main_thread():
+        mine = []  # signals are the main thread's alone
+    for number in mine:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in mine:
+            signal.signal(number, old[number])
+
+
+def _say_interrupted() -> int:
+    sys.stderr.write("rtl-dist: interrupted; start the same command again\n")
+    return StopRequested.exit_code

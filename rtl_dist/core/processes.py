@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from functools import partial
 from itertools import islice
-from multiprocessing import connection
+from multiprocessing import connection, forkserver, resource_tracker
 from typing import Any, TypeVar
 
 from rtl_dist.core.errors import UserError
@@ -68,6 +68,7 @@ def map_in_order(
     if method == "forkserver":
         function = work.func if isinstance(work, partial) else work
         context.set_forkserver_preload([function.__module__])
+        _start_forkserver(context)
     done = context.Value("q", 0)
     stop = context.RawValue("b", 0)  # without a lock, which an interrupt could leave held
     reported = 0
@@ -89,6 +90,21 @@ def map_in_order(
                 result = running.popleft().result()
                 running.extend(pool.submit(_work, job) for job in islice(waiting, 1))
                 yield result
+
+
+def _start_forkserver(context: Any) -> None:
+    """Its children, the workers, are deaf to Ctrl-C from their first moment, as it is. Returns once
+    it has imported what they need, which takes seconds: whoever interrupts it meanwhile leaves no
+    worker behind that is half begun."""
+    resource_tracker.ensure_running()  # else it would be started within, and unblock it
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    first = context.Process(target=int, daemon=True)
+    first.start()
+    first.join()
 
 
 @contextlib.contextmanager
