@@ -41,19 +41,26 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (place, line) in COMMANDS.items():
-        command = commands.add_parser(name, help=line)
-        if name == chosen:
-            module = importlib.import_module(place)
-            module.add_arguments(command)
-            command.set_defaults(run=module.run)
-    if chosen is not None and chosen == words[0] and chosen not in COMMANDS:
-        parser.error(_unknown(chosen))
-    arguments = parser.parse_args(words)
+    for name, (_, line) in COMMANDS.items():
+        commands.add_parser(name, help=line)
+    if chosen is None or chosen != words[0]:
+        parser.parse_args(words)  # help, the version, or an error
+    if chosen not in COMMANDS:
+        parser.error(_unknown(str(chosen)))
+    return _run(chosen, words[1:])
+
+
+def _run(command: str, words: list[str]) -> int:
+    from rtl_dist.commands.common import parse
+
+    module = importlib.import_module(COMMANDS[command][0])
+    parser = argparse.ArgumentParser(prog=f"rtl-dist {command}")
+    module.add_arguments(parser)
+    arguments = parse(parser, words)
 
     from rtl_dist.commands.running import run_command  # --help needs nothing of it
 
-    return run_command(lambda: arguments.run(arguments), debug=arguments.debug)
+    return run_command(lambda: module.run(arguments), debug=arguments.debug)
 
 
 def _unknown(command: str) -> str:

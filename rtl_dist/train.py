@@ -16,7 +16,7 @@ if sys.path and os.path.realpath(sys.path[0] or ".") == os.path.dirname(os.path.
     # others of the same name; the project's root belongs there instead.
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 
-from rtl_dist.commands.common import add_config
+from rtl_dist.commands.common import add_config, parse
 from rtl_dist.commands.running import first_imports, leave, run_command
 from rtl_dist.config import Config, load_config
 from rtl_dist.core.lock import require_unlocked
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="train.py", description="Train a classifier: one process or many, the same recipe."
     )
     add_config(parser)
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = parse(parser, argv)
     return run_command(
         lambda: train(load_config(arguments.config, arguments.overrides)), debug=arguments.debug
     )

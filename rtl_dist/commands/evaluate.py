@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from rtl_dist.commands.common import add_cache, add_debug, add_out, add_workers
+from rtl_dist.commands.common import add_cache, add_debug, add_out, add_workers, place
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,8 +13,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " report.html in OUT. Several processes (torchrun -m rtl_dist evaluate ...) give the same"
         " figures."
     )
-    parser.add_argument("model", help="a run folder (its best weights), checkpoint or model folder")
-    parser.add_argument("--data", required=True, help="folder or URL of a data set")
+    parser.add_argument(
+        "model", type=place, help="a run folder (its best weights), checkpoint or model folder"
+    )
+    parser.add_argument("--data", required=True, type=place, help="folder or URL of a data set")
     parser.add_argument("--split", help="default: test where there is one, else val")
     add_out(parser, "default: MODEL/evaluation/SPLIT")
     add_workers(parser, "loader processes")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from rtl_dist.commands.common import (
     add_allow_missing_classes,
@@ -12,6 +11,8 @@ from rtl_dist.commands.common import (
     add_redirects,
     add_val_fraction,
     add_workers,
+    path,
+    place,
 )
 
 
@@ -20,11 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "shards",
         nargs="+",
+        type=place,
         metavar="SHARDS",
         help="tars, folders of them, patterns such as 'shards/train-{000..099}.tar', URLs; split by"
         " their names, or said: train=PATTERN val=PATTERN",
     )
-    parser.add_argument("out", type=Path, help="folder of the data set to make, or the shards' own")
+    parser.add_argument("out", type=path, help="folder of the data set to make, or the shards' own")
     parser.add_argument(
         "--image", metavar="EXT", help="the image member, where samples have several: jpg, left.png"
     )
@@ -36,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--classes",
+        type=place,
         metavar="FILE|A,B,...",
         help="the order of the class names, or the names of the class numbers; a file has one a"
         " line",

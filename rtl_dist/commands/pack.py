@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from rtl_dist.commands.common import (
     add_allow_missing_classes,
@@ -11,6 +10,8 @@ from rtl_dist.commands.common import (
     add_overwrite,
     add_val_fraction,
     add_workers,
+    path,
+    place,
 )
 
 
@@ -18,11 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Packs labelled images into shuffled WebDataset shards with an index."
     parser.add_argument(
         "source",
+        type=place,
         help="a folder of class folders (with or without train/ val/ test/), a CSV or a folder of"
         " train.csv, val.csv, ... ('file' and one label column, or 0/1 columns), 'digits', or"
         " torchvision:NAME",
     )
-    parser.add_argument("out", type=Path, help="folder of the data set to make")
+    parser.add_argument("out", type=path, help="folder of the data set to make")
     add_val_fraction(parser)
     parser.add_argument("--shard-size", type=int, default=1000, metavar="N", help="images a shard")
     parser.add_argument(

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from rtl_dist.commands.common import add_debug
+from rtl_dist.commands.common import add_debug, path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Draws plots/ and report.html of a run from its files, evaluations included."
     )
-    parser.add_argument("run_folder", metavar="RUN", type=Path, help="a run folder (run.dir)")
+    parser.add_argument("run_folder", metavar="RUN", type=path, help="a run folder (run.dir)")
     add_debug(parser)
 
 

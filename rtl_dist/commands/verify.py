@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from rtl_dist.commands.common import add_cache, add_debug, add_out, add_workers
+from rtl_dist.commands.common import add_cache, add_debug, add_out, add_workers, place
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " sizes: a summary, and verify.json. Changes nothing in the data set. Exit code 0: sound,"
         " 3: damaged."
     )
-    parser.add_argument("dataset", help="folder or URL of a packed or indexed data set")
+    parser.add_argument("dataset", type=place, help="folder or URL of a packed or indexed data set")
     add_out(parser, "the report (default: DATASET/verify.json)", metavar="FILE")
     add_workers(parser)
     parser.add_argument(

@@ -37,7 +37,8 @@ class DataConfig:
     val: str = "val"
     """Split to choose the best weights by."""
     test: str | None = "test"
-    """Split evaluated once, at the end, with the best weights. Skipped when the data has none."""
+    """Split evaluated once, at the end, with the best weights. Where the data has none called test,
+    that is skipped; one of another name must be there."""
     image_size: int = 224
     """Side of the square the model sees, in pixels."""
     crop_pct: float = 0.875

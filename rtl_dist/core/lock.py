@@ -74,6 +74,11 @@ class RunLock:
         # a loader worker must not hold the lock on when this process was killed
         os.register_at_fork(after_in_child=self.release)
 
+    def remove(self) -> None:
+        """Removes the file of a lock that this process has, of a folder that becomes none."""
+        if self._file is not None:
+            self._path.unlink(missing_ok=True)
+
     def release(self) -> None:
         if self._file is not None:
             self._file.close()

@@ -31,7 +31,7 @@ from rtl_dist.distributed.heartbeat import Heartbeat
 
 LOG = logging.getLogger("rtl_dist")
 
-_FOLDER = "heartbeats"
+HEARTBEATS = "heartbeats"
 _ENDED = "ended"  # the phase of a rank that is done, in order or not: nobody waits for it
 # Shares of the time-out. The files are read once this rank itself has been idle for the first; a
 # rank whose ticks have stood still for the second counts as dead. Together they are below 1, so a
@@ -58,7 +58,7 @@ def clear_heartbeats(run: Path) -> None:
     Args:
         run: the run folder.
     """
-    for path in (run / _FOLDER).glob("rank-[0-9]*.json"):
+    for path in (run / HEARTBEATS).glob("rank-[0-9]*.json"):
         path.unlink(missing_ok=True)
 
 
@@ -74,7 +74,7 @@ class Watch:
             heartbeat: what this rank's main thread is doing.
             timeout_s: the job ends if nothing goes on for so long (``run.timeout``, s).
         """
-        self._folder, self._heartbeat = run / _FOLDER, heartbeat
+        self._folder, self._heartbeat = run / HEARTBEATS, heartbeat
         self._rank, self._world_size, self._timeout_s = rank, world_size, timeout_s
         self._interval_s = min(timeout_s / 10, max(1.0, world_size / _WRITES_A_SECOND))
         # Two, in case one is the rank that stands still; not all, so that thousands of ranks do not

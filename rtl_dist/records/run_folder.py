@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,12 +10,12 @@ from datetime import timedelta
 from pathlib import Path
 
 from rtl_dist.config import RunConfig
-from rtl_dist.core.errors import UserError
+from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.core.files import clear_left_over, read_object
 from rtl_dist.core.lock import LOCK_NAME, RunLock, was_locked
 from rtl_dist.core.text import and_more
 from rtl_dist.distributed.runtime import Runtime
-from rtl_dist.distributed.watch import Watch, clear_heartbeats
+from rtl_dist.distributed.watch import HEARTBEATS, Watch, clear_heartbeats
 from rtl_dist.model.folder import DESCRIPTION, WEIGHTS
 from rtl_dist.records.checkpoint import (
     clear_unfinished,
@@ -40,6 +41,7 @@ def owned_run_folder(config: RunConfig, runtime: Runtime) -> Iterator[Path]:
     """
     run = Path(config.dir)
     lock = RunLock(run)
+    made = [folder for folder in (run, *run.parents) if not folder.exists()]
     try:
         runtime.from_main(lambda: _claim(run, lock, config.resume))
         with Watch(
@@ -50,6 +52,10 @@ def owned_run_folder(config: RunConfig, runtime: Runtime) -> Iterator[Path]:
             timeout_s=config.timeout.seconds,
         ):
             yield run
+    except (UserError, DataError):
+        if runtime.is_main:
+            _leave_nothing(lock, made)
+        raise
     finally:
         lock.release()
 
@@ -79,6 +85,19 @@ def _claim(run: Path, lock: RunLock, resume: str) -> None:
     clear_left_over(run, _WRITTEN)
     clear_left_over(run / "best", (WEIGHTS, DESCRIPTION))
     clear_unfinished(run)
+
+
+def _leave_nothing(lock: RunLock, made: list[Path]) -> None:
+    """Removes the run folder of a start that was refused, and those above it that it made, unless
+    more is there than what every start begins with."""
+    if made and {entry.name for entry in os.scandir(made[0])} <= {LOCK_NAME, HEARTBEATS}:
+        clear_heartbeats(made[0])
+        with contextlib.suppress(OSError):  # another rank's last sign of life
+            (made[0] / HEARTBEATS).rmdir()
+        with contextlib.suppress(OSError):
+            lock.remove()
+            for folder in made:
+                folder.rmdir()
 
 
 def _refuse_what_is_no_run(run: Path) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 
-from rtl_dist.config import Config, ResolvedStage
+from rtl_dist.config import Config, DataConfig, ResolvedStage
 from rtl_dist.config.resolved_stage import resolve_stages
 from rtl_dist.core.errors import DataError, UserError
+from rtl_dist.core.urls import is_url
 from rtl_dist.data.format.dataset import DESCRIPTION, Dataset, check_split, open_dataset
 from rtl_dist.data.format.split import Split
 from rtl_dist.data.format.trainable import why_untrainable
@@ -37,6 +40,7 @@ from rtl_dist.training.run import Run
 
 LOG = logging.getLogger("rtl_dist")
 _FEW_SAMPLES = 100
+_LOOKED_AT = 1000  # names, where a data set should be
 
 
 def open_data(config: Config, runtime: Runtime) -> Dataset:
@@ -49,7 +53,10 @@ def open_data(config: Config, runtime: Runtime) -> Dataset:
 
     def pack_if_missing() -> None:
         root = Path(config.data.path)
-        if config.data.source is None or (root / DESCRIPTION).exists():
+        if is_url(config.data.path) or (root / DESCRIPTION).exists():
+            return
+        if config.data.source is None:
+            _refuse_what_is_to_be_packed(root)
             return
         from rtl_dist.prepare.packing.pack import pack
 
@@ -69,6 +76,22 @@ def open_data(config: Config, runtime: Runtime) -> Dataset:
                 cache_gb=data.cache_gb,
                 redirects=data.redirects,
             )
+        )
+
+
+def _refuse_what_is_to_be_packed(root: Path) -> None:
+    """
+    Raises:
+        DataError: there are images, or a table of them, where a data set should be.
+    """
+    from rtl_dist.prepare.sources.items import IMAGE_SUFFIXES
+
+    below = (path for depth in ("*", "*/*", "*/*/*") for path in root.glob(depth))
+    first = itertools.islice(below, _LOOKED_AT)
+    if root.is_file() or any(path.suffix.lower() in IMAGE_SUFFIXES for path in first):
+        raise DataError(
+            f"data.path: {root} is no data set yet but what one is packed of; set data.source to it"
+            " and data.path to a new folder"
         )
 
 
@@ -128,6 +151,8 @@ def _open_splits(config: Config, runtime: Runtime, dataset: Dataset) -> tuple[Sp
         train, val = runtime.on_every_rank(
             lambda: (dataset.split(config.data.train), dataset.split(config.data.val))
         )
+        if config.data.test not in (None, DataConfig.test):  # the default one may be missing
+            runtime.on_every_rank(lambda: dataset.split(cast(str, config.data.test)))
         _check_classes(dataset, config.data.train, train.class_counts)
         for split in (train, val):
             runtime.from_main(functools.partial(check_split, dataset, split))

@@ -111,3 +111,73 @@ def test_what_stands_before_a_command_is_for_the_program(capsys):
         main(["--debug", "report", "runs/x"])
     assert ended.value.code == 2
     assert "unrecognized arguments: --debug" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "--confg", "x"], "train: error: no option --confg; did you mean --config?"),
+        (
+            ["train", "--config", "c", "--seed", "1"],
+            "no option --seed; a key of the config is given as seed=VALUE",
+        ),
+        (
+            ["train", "--lr=1e-3"],
+            "no option --lr; a key of the config is given as stages.NAME.lr=VALUE",
+        ),
+        (
+            ["train", "--batch-size", "8"],
+            "no option --batch-size; a key of the config is given as batch.global=VALUE",
+        ),
+        (
+            ["train", "-lr", "1"],
+            "no option -lr; a key of the config is given as stages.NAME.lr=VALUE",
+        ),
+        (
+            ["find-lr", "--optim.name", "sgd"],
+            "no option --optim.name; a key of the config is given as optim.name=VALUE",
+        ),
+        (["train", "--config", "a", "--config", "b"], "train: error: --config is given twice"),
+        (
+            ["pack", "a", "--val-fractoin", "0.1", "b"],
+            "no option --val-fractoin; did you mean --val-fraction?",
+        ),
+        (["index", "a", "b", "--clases", "c"], "no option --clases; did you mean --classes?"),
+        (["evaluate", "--xyz", "r"], "no option --xyz; there are -h, --help, --data, "),
+        (
+            ["train", "--config=~nobody-here/x"],
+            "argument --config: there is no home folder of a user 'nobody-here'",
+        ),
+    ],
+)
+def test_the_option_at_fault_is_told_not_one_that_it_hid(words, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_options_and_overrides_come_in_any_order_and_options_may_be_cut(capsys):
+    assert main(["train", "seed=1", "--conf", "none.yaml", "sed=2", "--debug"]) == 2
+    assert "no config file none.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["report", "~/r"], 2, "{home}/r/metrics.jsonl is missing"),
+        (["verify", "~/d"], 3, "no data set at {home}/d"),
+        (["evaluate", "~/m", "--data=~/d"], 2, "{home}/m is not a model"),
+        (["pack", "~/s", "~/out"], 2, "no source at {home}/s"),
+        (["index", "train=~/s.tar", "~/out"], 2, "no such shard: {home}/s.tar"),
+        (["train", "--config=~/c.yaml"], 2, "no config file {home}/c.yaml"),
+    ],
+)
+def test_a_tilde_is_the_home_folder_and_a_wrong_path_is_named(
+    words, code, said, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("HOME", str(tmp_path / "ada"))
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == code
+    assert said.format(home=tmp_path / "ada") in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -92,7 +92,7 @@ def test_patterns(here):
 @pytest.mark.parametrize(
     ("inputs", "error", "says"),
     [
-        (["s/0.tar", "nowhere-{0..9}.tar"], DataError, "no such shard: nowhere-0.tar, nowhere-1.t"),
+        (["s/0.tar", "nowhere-{0..9}.tar"], UserError, "no such shard: nowhere-0.tar, nowhere-1.t"),
         (["s/0.tar", "./s/0.tar"], UserError, "./s/0.tar is given twice: name each"),
         (["s", "val=s/0.tar"], UserError, "s/0.tar is given twice, as train and as val"),
         (["empty"], UserError, "empty holds no .tar file"),

@@ -38,13 +38,13 @@ def find_shards(inputs: Sequence[str]) -> list[InputShard]:
         inputs: files, folders, brace or ``*`` patterns, URLs; each may be ``SPLIT=`` one of these.
 
     Raises:
-        UserError: an input is refused, or means no shard, or the same one twice.
-        DataError: files are missing, or compressed.
+        UserError: an input is refused or missing, or means no shard, or the same one twice.
+        DataError: files are compressed.
     """
     shards = [shard for text in inputs for shard in _shards_of(text)]
     missing = [s.location for s in shards if not is_url(s.location) and not _is_file(s.location)]
     if missing:
-        raise DataError(f"no such shard: {shorten(missing)}; correct the path or the pattern")
+        raise UserError(f"no such shard: {shorten(missing)}; correct the path or the pattern")
     compressed = [s.location for s in shards if s.location.lower().endswith(_COMPRESSED)]
     if compressed:
         raise DataError(
