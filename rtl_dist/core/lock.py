@@ -17,7 +17,8 @@ from rtl_dist.core.regular_files import open_regular, regular_descriptor
 
 LOG = logging.getLogger("rtl_dist")
 LOCK_NAME = ".lock"
-_OWNER = re.compile(rb"process \d+ on ")
+_OWNER = re.compile(r"process \d+ on ")
+_MOST_BYTES = 1000
 _WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)
 _PATIENCE_S = 2.0  # with an owner that is just ending, and with others that only look
 _POLL_S = 0.1
@@ -47,6 +48,7 @@ class RunLock:
     def __init__(self, run: Path) -> None:
         self._path = run / LOCK_NAME
         self._file: IO[bytes] | None = None
+        self.owner = ""  # what the file says, once it was acquired
 
     def acquire(self) -> None:
         """Returns without the lock, and warns, on a disk that has none.
@@ -67,9 +69,10 @@ class RunLock:
             file.close()
             raise
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        owner = f"process {os.getpid()} on {socket.gethostname()} since {since}".encode()
-        file.write(owner)  # over what was there: it says at every moment that the folder is a run's
-        file.truncate(len(owner))
+        self.owner = f"process {os.getpid()} on {socket.gethostname()} since {since}"
+        content = self.owner.encode()
+        file.write(content)  # over what was there: it says at all times that the folder is a run's
+        file.truncate(len(content))
         self._file = file
         # a loader worker must not hold the lock on when this process was killed
         os.register_at_fork(after_in_child=self.release)
@@ -85,13 +88,14 @@ class RunLock:
             self._file = None
 
 
-def was_locked(run: Path) -> bool:
-    """Whether a job has ever locked the folder: then it is a run's."""
+def owner_of(run: Path) -> str:
+    """Who has or last had the lock of a run folder; empty where nobody ever had."""
     try:
         with open_regular(run / LOCK_NAME) as file:
-            return _OWNER.match(file.read(100)) is not None
+            owner = file.read(_MOST_BYTES).decode("utf-8", "replace")
     except OSError:
-        return False
+        return ""
+    return owner if _OWNER.match(owner) else ""
 
 
 def require_unlocked(run: Path) -> None:
@@ -111,7 +115,7 @@ def _take(file: IO[bytes], run: Path) -> None:
     if try_lock(file, patience_s=_PATIENCE_S):
         return
     file.seek(0)
-    owner = file.read(300).decode("utf-8", "replace").strip() or "another job"
+    owner = file.read(_MOST_BYTES).decode("utf-8", "replace").strip() or "another job"
     raise UserError(
         f"the run folder {run} is in use by {owner}; wait for it, or choose another run.dir"
     )

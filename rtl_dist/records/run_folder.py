@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,7 +14,7 @@ from pathlib import Path
 from rtl_dist.config import RunConfig
 from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.core.files import clear_left_over, read_object
-from rtl_dist.core.lock import LOCK_NAME, RunLock, was_locked
+from rtl_dist.core.lock import LOCK_NAME, RunLock, owner_of
 from rtl_dist.core.text import and_more
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.distributed.watch import HEARTBEATS, Watch, clear_heartbeats
@@ -28,6 +30,7 @@ _WRITTEN = ("config.yaml", "environment.json", "results.json", "report.html")
 _LOGS = (".log", ".out", ".err", ".txt")
 _OF_SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini", ".gitignore", ".gitkeep")
 
+PATIENCE_S = 60.0  # with disks on which a new file is not seen everywhere at once
 WATCHED = timedelta(days=1)  # patience with ranks, where ``run.timeout`` ends what does not go on
 
 
@@ -44,6 +47,7 @@ def owned_run_folder(config: RunConfig, runtime: Runtime) -> Iterator[Path]:
     made = [folder for folder in (run, *run.parents) if not folder.exists()]
     try:
         runtime.from_main(lambda: _claim(run, lock, config.resume))
+        _require_one_folder(run, lock, runtime)
         with Watch(
             run,
             runtime.heartbeat,
@@ -58,6 +62,26 @@ def owned_run_folder(config: RunConfig, runtime: Runtime) -> Iterator[Path]:
         raise
     finally:
         lock.release()
+
+
+def _require_one_folder(run: Path, lock: RunLock, runtime: Runtime) -> None:
+    """Fails now where a rank would find nothing of what rank 0 writes at the end of the training.
+
+    Raises:
+        UserError: on every rank, if not all of them see the same folder.
+    """
+    owner, where = runtime.from_main(lambda: (lock.owner, str(run.absolute())))
+    until = time.monotonic() + PATIENCE_S
+    while (is_seen := owner_of(run) == owner) is False and time.monotonic() < until:
+        time.sleep(min(1.0, PATIENCE_S))
+    hosts = runtime.gather((socket.gethostname(), is_seen))
+    blind = sorted({host for host, sees in hosts if not sees})
+    if blind:
+        raise UserError(
+            f"run.dir: {', '.join(blind[:3])}{and_more(len(blind) - 3)} cannot see what rank 0 on"
+            f" {hosts[0][0]} writes into {where}: set run.dir to a folder on a disk that"
+            " all nodes share"
+        )
 
 
 def _claim(run: Path, lock: RunLock, resume: str) -> None:
@@ -120,7 +144,9 @@ def _is_run(run: Path) -> bool:
     """Whether a start of ours was there; copies may lack the lock, old runs of a few steps all
     else."""
     return (
-        was_locked(run) or "rtl_dist" in read_object(run / "environment.json") or has_manifest(run)
+        owner_of(run) != ""
+        or "rtl_dist" in read_object(run / "environment.json")
+        or has_manifest(run)
     )
 
 
