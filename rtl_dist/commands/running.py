@@ -15,6 +15,7 @@ from types import FrameType
 from typing import NoReturn
 
 from rtl_dist.core.errors import RtlDistError, StopRequested
+from rtl_dist.core.open_files import is_too_many, raise_limit, too_many_open
 from rtl_dist.distributed.stopping import STOP_SIGNALS
 
 _OUR_FAULT = 1
@@ -55,6 +56,7 @@ def leave(code: int) -> NoReturn:
 def run_command(command: Callable[[], str | None], *, debug: bool) -> int:
     """Runs a command and returns its exit code; its result, or the error, is its last line."""
     asked_to_stop: list[int] = []
+    raise_limit()
     try:
         with _interrupted_by_requests(asked_to_stop):
             result = command()
@@ -67,9 +69,14 @@ def run_command(command: Callable[[], str | None], *, debug: bool) -> int:
         return error.exit_code
     except (KeyboardInterrupt, _Interrupted):
         return _say_interrupted()
-    except Exception:  # noqa: BLE001 - the one place where our own faults end
+    except Exception as error:  # noqa: BLE001 - the one place where our own faults end
         if asked_to_stop and not debug:  # a library made another error of the interrupt
             return _say_interrupted()
+        if is_too_many(error) and not debug:
+            where = getattr(error, "filename", None) or "another file"
+            sys.stderr.write(f"rtl-dist: {too_many_open(where)}
+")
+            return RtlDistError.exit_code
         traceback.print_exc()
         sys.stderr.write("rtl-dist: this is a fault of rtl_dist itself; please report it\n")
         return _OUR_FAULT

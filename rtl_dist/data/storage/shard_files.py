@@ -16,12 +16,14 @@ from typing import Any, overload
 import numpy as np
 
 from rtl_dist.core.errors import DataError, ShardError, UserError
+from rtl_dist.core.open_files import is_too_many, share_of_limit, too_many_open
 from rtl_dist.core.text import and_more, readable_size
 from rtl_dist.core.urls import is_url, join_url
 from rtl_dist.data.storage.cache import Cache, RemoteFile
 from rtl_dist.data.storage.remote import sizes_of
 
 _MOST_OPEN_FILES = 256
+_PARTS_OF_LIMIT = 8  # there are several splits, and all else that a process opens
 _FETCHES_AT_ONCE = 8
 
 
@@ -132,6 +134,8 @@ class ShardFiles:
         try:
             return os.pread(self._descriptor(number), size, offset)
         except OSError as error:
+            if is_too_many(error):  # which says nothing of the data
+                raise too_many_open(self.location(number)) from error
             raise ShardError(
                 f"cannot read {self.location(number)}: {error.strerror}; is the file there?"
             ) from error
@@ -223,9 +227,16 @@ class ShardFiles:
     def _descriptor(self, number: int) -> int:
         descriptor = self._open.pop(number, None)
         if descriptor is None:
-            if len(self._open) >= _MOST_OPEN_FILES:
+            most = share_of_limit(_PARTS_OF_LIMIT, most=_MOST_OPEN_FILES)
+            while len(self._open) >= most:
                 os.close(self._open.pop(next(iter(self._open))))
-            descriptor = os.open(self.location(number), os.O_RDONLY)
+            try:
+                descriptor = os.open(self.location(number), os.O_RDONLY)
+            except OSError as error:
+                if not is_too_many(error) or not self._open:
+                    raise
+                self.close()  # something else needs many
+                descriptor = os.open(self.location(number), os.O_RDONLY)
         self._open[number] = descriptor  # last: most recently used
         return descriptor
 
