@@ -74,8 +74,7 @@ def run_command(command: Callable[[], str | None], *, debug: bool) -> int:
             return _say_interrupted()
         if is_too_many(error) and not debug:
             where = getattr(error, "filename", None) or "another file"
-            sys.stderr.write(f"rtl-dist: {too_many_open(where)}
-")
+            sys.stderr.write(f"rtl-dist: {too_many_open(where)}\n")
             return RtlDistError.exit_code
         traceback.print_exc()
         sys.stderr.write("rtl-dist: this is a fault of rtl_dist itself; please report it\n")
