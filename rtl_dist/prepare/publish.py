@@ -147,6 +147,14 @@ def left_out_lines(left_out: Sequence[str], out: Path) -> list[str]:
     return [*lines, more + where] if more else lines
 
 
+def doubt_lines(doubtful: Sequence[str], out: Path) -> list[str]:
+    """What a command says of images that it took with a doubt: the first few, and who names all."""
+    lines = [f"doubtful: {one}" for one in doubtful[:_LEFT_OUT_SHOWN]]
+    named = f"rtl-dist verify {out} names them"
+    more = and_more(len(doubtful) - _LEFT_OUT_SHOWN, "doubtful: {:,} more, ")
+    return [*lines, more + named] if more else lines
+
+
 def _write(out: Path, name: str, content: bytes) -> None:
     with publishing(out, out / name) as file:
         file.write(content)

@@ -11,7 +11,7 @@ _DARK_16_BIT = 64
 def doubt_of(image: Decoded) -> str:
     """What speaks against its pixels, to be put behind the file's name; empty if nothing does."""
     if image.warning:
-        return f"is damaged; what its decoder makes of it is not the whole picture: {image.warning}"
+        return f"may have lost a part of its picture: its decoder says {image.warning!r}"
     low, high = (int(value) for value in image.pixels.aminmax())
     if image.header.depth == 16 and 0 < high < _DARK_16_BIT:
         bits = 8 + high.bit_length()

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import BinaryIO
 
 _STDERR = 2
 _MOST_BYTES = 1 << 16
@@ -34,7 +33,7 @@ def heard() -> Iterator[Words]:
         yield words
         return
     try:
-        file = _file(os.getpid()).fileno()
+        file = _file(os.getpid())
         os.dup2(file, _STDERR)
         try:
             yield words
@@ -54,6 +53,7 @@ def _taken(file: int) -> str:
 
 
 @lru_cache(maxsize=1)
-def _file(pid: int) -> BinaryIO:
-    """One a process: a fork would share its place in it."""
-    return tempfile.TemporaryFile(buffering=0)
+def _file(pid: int) -> int:
+    """One a process, open to its end: a fork would share its place in it."""
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())

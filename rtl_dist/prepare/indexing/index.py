@@ -37,7 +37,7 @@ from rtl_dist.prepare.indexing.merge import (
 from rtl_dist.prepare.indexing.publish import check_place, describe_splits, publish
 from rtl_dist.prepare.indexing.samples import IMAGE_KINDS
 from rtl_dist.prepare.indexing.scan import Chosen, scan_shards
-from rtl_dist.prepare.publish import left_out_lines
+from rtl_dist.prepare.publish import doubt_lines, left_out_lines
 from rtl_dist.prepare.splits import SPLIT_ORDER, TRAIN, VAL, check_classes_in_splits
 
 
@@ -59,6 +59,8 @@ class IndexReport:
     """Samples of each class, by split."""
     left_out: tuple[LeftOutSample, ...]
     """By split, in the order of the shards."""
+    doubtful: tuple[str, ...]
+    """Images that may not be decoded to what they show, each with the reason."""
     notes: tuple[str, ...]
     """What was guessed: a line each."""
     fingerprint: str
@@ -69,7 +71,7 @@ class IndexReport:
     def __str__(self) -> str:
         """What the command says: what was indexed, what was left out, and what to type next."""
         left_out = [f"{one.key} in {one.shard} ({one.reason})" for one in self.left_out]
-        lines = left_out_lines(left_out, self.out)
+        lines = left_out_lines(left_out, self.out) + doubt_lines(self.doubtful, self.out)
         if len(self.left_out) > sum(self.num_samples.values()):
             lines.append("MOST SAMPLES WERE LEFT OUT: look at the reasons above")
         lines += self.notes
@@ -187,6 +189,9 @@ def index(
         num_samples={name: entry["num_samples"] for name, entry in entries.items()},
         class_counts={name: tuple(entry["class_counts"]) for name, entry in entries.items()},
         left_out=tuple(left_out),
+        doubtful=tuple(
+            f"{key} in {scan.location} {why}" for scan in scans for key, why in scan.doubtful
+        ),
         notes=found.notes,
         fingerprint=fingerprint,
         seconds=time.monotonic() - started_at,

@@ -86,6 +86,8 @@ class ShardScan:
     """The JSON field of its label; None: no JSON, or all of it."""
     left_out: list[tuple[str, str]] = field(default_factory=list)
     """(key, reason) of what is in no row."""
+    doubtful: list[tuple[str, str]] = field(default_factory=list)
+    """(key, ``doubt_of``) of images that are in a row with a doubt."""
     damage: str = ""
     """Empty if the tar is whole, else a sentence."""
     choice: tuple[str, str, tuple[str, ...]] | None = None
@@ -195,8 +197,9 @@ def _read(scan: ShardScan, path: Path, job: ScanJob, advance: Callable[[int], An
                 content = _content(file.fileno(), sample, label, MAX_LABEL_BYTES)
                 value, json_field = read_label(content, label, job.chosen.field)
                 content = _content(file.fileno(), sample, image, MAX_FILE_BYTES)
+                doubt = ""
                 if job.decode:
-                    checked_image(content, None)
+                    doubt = checked_image(content, None).doubt
                 else:
                     suffix_of(content[:16])
             except ChoiceNeededError as choice:
@@ -207,6 +210,8 @@ def _read(scan: ShardScan, path: Path, job: ScanJob, advance: Callable[[int], An
                 member = sample.members[image]
                 rows.append((member.offset, member.size, zlib.crc32(content)))
                 scan.keys.append(sample.key)
+                if doubt:
+                    scan.doubtful.append((sample.key, doubt))
                 scan.labels.append(names.setdefault((type(value), value), value))
                 scan.images.append(names.setdefault(image, image))
                 scan.label_members.append(names.setdefault(label, label))

@@ -26,7 +26,7 @@ from rtl_dist.prepare.packing.plan import PackOptions, Plan, make_plan
 from rtl_dist.prepare.packing.publish import PackedSplit, gather_split, publish
 from rtl_dist.prepare.packing.resume import check_unfinished, claim, release
 from rtl_dist.prepare.packing.shard import write_shards
-from rtl_dist.prepare.publish import left_out_lines
+from rtl_dist.prepare.publish import doubt_lines, left_out_lines
 from rtl_dist.prepare.sources import LeftOut, is_path, open_source
 from rtl_dist.prepare.splits import TRAIN, VAL, check_classes_in_splits
 from rtl_dist.prepare.work_folder import locked
@@ -48,6 +48,8 @@ class PackReport:
     """Samples of each class, by split."""
     left_out: tuple[LeftOut, ...]
     """Images that are not in it, sorted by name."""
+    doubtful: tuple[str, ...]
+    """Images that may not be decoded to what they show, each with the reason."""
     notes: tuple[str, ...]
     """What was guessed or passed over: a line each."""
     fingerprint: str
@@ -66,6 +68,7 @@ class PackReport:
         """What is to be known of it: guesses, what was left out, the classes. A line each."""
         left_out = [f"{file.name} ({file.reason})" for file in self.left_out]
         lines = [*self.notes, *left_out_lines(left_out, self.out)]
+        lines += doubt_lines(self.doubtful, self.out)
         lines.append(class_line(self.classes, self.class_counts))
         return list(map(shown, lines))
 
@@ -168,6 +171,7 @@ def pack(
         num_samples={name: entry["num_samples"] for name, entry in entries.items()},
         class_counts={name: tuple(entry["class_counts"]) for name, entry in entries.items()},
         left_out=tuple(left_out),
+        doubtful=tuple(sorted(one for split in splits.values() for one in split.doubtful)),
         notes=tuple(plan.source.notes),
         fingerprint=fingerprint,
         shards_kept=kept,

@@ -26,6 +26,8 @@ class PackedSplit:
     """Ready to be published."""
     left_out: list[LeftOut]
     """Its images that could not be packed, in the order of the shards."""
+    doubtful: list[str]
+    """Its images that were packed with a doubt, each with the reason, in the same order."""
 
 
 def gather_split(plan: Plan, out: Path, split: str) -> PackedSplit:
@@ -67,7 +69,8 @@ def gather_split(plan: Plan, out: Path, split: str) -> PackedSplit:
         num_classes=len(plan.source.classes),
         num_left_out=len(left_out),
     )
-    return PackedSplit(indexed=indexed, left_out=left_out)
+    doubtful = [f"{name} {why}" for record in records for name, why in record.doubtful]
+    return PackedSplit(indexed=indexed, left_out=left_out, doubtful=doubtful)
 
 
 def publish(plan: Plan, out: Path, splits: dict[str, PackedSplit], left_out: list[LeftOut]) -> str:

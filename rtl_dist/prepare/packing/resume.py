@@ -37,6 +37,8 @@ class ShardRecord:
     image, in the order of the tar."""
     left_out: list[tuple[str, str]]
     """(name, reason) of each item that is not in it."""
+    doubtful: list[tuple[str, str]]
+    """(name, ``doubt_of``) of each item that is in it with a doubt."""
 
 
 def check_unfinished(out: Path) -> None:
@@ -88,7 +90,8 @@ def read_record(out: Path, path: str) -> ShardRecord:
     content = json.loads(_sidecar(out, path).read_text(encoding="utf-8"))
     rows = [tuple(row) for row in content["rows"]]
     left_out = [tuple(file) for file in content["left_out"]]
-    return ShardRecord(**{**content, "rows": rows, "left_out": left_out})
+    doubtful = [tuple(file) for file in content["doubtful"]]
+    return ShardRecord(**{**content, "rows": rows, "left_out": left_out, "doubtful": doubtful})
 
 
 def is_finished(out: Path, path: str) -> bool:

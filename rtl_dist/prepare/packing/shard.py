@@ -97,22 +97,30 @@ def write_shard(context: PackContext, shard: ShardPlan, advance: Callable[[int],
         return True
     rows: list[tuple[int, int, int, int]] = []
     left_out: list[tuple[str, str]] = []
+    doubtful: list[tuple[str, str]] = []
     with publishing(context.out, context.out / shard.path) as file:
         tar = TarWriter(file)
         for position, item in enumerate(shard.items):
             try:
-                suffix, content, _ = checked_image(_read(item, context.root), context.resize)
+                image = checked_image(_read(item, context.root), context.resize)
             except DataError as error:
                 left_out.append((item.name, str(error)))
             else:
                 key = key_of(shard.first + position, item.name)
-                offset = tar.add(f"{key}.{suffix}", content)
+                offset = tar.add(f"{key}.{image.suffix}", image.content)
                 tar.add(*_label_member(key, item, context))
-                rows.append((position, offset, len(content), zlib.crc32(content)))
+                rows.append((position, offset, len(image.content), zlib.crc32(image.content)))
+                if image.doubt:
+                    doubtful.append((item.name, image.doubt))
             advance(1)
         tar.finish()
         record = ShardRecord(
-            path=shard.path, bytes=tar.num_bytes, sha256=tar.sha256, rows=rows, left_out=left_out
+            path=shard.path,
+            bytes=tar.num_bytes,
+            sha256=tar.sha256,
+            rows=rows,
+            left_out=left_out,
+            doubtful=doubtful,
         )
         # Before the shard gets its name: then a shard without a sidecar cannot be. A sidecar
         # without its shard means nothing.

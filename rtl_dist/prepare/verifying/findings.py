@@ -68,3 +68,17 @@ class DamageList:
             self._counts[one.kind] += 1
             if len(self.listed[one.kind]) < MOST_LISTED:
                 self.listed[one.kind].append(one)
+
+
+class DoubtList:
+    """Counts a split's images that may not be decoded to what they show; keeps the first
+    ``MOST_LISTED``."""
+
+    def __init__(self) -> None:
+        self.listed: list[tuple[int, str]] = []
+        """(sample, why)"""
+        self.total = 0
+
+    def add(self, doubts: list[tuple[int, str]]) -> None:
+        self.total += len(doubts)
+        self.listed += doubts[: MOST_LISTED - len(self.listed)]

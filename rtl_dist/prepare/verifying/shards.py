@@ -18,7 +18,8 @@ import torch
 from rtl_dist.core.errors import DataError
 from rtl_dist.core.files import sha256_of
 from rtl_dist.data.format.tar import BLOCK
-from rtl_dist.data.images.decode import decode
+from rtl_dist.data.images.decode import decode_file
+from rtl_dist.data.images.doubts import doubt_of
 from rtl_dist.data.images.foreign import MAX_FILE_BYTES
 from rtl_dist.data.storage.shard_files import Shard, ShardFiles
 from rtl_dist.prepare.verifying.findings import Damage
@@ -62,6 +63,8 @@ class ShardResult:
     """uint32 (n, 2): width and height in pixels; 0 where it could not be decoded."""
     damage: list[Damage]
     """What is wrong with it."""
+    doubts: list[tuple[int, str]]
+    """(number within the split, ``doubt_of``) of samples that may not be what they show."""
 
 
 def check_shard(job: CheckJob, advance: Callable[[int], Any]) -> ShardResult:
@@ -71,6 +74,7 @@ def check_shard(job: CheckJob, advance: Callable[[int], Any]) -> ShardResult:
     digests = np.zeros((count, 2), np.uint64)
     sizes = np.zeros((count, 2), np.uint32)
     damage: list[Damage] = []
+    doubts: list[tuple[int, str]] = []
     done = 0
     try:
         path = job.files.sound_path(0)
@@ -79,7 +83,7 @@ def check_shard(job: CheckJob, advance: Callable[[int], Any]) -> ShardResult:
             for i in range(count):
                 damage += (
                     _of_sample(job, i, kind, what)
-                    for kind, what in _check_sample(job, i, file.fileno(), digests, sizes)
+                    for kind, what in _check_sample(job, i, file.fileno(), digests, sizes, doubts)
                 )
                 advance(1)
                 done += 1
@@ -95,7 +99,12 @@ def check_shard(job: CheckJob, advance: Callable[[int], Any]) -> ShardResult:
             )
         )
     return ShardResult(
-        split=job.split, samples=job.samples, digests=digests, sizes=sizes, damage=damage
+        split=job.split,
+        samples=job.samples,
+        digests=digests,
+        sizes=sizes,
+        damage=damage,
+        doubts=doubts,
     )
 
 
@@ -122,9 +131,14 @@ def _check_file(job: CheckJob, path: Path, size: int) -> Iterator[Damage]:
 
 
 def _check_sample(
-    job: CheckJob, i: int, file: int, digests: np.ndarray, sizes: np.ndarray
+    job: CheckJob,
+    i: int,
+    file: int,
+    digests: np.ndarray,
+    sizes: np.ndarray,
+    doubts: list[tuple[int, str]],
 ) -> Iterator[tuple[str, str]]:
-    """What is wrong with the i-th sample, as (kind, what); fills in its digest and size."""
+    """What is wrong with the i-th sample, as (kind, what); fills in its digest, size and doubt."""
     yield from _check_label(job, i)
     offset, size = int(job.rows["offset"][i]), int(job.rows["size"][i])
     if offset < BLOCK or offset + size > job.shard.bytes:
@@ -143,12 +157,14 @@ def _check_sample(
     if job.check_members:
         yield from _check_member(job, i, file, offset, size)
     try:
-        pixels = decode(content, 3)
+        image = decode_file(content, 3)
     except DataError as error:
         yield "undecodable", str(error)
         return
-    digests[i] = np.frombuffer(digest_of(pixels), np.uint64)
-    sizes[i] = pixels.shape[2], pixels.shape[1]
+    digests[i] = np.frombuffer(digest_of(image.pixels), np.uint64)
+    sizes[i] = image.pixels.shape[2], image.pixels.shape[1]
+    if doubt := doubt_of(image):
+        doubts.append((int(job.samples[i]), doubt))
 
 
 def _check_label(job: CheckJob, i: int) -> Iterator[tuple[str, str]]:

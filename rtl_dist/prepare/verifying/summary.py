@@ -39,6 +39,7 @@ def warnings_of(found: Verification) -> Iterator[str]:
     yield from _within(found)
     yield from _skew(found)
     yield from _sizes(found)
+    yield from _doubts(found)
 
 
 def _split_table(found: Verification) -> str:
@@ -189,6 +190,18 @@ def _sizes(found: Verification) -> Iterator[str]:
         )
         lines = (f"{found.keys[name, n]}: {width} x {height}" for n, width, height in sizes.extreme)
         yield from _examples(lines, sizes.num_extreme)
+
+
+def _doubts(found: Verification) -> Iterator[str]:
+    for name, doubts in found.doubts.items():
+        if not doubts.total:
+            continue
+        yield (
+            f"warning: {doubts.total:,} images of {name} are decoded, but perhaps not to what they"
+            " show; look at them, mend or remove them in the source and pack again"
+        )
+        lines = (f"{found.keys[name, sample]} {why}" for sample, why in doubts.listed)
+        yield from _examples(lines, doubts.total)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -13,7 +13,7 @@ from rtl_dist.core.tasks import MULTI_LABEL
 from rtl_dist.data.format.dataset import Dataset
 from rtl_dist.data.format.trainable import why_untrainable
 from rtl_dist.prepare.verifying.duplicates import Duplicates, Group, Kind
-from rtl_dist.prepare.verifying.findings import Damage, DamageList
+from rtl_dist.prepare.verifying.findings import Damage, DamageList, DoubtList
 from rtl_dist.prepare.verifying.sizes import SizeTable
 from rtl_dist.prepare.verifying.skew import TRAIN, SplitSkew
 from rtl_dist.prepare.verifying.splits import CheckedSplit
@@ -31,6 +31,8 @@ class Verification:
     """What is not as it was packed; any makes the data set unsound."""
     sizes: dict[str, SizeTable]
     """The images' sizes, by split."""
+    doubts: dict[str, DoubtList]
+    """Images that may not be decoded to what they show, by split."""
     duplicates: Duplicates
     """Samples with the same pixels."""
     skew: dict[str, SplitSkew]
@@ -100,6 +102,7 @@ class Verification:
             listed |= {(one.split, one.sample) for one in of_kind if one.sample is not None}
         for name, sizes in self.sizes.items():
             listed |= {(name, sample) for sample, _, _ in sizes.extreme}
+            listed |= {(name, sample) for sample, _ in self.doubts[name].listed}
         # In the shards' order: to find one key in a foreign tar all of it must be walked.
         keys = {(name, sample): self.splits[name].key(sample) for name, sample in sorted(listed)}
         for checked in self.splits.values():
@@ -119,6 +122,11 @@ class Verification:
             "extreme_listed": [
                 {"sample": sample, "key": self.keys[name, sample], "width": width, "height": height}
                 for sample, width, height in sizes.extreme
+            ],
+            "doubtful": self.doubts[name].total,
+            "doubtful_listed": [
+                {"sample": sample, "key": self.keys[name, sample], "why": why}
+                for sample, why in self.doubts[name].listed
             ],
         }
         matrix = checked.split.label_matrix

@@ -27,7 +27,7 @@ from rtl_dist.core.urls import Redirects, is_url
 from rtl_dist.data.format.dataset import Dataset, open_dataset
 from rtl_dist.data.storage.shard_files import Shards
 from rtl_dist.prepare.verifying.duplicates import Digests, Duplicates, find_duplicates
-from rtl_dist.prepare.verifying.findings import DamageList
+from rtl_dist.prepare.verifying.findings import DamageList, DoubtList
 from rtl_dist.prepare.verifying.shards import CheckJob, check_shard
 from rtl_dist.prepare.verifying.sizes import SizeTable
 from rtl_dist.prepare.verifying.skew import measure_skew
@@ -112,6 +112,7 @@ def verify(
     splits = {name: check_split(dataset, name, damage) for name in dataset.split_names}
     num_samples = {name: split.num_rows for name, split in splits.items()}
     sizes = {name: SizeTable() for name in splits}
+    doubts = {name: DoubtList() for name in splits}
     digests = Digests(num_samples)
     shard_bytes = [shard.bytes for split in splits.values() for shard in split.split.shards]
     alone = sum(shard_bytes) < _ALONE_BELOW_BYTES
@@ -128,6 +129,7 @@ def verify(
                 for result in results:
                     damage.add(result.damage)
                     sizes[result.split].add(result.samples, result.sizes)
+                    doubts[result.split].add(result.doubts)
                     digests.put(result.split, result.samples, result.digests)
         except BrokenProcessPool as error:
             raise RtlDistError(
@@ -139,6 +141,7 @@ def verify(
         splits=splits,
         damage=damage,
         sizes=sizes,
+        doubts=doubts,
         duplicates=_find_duplicates(digests, splits),
         skew=measure_skew(
             {name: split.class_counts() for name, split in splits.items()},
