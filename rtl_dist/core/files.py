@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import errno
 import hashlib
-import io
 import json
 import os
 import re
@@ -13,6 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from rtl_dist.core.csv_cells import csv_text
 
 if TYPE_CHECKING:
     import torch
@@ -133,9 +133,5 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Comma-separated, UTF-8, a line feed after each row; None becomes an empty cell."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
+    """A table as ``csv_text`` makes it, UTF-8."""
+    write_text(path, csv_text(header, rows))

@@ -5,20 +5,21 @@ Nothing in them depends on where or when the data set was made.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rtl_dist.core.csv_cells import csv_text
 from rtl_dist.core.tasks import MULTI_LABEL
 from rtl_dist.core.text import and_more
 from rtl_dist.data.format.dataset import DESCRIPTION, FORMAT, INDEX_FOLDER, fingerprint_of
+from rtl_dist.data.format.sources import sources_path, sources_table
 from rtl_dist.data.storage.shard_files import Shard
 from rtl_dist.prepare.work_folder import publishing
 
@@ -95,12 +96,14 @@ def publish_dataset(
     made_by: dict[str, Any],
     splits: dict[str, IndexedSplit],
     left_out: LeftOutTable,
+    sources: Mapping[str, Sequence[tuple[str, str]]] | None = None,
 ) -> str:
     """Writes the index, ``left_out.csv`` if there is anything to say, and last ``dataset.json``.
     The caller holds the lock of OUT.
 
     Args:
         made_by: the maker's key in the description, and its settings.
+        sources: (key, file) of each sample, by split.
 
     Returns:
         The fingerprint.
@@ -111,11 +114,12 @@ def publish_dataset(
     for split in splits.values():
         for name, content in split.files.items():
             _write(out, f"{INDEX_FOLDER}/{name}", content)
+    for name, its_sources in (sources or {}).items():
+        _write(out, sources_path(name), sources_table(its_sources))
     rows = list(left_out.rows)
     if rows:
-        table = io.StringIO(newline="")
-        csv.writer(table, lineterminator="\n").writerows([left_out.header, *rows])
-        _write(out, LEFT_OUT_FILE, table.getvalue().encode("utf-8", "surrogateescape"))
+        table = csv_text(left_out.header, rows)
+        _write(out, LEFT_OUT_FILE, table.encode("utf-8", "surrogateescape"))
     description: dict[str, Any] = {
         "format": FORMAT,
         "task": task,
@@ -129,14 +133,14 @@ def publish_dataset(
     return fingerprint
 
 
-def published_files(splits: Iterable[str]) -> list[str]:
+def published_files(splits: Collection[str]) -> list[str]:
     """All that ``publish_dataset`` may write for these splits, relative to OUT.
 
     The description comes first: what is half removed must not look like a data set.
     """
     ends = (".npy", ".labels.npy")
     index = [f"{INDEX_FOLDER}/{name}{end}" for name in splits for end in ends]
-    return [DESCRIPTION, LEFT_OUT_FILE, *index]
+    return [DESCRIPTION, LEFT_OUT_FILE, *index, *map(sources_path, splits)]
 
 
 def left_out_lines(left_out: Sequence[str], out: Path) -> list[str]:

@@ -15,6 +15,7 @@ import numpy as np
 from rtl_dist.core.errors import DataError
 from rtl_dist.core.files import read_object, write_csv, write_json, write_text
 from rtl_dist.core.tasks import METRICS, MULTI_LABEL, Metric
+from rtl_dist.core.text import shown as shown_name
 from rtl_dist.data.format.reader import SampleReader
 from rtl_dist.data.format.split import Split
 from rtl_dist.evaluation.confusion import Confusion, confusion_of
@@ -76,8 +77,9 @@ def write_evaluation(
     ``metrics.json`` (the given metrics, ``num_samples``, and the 95 % interval of the share of
     samples that are right), ``per_class.csv``, ``confusion_matrix.csv`` (of many classes a
     list of its cells; multi-label: 2x2 counts a class), ``predictions.csv``, ``mistakes.csv`` (most
-    confident first), one picture for each of ``PICTURES`` (one that cannot be drawn is left out,
-    which is said), ``report.html``. Several labels of a sample are joined by ``|``.
+    confident first; both with the file that was packed, if known), one picture for each of
+    ``PICTURES`` (one that cannot be drawn is left out, which is said), ``report.html``. Several
+    labels of a sample are joined by ``|``.
 
     Raises:
         DataError: a shard of the split cannot be opened.
@@ -88,6 +90,7 @@ def write_evaluation(
             f"{predictions.num_samples} predictions for {split.num_samples} samples of {split.name}"
         )
     verdicts, keys = _judge(predictions), list(split.keys())
+    files = split.files_of(dict(enumerate(keys)))
     wrong = np.flatnonzero(~verdicts.right)
     wrong = wrong[np.argsort(-verdicts.confidence[wrong], kind="stable")]
     table = per_class_table(predictions)
@@ -99,7 +102,7 @@ def write_evaluation(
         list(asdict(table[0])),
         [tuple(asdict(row).values()) for row in table],
     )
-    header = ("sample", "key", "truth", "predicted", "confidence")
+    header = ("sample", "key", "truth", "predicted", "confidence", "file")
     for name, samples in (("predictions", range(len(keys))), ("mistakes", wrong.tolist())):
         write_csv(
             out / f"{name}.csv",
@@ -111,6 +114,7 @@ def write_evaluation(
                     verdicts.truth[i],
                     verdicts.predicted[i],
                     f"{verdicts.confidence[i]:.6f}",
+                    files.get(i),
                 )
                 for i in samples
             ),
@@ -137,6 +141,8 @@ def write_evaluation(
             page.table(("truth", "predicted", "samples", "share of the true class"), pairs)
         if name == "precision_recall.png":
             _add_class_table(page, table)
+        if name == "mistakes.png":
+            _add_mistakes(page, verdicts, files, wrong[: plots.MISTAKES_SHOWN].tolist())
     page.heading("Files beside this page")
     page.paragraph(
         "metrics.json, per_class.csv, confusion_matrix.csv, predictions.csv (every sample) and"
@@ -270,6 +276,25 @@ def _load_picture(reader: SampleReader, sample: int) -> np.ndarray | None:
     picture = Image.fromarray(np.ascontiguousarray(pixels))
     picture.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
     return np.asarray(picture)
+
+
+def _add_mistakes(
+    page: Page, verdicts: _Verdicts, files: dict[int, str], samples: list[int]
+) -> None:
+    """The mistakes of the picture by the names of their files, where these are known."""
+    rows = [
+        (
+            shown_name(files[i]),
+            verdicts.truth[i],
+            verdicts.predicted[i],
+            percent(float(verdicts.confidence[i])),
+        )
+        for i in samples
+        if i in files
+    ]
+    if rows:
+        page.heading("The same mistakes by file", 3)
+        page.table(("file", "truth", "predicted", "confidence"), rows)
 
 
 def _add_class_table(page: Page, table: Sequence[ClassScores]) -> None:

@@ -1,5 +1,6 @@
 """``rtl-dist evaluate``: the figures of a run again, whoever asks."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -33,6 +34,9 @@ def test_it_writes_what_the_end_of_the_run_wrote(run, dataset, tmp_path, capsys)
     words = ["evaluate", str(run), "--data", str(dataset), "--out", str(out), "--workers", "0"]
     assert main(words) == 0
     assert written_in(out) == written_in(run / "evaluation" / "test")
+    with (out / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert all(row["file"].startswith(f"test/{row['truth']}/") for row in rows)
     metrics = json.loads((out / "metrics.json").read_text())
     of_the_run = results(run)["test"]
     assert of_the_run == {name: metrics[name] for name in of_the_run}

@@ -273,3 +273,33 @@ def test_hymenoptera_packs_all_but_its_gif(tmp_path):
     assert report.num_samples == {"train": 244, "val": 153}
     assert [file.name for file in report.left_out] == ["train/ants/imageNotFound.gif"]
     assert report.class_counts == {"train": (123, 121), "val": (70, 83)}
+
+
+def test_every_sample_is_traced_to_the_file_it_was_made_of(tmp_path):
+    folder = tmp_path / "source"
+    awkward = 'gr\u00f6\u00dfe \U0001f41c, "1"\n.jpg'
+    names = ["a/deep/=1+1.jpg", f"a/{awkward}", "a/no.jpg", "b/@x.jpg", "b/\udcff.jpg"]
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(image_bytes(i) if name != "a/no.jpg" else b"no image")
+    pack(str(folder), tmp_path / "out", shard_size=2)
+    split = open_dataset(tmp_path / "out").split("train")
+    keys = dict(enumerate(split.keys()))
+    files = split.files_of(keys)
+    assert sorted(files.values()) == sorted(set(names) - {"a/no.jpg"})
+    reader = SampleReader(split)
+    for sample, name in files.items():
+        assert reader.read(sample) == (folder / name).read_bytes()
+    table = (tmp_path / "out" / "sources" / "train.csv").read_bytes()
+    assert b",'" not in table  # only where the whole cell begins so
+    assert split.files_of({0: "another key"}) == {}
+    (tmp_path / "out" / "sources" / "train.csv").unlink()
+    assert split.files_of(keys) == {}
+    assert "made of" not in split.describe(0)
+
+
+def test_errors_name_the_file_that_a_sample_was_made_of(source, tmp_path):
+    pack(str(source), tmp_path / "out")
+    split = open_dataset(tmp_path / "out").split("train")
+    file = split.files_of({0: split.key(0)})[0]
+    assert f", made of {file})" in split.describe(0)

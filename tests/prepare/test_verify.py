@@ -215,8 +215,10 @@ def test_damage_in_many_places_is_told_in_one_go(data):
     assert kinds(found) == {"missing_shard": 1, "shard_sha256": 1, "index_file": 1, "crc32": 1}
     key = found.splits["train"].key(9)
     assert key.startswith("0000009_")
+    file = found.splits["train"].split.files_of({9: key})[9]
+    assert file.startswith("train/")
     assert said(found, "crc32") == [
-        f"train/train-000001.tar sample 9 (key {key}): its bytes fail their checksum"
+        f"train/train-000001.tar sample 9 (key {key}), made of {file}: its bytes fail their checksum"
     ]
     assert said(found, "missing_shard") == [
         "train/train-000000.tar: No such file or directory; 7 samples are lost"

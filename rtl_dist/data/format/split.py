@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from rtl_dist.core.errors import RtlDistError, ShardError
+from rtl_dist.core.text import shown
 from rtl_dist.core.urls import Redirects, is_url, join_url
+from rtl_dist.data.format.sources import read_sources, sources_path
 from rtl_dist.data.format.tar_reader import member_names
 from rtl_dist.data.storage.cache import Cache
 from rtl_dist.data.storage.shard_files import ShardFiles, Shards
@@ -24,6 +26,7 @@ INDEX_DTYPE = np.dtype(
 )
 
 _TAR_BLOCK = 512
+_MOST_LOOKED_THROUGH = 64 << 20  # bytes of a table, for one sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +136,15 @@ class Split:
         """Every sample's key in the samples' order. Raises as ``SampleReader.read``."""
         return (self.key(sample) for sample in range(self.num_samples))
 
+    def files_of(self, keys: Mapping[int, str]) -> dict[int, str]:
+        """The user's files that samples were packed from, as far as that is known here.
+
+        Args:
+            keys: of the samples that are asked for.
+        """
+        known = self.are_ours and not self.dataset.is_remote
+        return read_sources(Path(self._sources_path), keys) if known else {}
+
     def name_of(self, sample: int) -> str:
         """The key where that costs no more than a read, else number and shard."""
         shard = self.row(sample)[0]
@@ -147,10 +159,23 @@ class Split:
         except ShardError:
             return f"sample {sample} of split {self.name!r}"
         try:
-            where = f"key {self.key(sample)!r} in {shard}"
+            key = self.key(sample)
+            where = f"key {key!r} in {shown(shard)}{self._made_of(sample, key)}"
         except RtlDistError:
-            where = f"in {shard}"
+            where = f"in {shown(shard)}"
         return f"sample {sample} of split {self.name!r} ({where})"
+
+    def _made_of(self, sample: int, key: str) -> str:
+        """The sample's file, where the table is short enough to be looked through each time."""
+        path = Path(self._sources_path)
+        if not path.is_file() or path.stat().st_size > _MOST_LOOKED_THROUGH:
+            return ""
+        file = self.files_of({sample: key}).get(sample)
+        return "" if file is None else f", made of {shown(file)}"
+
+    @property
+    def _sources_path(self) -> str:
+        return self.dataset.path_of(sources_path(self.name))
 
     def _member_name(self, shard: int, offset: int) -> str:
         if self.are_ours:  # one plain header directly before the bytes

@@ -14,6 +14,7 @@ from rtl_dist.data.format.split import INDEX_DTYPE
 from rtl_dist.data.storage.shard_files import Shard
 from rtl_dist.prepare.packing.plan import Plan
 from rtl_dist.prepare.packing.resume import read_record
+from rtl_dist.prepare.packing.shard import key_of
 from rtl_dist.prepare.publish import IndexedSplit, LeftOutTable, index_split, publish_dataset
 from rtl_dist.prepare.sources.items import LeftOut
 
@@ -24,6 +25,8 @@ class PackedSplit:
 
     indexed: IndexedSplit
     """Ready to be published."""
+    sources: list[tuple[str, str]]
+    """(key, file) of each sample."""
     left_out: list[LeftOut]
     """Its images that could not be packed, in the order of the shards."""
     doubtful: list[str]
@@ -47,15 +50,15 @@ def gather_split(plan: Plan, out: Path, split: str) -> PackedSplit:
         for number, record in enumerate(records)
         for _, offset, size, crc32 in record.rows
     )
-    labels = [
-        shard.items[position].labels
+    packed = [
+        (shard.first + position, shard.items[position])
         for shard, record in zip(shards, records, strict=True)
         for position, *_ in record.rows
     ]
     indexed = index_split(
         split,
-        np.fromiter(rows, INDEX_DTYPE, len(labels)),
-        labels,
+        np.fromiter(rows, INDEX_DTYPE, len(packed)),
+        [item.labels for _, item in packed],
         [
             Shard(
                 path=record.path,
@@ -69,12 +72,16 @@ def gather_split(plan: Plan, out: Path, split: str) -> PackedSplit:
         num_classes=len(plan.source.classes),
         num_left_out=len(left_out),
     )
-    doubtful = [f"{name} {why}" for record in records for name, why in record.doubtful]
-    return PackedSplit(indexed=indexed, left_out=left_out, doubtful=doubtful)
+    return PackedSplit(
+        indexed=indexed,
+        sources=[(key_of(position, item.name), item.name) for position, item in packed],
+        left_out=left_out,
+        doubtful=[f"{name} {why}" for record in records for name, why in record.doubtful],
+    )
 
 
 def publish(plan: Plan, out: Path, splits: dict[str, PackedSplit], left_out: list[LeftOut]) -> str:
-    """Writes the index, ``left_out.csv`` and last ``dataset.json``. Returns its fingerprint."""
+    """Writes the index, the tables and last ``dataset.json``. Returns its fingerprint."""
     settings = {
         "shard_size": plan.options.shard_size,
         "resize": plan.options.resize,
@@ -89,4 +96,5 @@ def publish(plan: Plan, out: Path, splits: dict[str, PackedSplit], left_out: lis
         left_out=LeftOutTable(
             header=("file", "reason"), rows=[(file.name, file.reason) for file in left_out]
         ),
+        sources={name: split.sources for name, split in splits.items()},
     )

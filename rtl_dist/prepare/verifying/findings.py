@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from rtl_dist.core.text import shown
+
 MOST_LISTED = 1000
 
 # What each kind of damage is called in the summary, in the order in which it is told.
@@ -40,11 +42,14 @@ class Damage:
     """The sample's number within the split; None: it is not about one."""
     key: str | None = None
     """The sample's key, where that can still be read."""
+    file: str | None = None
+    """The file that it was packed from, where that is known."""
 
     def __str__(self) -> str:
         name = "" if self.sample is None else f" sample {self.sample}"
         key = "" if self.key is None else f" (key {self.key})"
-        return f"{self.where}{name}{key}: {self.what}"
+        file = "" if self.file is None else f", made of {shown(self.file)}"
+        return f"{shown(self.where)}{name}{key}{file}: {shown(self.what)}"
 
 
 class DamageList:

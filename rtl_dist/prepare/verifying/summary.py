@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 from rtl_dist.core.tasks import MULTI_LABEL
-from rtl_dist.core.text import and_more, shorten
+from rtl_dist.core.text import and_more, shorten, shown
 from rtl_dist.prepare.verifying.duplicates import Group, Kind
 from rtl_dist.prepare.verifying.findings import KINDS
 from rtl_dist.prepare.verifying.sizes import EXTREME_ASPECT, SMALL_SIDE
@@ -143,10 +143,15 @@ def _groups(found: Verification, kind: Kind) -> Iterator[str]:
 
 def _group(found: Verification, group: Group) -> str:
     members = [
-        f"{one['key']} in {one['shard']} ({', '.join(one['labels']) or 'no label'})"
+        shown(f"{one['key']} in {one['shard']} ({', '.join(one['labels']) or 'no label'})")
+        + _made_of(one["file"])
         for one in found.members(group)[:_MOST_MEMBERS]
     ]
     return " = ".join(members) + and_more(group.size - len(members), " = {:,} more")
+
+
+def _made_of(file: str | None) -> str:
+    return "" if file is None else f", made of {shown(file)}"
 
 
 def _examples(lines: Iterable[str], count: int) -> Iterator[str]:
@@ -188,7 +193,10 @@ def _sizes(found: Verification) -> Iterator[str]:
             f"warning: {sizes.num_extreme:,} images of {name} have a side below {SMALL_SIDE} pixels"
             f" or one {EXTREME_ASPECT:g} times the other; look whether they are images at all"
         )
-        lines = (f"{found.keys[name, n]}: {width} x {height}" for n, width, height in sizes.extreme)
+        lines = (
+            f"{found.keys[name, n]}: {width} x {height}{_made_of(found.files.get((name, n)))}"
+            for n, width, height in sizes.extreme
+        )
         yield from _examples(lines, sizes.num_extreme)
 
 

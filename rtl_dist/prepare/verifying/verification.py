@@ -109,6 +109,15 @@ class Verification:
             checked.split.files.close()
         return keys
 
+    @cached_property
+    def files(self) -> dict[tuple[str, int], str]:
+        """The user's files of the samples in ``keys``, as far as they are known."""
+        found = {}
+        for name, checked in self.splits.items():
+            keys = {n: key for (split, n), key in self.keys.items() if split == name and key}
+            found.update({(name, n): file for n, file in checked.split.files_of(keys).items()})
+        return found
+
     def split_facts(self, name: str) -> dict[str, Any]:
         """A split's counts and sizes, as they go into the JSON."""
         checked, sizes = self.splits[name], self.sizes[name]
@@ -120,7 +129,13 @@ class Verification:
             **sizes.to_json(),
             "extreme_sizes": sizes.num_extreme,
             "extreme_listed": [
-                {"sample": sample, "key": self.keys[name, sample], "width": width, "height": height}
+                {
+                    "sample": sample,
+                    "key": self.keys[name, sample],
+                    "file": self.files.get((name, sample)),
+                    "width": width,
+                    "height": height,
+                }
                 for sample, width, height in sizes.extreme
             ],
             "doubtful": self.doubts[name].total,
@@ -137,13 +152,14 @@ class Verification:
         return facts
 
     def with_key(self, damage: Damage) -> Damage:
-        """The damage with its sample's key, where that can still be read."""
+        """The damage with its sample's key and file, where they can still be read."""
         if damage.sample is None:
             return damage
-        return replace(damage, key=self.keys[damage.split, damage.sample])
+        place = damage.split, damage.sample
+        return replace(damage, key=self.keys[place], file=self.files.get(place))
 
     def members(self, group: Group) -> list[dict[str, Any]]:
-        """A group's members: split, sample, key, shard and names of the labels."""
+        """A group's members: split, sample, key, file, shard and names of the labels."""
         return [self._member(split, sample) for split, sample in group.members]
 
     def _member(self, name: str, sample: int) -> dict[str, Any]:
@@ -156,6 +172,7 @@ class Verification:
             "split": name,
             "sample": sample,
             "key": self.keys[name, sample],
+            "file": self.files.get((name, sample)),
             "shard": split.shards[int(split.index["shard"][sample])].path,
             "labels": [classes[n] if 0 <= n < len(classes) else str(n) for n in numbers],
         }
