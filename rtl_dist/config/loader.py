@@ -13,6 +13,7 @@ from rtl_dist.config.recipe import give_stages, lay_under
 from rtl_dist.config.schema import Config
 from rtl_dist.config.yaml_text import MOST_CHARACTERS, YamlFault, read_yaml, write_yaml
 from rtl_dist.core.errors import UserError
+from rtl_dist.core.shipped import or_shipped
 from rtl_dist.core.text import brief
 
 T = TypeVar("T")
@@ -28,7 +29,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     try:
         tree = read_yaml(_text_of(path))
     except FileNotFoundError:
-        raise UserError(f"no config file {path}; shipped ones are in configs/") from None
+        raise UserError(f"no config file {path}; shipped ones: {_shipped()}") from None
     except YamlFault as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -75,9 +76,14 @@ def read_run_config(run: str | Path) -> Config:
     return load_config(Path(run) / "config.yaml")
 
 
+def _shipped() -> str:
+    names = sorted(path.name for path in or_shipped("configs").glob("*.yaml"))
+    return ", ".join(f"configs/{name}" for name in names)
+
+
 def _text_of(path: str | Path) -> str:
     """No more of it than a config can have, whatever it is."""
-    with open(path, encoding="utf-8") as file:
+    with open(or_shipped(path), encoding="utf-8") as file:
         return file.read(MOST_CHARACTERS + 1)
 
 

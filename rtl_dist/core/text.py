@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
+import shlex
 from collections.abc import Iterable, Sequence
 
 _AND_MORE = " and {:,} more"
@@ -51,6 +52,11 @@ def is_showable(text: str) -> bool:
 
 def _escaped(one: str) -> str:
     return one.encode("unicode_escape").decode()
+
+
+def command(*words: object) -> str:
+    """A command of ours as it can be pasted into a shell, whatever is in its paths."""
+    return shlex.join(["rtl-dist", *map(str, words)])
 
 
 def and_more(count: int, form: str = _AND_MORE) -> str:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from rtl_dist.core.errors import UserError
 from rtl_dist.core.files import read_object
+from rtl_dist.core.shipped import or_shipped
 from rtl_dist.core.text import shorten
 from rtl_dist.model.classifier import Classifier
 from rtl_dist.model.head import folded_state
@@ -68,7 +69,7 @@ def load_weights(
 
 def find_weights(path: str) -> tuple[Path, tuple[str, ...] | None]:
     """The weights file a path means, and the classes of its head where they are known."""
-    given = Path(path)
+    given = or_shipped(path)
     if given.is_file():
         return given, _classes_beside(given)
     for folder in (given / "best", given):

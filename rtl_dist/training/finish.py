@@ -10,6 +10,7 @@ from pathlib import Path
 from rtl_dist.config import Config
 from rtl_dist.core.errors import RtlDistError, StopRequested
 from rtl_dist.core.files import sha256_of, write_json
+from rtl_dist.core.text import command
 from rtl_dist.core.tolerated import tolerated
 from rtl_dist.data.format.dataset import Dataset
 from rtl_dist.distributed.runtime import Runtime
@@ -112,7 +113,7 @@ def _draw(folder: Path, runtime: Runtime) -> None:
 
 
 def _done_all_the_same(folder: Path) -> str:
-    return f"the run is done all the same, and `rtl-dist report {folder}` tries again"
+    return f"the run is done all the same, and `{command('report', folder)}` tries again"
 
 
 def _evaluate_test(run: Run, best: Path) -> dict[str, float] | None:
@@ -123,7 +124,7 @@ def _evaluate_test(run: Run, best: Path) -> dict[str, float] | None:
     LOG.info("evaluating the best weights on %s", name)
     scored = score_with(model, run.dataset, name, runtime=run.runtime, workers=run.workers)
     out = run.folder / "evaluation" / name
-    again = f"rtl-dist evaluate {run.folder} --data {run.config.data.path} --split {name}"
+    again = command("evaluate", run.folder, "--data", run.config.data.path, "--split", name)
 
     def write() -> None:
         with tolerated(f"{out} could not be written", but=f"`{again}` tries again"):
@@ -145,5 +146,5 @@ def _last_word(run: Run, test: dict[str, float] | None) -> str:
         reached += f", {data.test}/{name} {test[name]:.4f} on {test['num_samples']:,} images"
     return (
         f"done: {reached} in {run.state.elapsed_s:.0f} s. See {run.folder}/report.html; next:"
-        f" rtl-dist evaluate {run.folder} --data {data.path} --split {data.val}"
+        f" {command('evaluate', run.folder, '--data', data.path, '--split', data.val)}"
     )

@@ -416,7 +416,8 @@ def test_what_is_no_config_file_is_refused_in_one_line(refusal, tmp_path):
     assert refusal("- 1\n- 2").startswith("expected sections such as data: and stages:")
     assert refusal("").startswith("expected sections such as data: and stages:")
     with pytest.raises(
-        UserError, match=r"no config file .*none\.yaml; shipped ones are in configs/"
+        UserError,
+        match=r"no config file .*none\.yaml; shipped ones: configs/cifar10_basic_cnn.yaml, ",
     ):
         load_config(tmp_path / "none.yaml")
     with pytest.raises(UserError, match="cannot read config"):
@@ -565,7 +566,7 @@ def test_a_shipped_config_parses_and_its_header_names_its_command(path):
             "rtl-dist: 'stages.0.lr=-1': stages.0.lr: must be positive or auto",
         ),
         (["--config", "{bad}"], "rtl-dist: {bad}: seed: must lie in 0 to 2^63 - 1"),
-        (["--config", "none.yaml"], "rtl-dist: no config file none.yaml; shipped ones are in"),
+        (["--config", "none.yaml"], "rtl-dist: no config file none.yaml; shipped ones: configs/"),
     ],
 )
 def test_a_mistake_ends_the_job_with_code_2_and_one_line(tmp_path, capfd, arguments, message):

@@ -28,4 +28,5 @@ def test_the_wheel_holds_the_package_whole(tmp_path):
     shipped = {str(path.relative_to(tmp_path)) for path in files}
     assert "rtl_dist/py.typed" in installed
     assert "rtl_dist/assets/tiny_resnet_cifar10/model.safetensors" in installed
+    assert "rtl_dist/configs/quickstart.yaml" in installed
     assert shipped <= installed

@@ -16,7 +16,7 @@ from pathlib import Path
 from rtl_dist.core.errors import DataError, RtlDistError, UserError
 from rtl_dist.core.processes import check_workers
 from rtl_dist.core.tasks import SINGLE_LABEL
-from rtl_dist.core.text import shown
+from rtl_dist.core.text import command, shown
 from rtl_dist.core.urls import Redirects
 from rtl_dist.data.format.trainable import why_untrainable
 from rtl_dist.prepare.class_names import are_numbers, class_line
@@ -78,10 +78,8 @@ class IndexReport:
         lines.append(class_line(self.classes, self.class_counts))
         if are_numbers(self.classes):
             lines.append("classes are numbers here: --classes A,B,... names them")
-        following = (
-            f"rtl-dist train --config configs/transfer.yaml data.path={self.out}"
-            f" run.dir=runs/{self.out.resolve().name}"
-        )
+        places = f"data.path={self.out}", f"run.dir=runs/{self.out.resolve().name}"
+        following = command("train", "--config", "configs/transfer.yaml", *places)
         if TRAIN not in self.num_samples:
             following = "index it with train shards, train=... val=..., to train on it"
         elif why := why_untrainable(self.task, self.classes, TRAIN, self.class_counts[TRAIN]):

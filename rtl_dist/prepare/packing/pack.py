@@ -18,7 +18,7 @@ from tqdm import tqdm
 from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.core.processes import check_workers
 from rtl_dist.core.tasks import SINGLE_LABEL
-from rtl_dist.core.text import shorten, shown
+from rtl_dist.core.text import command, shorten, shown
 from rtl_dist.data.format.trainable import why_untrainable
 from rtl_dist.prepare.class_names import class_line
 from rtl_dist.prepare.holdout import check_large_enough
@@ -85,10 +85,8 @@ class PackReport:
         if VAL not in self.num_samples:
             lines.append("no val split to choose the best weights by: see --val-fraction")
         kept = f" ({self.shards_kept} shards were already there)" if self.resumed else ""
-        following = (
-            f"rtl-dist train --config configs/transfer.yaml data.path={self.out}"
-            f" run.dir=runs/{self.out.name}"
-        )
+        places = f"data.path={self.out}", f"run.dir=runs/{self.out.name}"
+        following = command("train", "--config", "configs/transfer.yaml", *places)
         if self.untrainable:
             following = f"add images, for it cannot be trained on: {self.untrainable}"
         lines.append(
