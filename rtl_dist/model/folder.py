@@ -8,6 +8,7 @@ has the lines that load it.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,15 @@ from typing import Any
 import torch
 
 from rtl_dist import __version__
-from rtl_dist.config import (
-    DataConfig,
-    ModelConfig,
-    Precision,
-    parse_section,
-    read_run_config,
-)
+from rtl_dist.config import ModelConfig, Precision, read_run_config
 from rtl_dist.core.errors import UserError
 from rtl_dist.core.files import replacing, save_tensors, write_json
 from rtl_dist.core.tasks import Task
+from rtl_dist.core.text import brief
 from rtl_dist.data.format.dataset import Dataset
 from rtl_dist.model.build import make_classifier
 from rtl_dist.model.classifier import Classifier
+from rtl_dist.model.described import read_description
 from rtl_dist.model.weights import read_state_dict
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
@@ -124,56 +121,100 @@ def load_model(path: str | Path) -> LoadedModel:
 
 
 def _load_folder(folder: Path) -> LoadedModel:
-    where = folder / DESCRIPTION
-    try:
-        content = json.loads(where.read_text(encoding="utf-8"))
-        ours, view = content["rtl_dist"], content["pretrained_cfg"]
-        classes = tuple(content["label_names"])
-        channels, image_size, _ = view["input_size"]
-        looks = {"image_size": image_size, "crop_pct": view["crop_pct"], "channels": channels}
-        task, fingerprint = Task(ours["task"]), ours["dataset_fingerprint"]
-        precision = ours["precision"]
-        model = make_classifier(
-            parse_section(
-                ModelConfig, {**ours["model"], "weights": "none"}, origin=f"{where}: rtl_dist.model"
-            ),
-            parse_section(DataConfig, {"path": "", **looks}, origin=f"{where}: pretrained_cfg"),
-            num_classes=len(classes),
+    described = read_description(folder / DESCRIPTION)
+    state = read_state_dict(folder / WEIGHTS)
+    model = _built_to_fit(
+        lambda: make_classifier(
+            described.model,
+            described.data,
+            num_classes=len(described.classes),
             seed=0,
-            mean_std=(tuple(view["mean"]), tuple(view["std"])),
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{where} was not written by rtl-dist ({error!r})") from error
-    _fill(model, folder)
+            mean_std=described.mean_std,
+        ),
+        state,
+        Classifier.native_state_dict,
+        f"{folder / WEIGHTS} does not fit its {DESCRIPTION}",
+    )
+    _fill(model, state, folder)
     return LoadedModel(
         model=model,
-        classes=classes,
-        task=task,
-        dataset_fingerprint=fingerprint,
-        precision=precision,
+        classes=described.classes,
+        task=described.task,
+        dataset_fingerprint=described.dataset_fingerprint,
+        precision=described.precision,
         source=folder,
     )
 
 
 def _load_checkpoint(folder: Path) -> LoadedModel:
     config = read_run_config(folder.resolve().parent.parent)
-    identity = json.loads((folder / "state.json").read_text(encoding="utf-8"))["identity"]
-    model = make_classifier(
-        config.model, config.data, num_classes=len(identity["classes"]), seed=config.seed
+    where = folder / "state.json"
+    try:
+        identity = json.loads(where.read_text(encoding="utf-8"))["identity"]
+        classes, task = tuple(map(str, identity["classes"])), Task(identity["task"])
+        fingerprint = str(identity["dataset_fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{where} was not written by rtl-dist ({brief(error)})") from error
+    state = read_state_dict(folder / WEIGHTS)
+    misfit = f"{folder / WEIGHTS} does not fit the run's config.yaml"
+    model = _built_to_fit(
+        lambda: make_classifier(
+            config.model, config.data, num_classes=len(classes), seed=config.seed
+        ),
+        state,
+        Classifier.state_dict,
+        misfit,
     )
-    model.load_state_dict(read_state_dict(folder / WEIGHTS))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise _misfit(misfit, error) from error
     return LoadedModel(
         model=model,
-        classes=tuple(identity["classes"]),
-        task=Task(identity["task"]),
-        dataset_fingerprint=identity["dataset_fingerprint"],
+        classes=classes,
+        task=task,
+        dataset_fingerprint=fingerprint,
         precision=config.precision,
         source=folder,
     )
 
 
-def _fill(model: Classifier, folder: Path) -> None:
-    state = read_state_dict(folder / WEIGHTS)
+def _built_to_fit(
+    build: Callable[[], Classifier],
+    state: dict[str, torch.Tensor],
+    names: Callable[[Classifier], dict[str, torch.Tensor]],
+    misfit: str,
+) -> Classifier:
+    """A classifier for these weights; first one without memory, so that what a description claims
+    is not built before it is seen not to be what the weights are.
+
+    Args:
+        names: of the classifier's tensors, as the weights have them.
+
+    Raises:
+        UserError: a tensor is missing or of another shape.
+    """
+    try:
+        with torch.device("meta"):
+            empty = names(build())
+    except (NotImplementedError, RuntimeError):  # a network that looks at its own weights
+        return build()
+    for name, value in empty.items():
+        if name.endswith("num_batches_tracked"):
+            continue  # torch does without
+        if name not in state:
+            raise UserError(f"{misfit} ({name} is missing)")
+        if state[name].shape != value.shape:
+            shapes = f"{tuple(state[name].shape)} instead of {tuple(value.shape)}"
+            raise UserError(f"{misfit} ({name} is {shapes})")
+    return build()
+
+
+def _misfit(misfit: str, error: RuntimeError) -> UserError:
+    return UserError(f"{misfit} ({' '.join(str(error).split())[:200]})")
+
+
+def _fill(model: Classifier, state: dict[str, torch.Tensor], folder: Path) -> None:
     prefix = f"{model.native_head}."
     head = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     trunk = {k: v for k, v in state.items() if not k.startswith(prefix)}
@@ -181,5 +222,4 @@ def _fill(model: Classifier, folder: Path) -> None:
         model.trunk.load_state_dict(trunk)
         model.head.load_state_dict(head)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder / WEIGHTS} does not fit its {DESCRIPTION} ({reason})") from error
+        raise _misfit(f"{folder / WEIGHTS} does not fit its {DESCRIPTION}", error) from error

@@ -195,3 +195,57 @@ def test_a_folder_that_is_no_model_is_refused_in_one_line(tmp_path, damage, mess
     with pytest.raises(UserError, match=message) as caught:
         load_model(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("pretrained_cfg.mean", [0.5, 0.5], "mean is no number for each of 3 channels but [0.5, 0.5]"),
+        ("pretrained_cfg.mean", ["a", 0, 0], "mean is no number for each of 3 channels"),
+        ("pretrained_cfg.mean", [1e300, 0, 0], "mean is no number for each of 3 channels"),
+        ("pretrained_cfg.std", [0, 1, 1], "std must be above 0"),
+        ("pretrained_cfg.std", None, "std is no number for each of 3 channels but None"),
+        ("pretrained_cfg.crop_pct", 5e-324, "crop_pct: must be 0 or lie in"),
+        ("pretrained_cfg.input_size", [3, 100000, 100000], "image_size: must be at most 4,096"),
+        ("pretrained_cfg.input_size", [3, 32], "input_size is no list of 3 of int but [3, 32]"),
+        ("pretrained_cfg.input_size", [7, 32, 32], "channels: must be one of 1, 3; found 7"),
+        ("pretrained_cfg", [], "pretrained_cfg is no section with keys but []"),
+        ("label_names", [1, 2, 3], "label_names is no list of str but [1, 2, 3]"),
+        ("label_names", [], "label_names must name each class once"),
+        ("label_names", ["a", "a"], "label_names must name each class once"),
+        ("label_names", [str(n) for n in range(300_000)], "fc.weight is (3, 96) instead of (300000, 96)"),
+        ("rtl_dist.model.name", "vit_giant_patch14_clip_224", "cls_token is missing"),
+        ("rtl_dist.model.name", "resnet19", "timm has no model 'resnet19'"),
+        ("rtl_dist.model.dropout", 1e308, "dropout: must be 0 or lie in"),
+        ("rtl_dist.model.deep", 1, "unknown key deep"),
+        ("rtl_dist.precision", "bf8", "rtl_dist.precision is none of auto, no, fp16, bf16, fp64 but 'bf8'"),
+        ("rtl_dist.task", ["x"], "rtl_dist.task is none of single_label, multi_label but ['x']"),
+        ("rtl_dist.dataset_fingerprint", 7, "dataset_fingerprint is no text but 7"),
+        ("rtl_dist", "x", "rtl_dist is no section with keys but 'x'"),
+    ],
+)  # fmt: skip
+def test_a_description_that_is_odd_is_refused_in_a_line_before_anything_is_built(
+    tmp_path, path, value, said
+):
+    model, config = built("test_resnet")
+    write_model_folder(tmp_path, model, config.model, dataset(), precision=config.precision)
+    content = node = json.loads((tmp_path / "config.json").read_text())
+    *parents, last = path.split(".")
+    for name in parents:
+        node = node[name]
+    node[last] = value
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError) as caught:
+        load_model(tmp_path)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, "", "[]", '{"rtl_dist": 9' + "9" * 5000 + "}"])
+def test_a_description_that_is_none_is_refused(tmp_path, text):
+    model, config = built("test_resnet")
+    write_model_folder(tmp_path, model, config.model, dataset(), precision=config.precision)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json was not written by rtl-dist \("):
+        load_model(tmp_path)

@@ -157,9 +157,9 @@ class _RandomCrop:
         lowest, highest = self._ratio
         h, w = height, width  # none fits: the middle, as near to the ratios as can be
         if width / height < lowest:
-            h = round(width / lowest)
+            h = max(1, round(width / lowest))
         elif width / height > highest:
-            w = round(height * highest)
+            w = max(1, round(height * highest))
         return (height - h) // 2, (width - w) // 2, h, w
 
 
