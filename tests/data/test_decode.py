@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from rtl_dist.config import AugmentConfig
 from rtl_dist.core.errors import DataError
-from rtl_dist.data.images.augment import EvalTransform, TrainTransform
+from rtl_dist.data.images.augment import TrainTransform
 from rtl_dist.data.images.decode import decode, decode_file
 
 
@@ -181,9 +181,3 @@ def test_what_is_no_image_is_a_data_error(content, reason):
     with pytest.raises(DataError) as caught:
         decode(content, 3)
     assert str(caught.value) == reason
-
-
-def test_an_image_too_elongated_to_be_resized_is_named():
-    content = encoded(Image.new("RGB", (65_000, 1)), "JPEG")
-    with pytest.raises(DataError, match="is too elongated: 65000 x 1 pixels"):
-        EvalTransform(image_size=224, crop_pct=0.875, channels=3)(content, 0)

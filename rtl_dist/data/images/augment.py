@@ -11,12 +11,13 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import v2
 
 from rtl_dist.config import AugmentConfig, ResolvedStage
-from rtl_dist.core.errors import DataError
 from rtl_dist.core.keys import GOLDEN, Stream, mix64, stream_keys
 from rtl_dist.data.images.decode import decode
-from rtl_dist.data.images.foreign import MAX_PIXELS
+from rtl_dist.data.images.middle import enlarged_middle
 from rtl_dist.data.images.region import decode_region, region_size
 from rtl_dist.data.images.tiny import TinyView, is_tiny
+
+MOST_ENLARGED = 1 << 24  # pixels of an image made as a whole, to look at its middle
 
 
 class Transform(Protocol):
@@ -126,12 +127,11 @@ class EvalTransform:
     def __call__(self, content: bytes, key: int) -> torch.Tensor:
         """See ``Transform``; ``key`` changes nothing."""
         image = decode(content, self.channels)
-        short, long = sorted(image.shape[1:])
-        if self._short_side**2 * long > MAX_PIXELS * short:
-            raise DataError(
-                f"is too elongated: {image.shape[2]} x {image.shape[1]} pixels, resized to a short"
-                f" side of {self._short_side}, would be more than the {MAX_PIXELS:,} allowed"
-            )
+        height, width = image.shape[1:]
+        short = min(height, width)
+        size = [int(self._short_side * side / short) for side in (height, width)]
+        if short < self._short_side and size[0] * size[1] > MOST_ENLARGED:
+            return enlarged_middle(image, (size[0], size[1]), self.image_size)
         view: torch.Tensor = self._transform(image)
         return view
 

@@ -57,8 +57,10 @@ def decode_file(content: bytes, channels: int) -> Decoded:
         with warnings.catch_warnings():  # torchvision 0.29 announces that torchcodec will follow
             warnings.filterwarnings("ignore", message=_DEPRECATION, category=DeprecationWarning)
             image, header, warning = decoder(content, channels)
-    except (RuntimeError, ValueError) as error:
-        if "allocate memory" in str(error):  # not the image's fault: no other may stand for it
+    except (RuntimeError, ValueError, MemoryError) as error:
+        if isinstance(error, MemoryError) or "allocate memory" in str(
+            error
+        ):  # not the image's fault: no other may stand for it
             raise WorkerError(
                 "no memory was left to decode an image; lower data.workers or batch.micro"
             ) from error

@@ -8,14 +8,12 @@ comes) works in whole numbers, which come out the same anywhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-_TAPS = 2  # source pixels of one pixel of an enlarged image
-_MOST_BITS = 22
+from rtl_dist.data.images.enlarging import BITS, TAPS, taps
 
 
 class TinyView(NamedTuple):
@@ -69,48 +67,19 @@ def _enlarge_width(
     pixels: torch.Tensor, sizes: np.ndarray, flips: np.ndarray, image_size: int
 ) -> torch.Tensor:
     """uint8 (n, C, H, W), of which ``sizes`` columns count, to uint8 (n, C, H, image_size)."""
-    tables = [_taps(int(size), image_size) for size in sizes]
-    first = np.stack([taps.first for taps in tables])
-    weights = np.stack([taps.weights for taps in tables])
+    tables = [taps(int(size), image_size, 0, image_size) for size in sizes]
+    first = np.stack([table.first for table in tables])
+    weights = np.stack([table.weights for table in tables])
     flipped = flips.astype(bool)
     first[flipped] = first[flipped, ::-1]
     weights[flipped] = weights[flipped, :, ::-1]
     device, (n, channels, height, _) = pixels.device, pixels.shape
-    bits = torch.tensor([taps.bits for taps in tables], dtype=torch.int32)
-    bits = bits.to(device, non_blocking=True)[:, None, None, None]
-    total = (1 << (bits - 1)).expand(n, channels, height, image_size)
     shape = (n, channels, height, image_size)
-    for tap in range(_TAPS):
+    total = torch.full(shape, 1 << BITS - 1, dtype=torch.int32, device=device)
+    for tap in range(TAPS):
         # a second tap beyond the edge has weight 0
         columns = np.minimum(first + tap, (sizes - 1)[:, None])
         at = torch.from_numpy(columns).to(device, non_blocking=True)[:, None, None].expand(shape)
         weight = torch.from_numpy(weights[:, tap].copy()).to(device, non_blocking=True)
         total = total + pixels.gather(3, at).to(torch.int32) * weight[:, None, None]
-    return (total >> bits).clamp_(0, 255).to(torch.uint8)
-
-
-class _Taps(NamedTuple):
-    """What each of S pixels is made of."""
-
-    first: np.ndarray
-    """int64 (S,): its first source pixel."""
-    weights: np.ndarray
-    """int32 (2, S): of that one and the next, in units of 2^-bits."""
-    bits: int
-
-
-@lru_cache(maxsize=1024)
-def _taps(size: int, image_size: int) -> _Taps:
-    """The weights that torch's uint8 resize has (``UpSampleKernel.cpp``, after Pillow's): a
-    triangle around the pixel's centre, normalised, in as many bits as fit 16 with the sign."""
-    centres = (np.arange(image_size) + 0.5) * (size / image_size)
-    first = np.maximum((centres - 0.5).astype(np.int64), 0)
-    count = np.minimum((centres + 1.5).astype(np.int64), size) - first
-    offsets = first[None] + np.arange(_TAPS)[:, None]
-    weights = np.maximum(0.0, 1.0 - np.abs(offsets - centres[None] + 0.5))
-    weights[np.arange(_TAPS)[:, None] >= count[None]] = 0
-    weights /= weights.sum(axis=0)
-    bits = 0
-    while bits < _MOST_BITS and int(0.5 + weights.max() * (1 << (bits + 1))) < 1 << 15:
-        bits += 1
-    return _Taps(first, (weights * (1 << bits) + 0.5).astype(np.int32), bits)
+    return (total >> BITS).clamp_(0, 255).to(torch.uint8)
