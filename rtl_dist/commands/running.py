@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import io
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ from typing import NoReturn
 
 from rtl_dist.core.errors import RtlDistError, StopRequested
 from rtl_dist.core.open_files import is_too_many, raise_limit, too_many_open
+from rtl_dist.core.text import shown_lines
 from rtl_dist.distributed.stopping import STOP_SIGNALS
 
 _OUR_FAULT = 1
@@ -57,6 +59,8 @@ def run_command(command: Callable[[], str | None], *, debug: bool) -> int:
     """Runs a command and returns its exit code; its result, or the error, is its last line."""
     asked_to_stop: list[int] = []
     raise_limit()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal need not have every letter
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with _interrupted_by_requests(asked_to_stop):
             result = command()
@@ -65,7 +69,7 @@ def run_command(command: Callable[[], str | None], *, debug: bool) -> int:
             traceback.print_exc()
         is_one_of_many = os.environ.get("RANK", "0") != "0"  # and all of them say the same
         if not (isinstance(error, StopRequested) and is_one_of_many):
-            sys.stderr.write(f"rtl-dist: {error}\n")
+            sys.stderr.write(f"{_as_said(error)}\n")
         return error.exit_code
     except (KeyboardInterrupt, _Interrupted):
         return _say_interrupted()
@@ -80,8 +84,16 @@ def run_command(command: Callable[[], str | None], *, debug: bool) -> int:
         sys.stderr.write("rtl-dist: this is a fault of rtl_dist itself; please report it\n")
         return _OUR_FAULT
     if result:
-        sys.stdout.write(f"{result}\n")
+        sys.stdout.write(f"{shown_lines(result)}\n")
     return 0
+
+
+def _as_said(error: RtlDistError) -> str:
+    """Names from elsewhere are in it, and what they hold must not pass for a line of ours: so all
+    lines but the first are indented."""
+    first, *others = shown_lines(str(error)).split("\n")
+    indented = (line if line.startswith("  ") else f"  {line}" for line in others)
+    return "\n".join((f"rtl-dist: {first}", *indented))
 
 
 @contextmanager

@@ -105,6 +105,12 @@ def user_cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rtl_dist"
 
 
+def is_no_file(path: Path) -> bool:
+    """Whether there is something that is no file: to open a named pipe would wait for ever, and a
+    device need not end."""
+    return path.exists() and not path.is_file()
+
+
 def flush_to_disk(path: Path) -> None:
     """fsync of a file or folder; of a folder only where the disk can."""
     descriptor = os.open(path, os.O_RDONLY)

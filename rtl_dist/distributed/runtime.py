@@ -24,6 +24,7 @@ from tqdm import tqdm
 from rtl_dist.config import Precision
 from rtl_dist.core.errors import RtlDistError, StopRequested, UserError
 from rtl_dist.core.processes import available_cpus
+from rtl_dist.core.text import shown_lines
 from rtl_dist.distributed.accelerate_settings import (
     only_where_to_compute,
     overruled,
@@ -277,12 +278,19 @@ def resolve_precision(wanted: Precision) -> Precision:
     return "bf16" if _cpu_has_bf16() else "no"
 
 
+class _Shown(logging.Formatter):
+    """Messages name what is from elsewhere, and a terminal would obey what that holds."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown_lines(super().format(record))
+
+
 def configure_logging(*, is_main: bool) -> None:
     """Sends this package's messages to stderr as plain lines: all of rank 0's, and only the
     warnings of the other ranks."""
     LOG.handlers.clear()
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Shown("%(message)s"))
     LOG.addHandler(handler)
     LOG.setLevel(logging.INFO if is_main else logging.WARNING)
     LOG.propagate = False

@@ -1,11 +1,16 @@
-"""The collector rests while a command imports torch for the first time, and only then."""
+"""How a command starts and ends: the collector rests while it imports torch for the first time, and
+what it says is what we say."""
 
 import gc
+import io
 import sys
 
 import pytest
+from pack_images import class_folders, image_bytes
 
-from rtl_dist.commands.running import first_imports
+from rtl_dist.cli import main
+from rtl_dist.commands.running import first_imports, run_command
+from rtl_dist.core.errors import DataError
 
 
 @pytest.fixture
@@ -48,3 +53,42 @@ def test_a_collector_that_is_off_stays_off():
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+FORGED = "x\x1b[2J\n\rrtl-dist: all is sound\u202e"
+
+
+def test_an_error_says_no_line_of_somebody_elses(capsys):
+    def fail():
+        raise DataError(f"{FORGED} is no image")
+
+    assert run_command(fail, debug=False) == 3
+    assert capsys.readouterr().err.split("\n") == [
+        r"rtl-dist: x\x1b[2J",
+        r"  \rrtl-dist: all is sound\u202e is no image",
+        "",
+    ]
+
+
+def test_names_of_files_say_no_line_of_somebody_elses(tmp_path, capsys):
+    folder = class_folders(tmp_path / "s", {"a": 1, "b": 1})
+    (folder / "a" / f"{FORGED}.jpg").write_bytes(b"no image")
+    (folder / "a" / f"{FORGED}.png").write_bytes(image_bytes(1, (70, 7)))
+    (folder / "b" / "\udcff.jpg").write_bytes(b"no image, and no UTF-8")
+    (folder / f"{FORGED}.csv").touch()
+    assert main(["pack", str(folder), str(tmp_path / "out")]) == 0
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    assert r"left out: a/x\x1b[2J\n\rrtl-dist: all is sound\u202e.jpg (is not a" in said.out
+    assert r"left out: b/\udcff.jpg" in said.out
+    assert r"made of a/x\x1b[2J\n\rrtl-dist: all is sound\u202e.png" in said.out
+    assert not any(line.startswith("rtl-dist: all") for line in said.out.splitlines())
+    assert all(one.isprintable() or one == "\n" for one in said.out + said.err)
+
+
+def test_a_terminal_need_not_have_every_letter(monkeypatch):
+    content = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(content, encoding="ascii"))
+    assert run_command(lambda: "gr\u00f6\u00dfe \U0001f41c", debug=False) == 0
+    sys.stdout.flush()
+    assert content.getvalue() == rb"gr\xf6\xdfe \U0001f41c" + b"\n"

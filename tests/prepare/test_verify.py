@@ -19,7 +19,7 @@ from sealed_sets import change_index, kinds, put, reseal, said
 from small_sets import flip_byte, packed
 
 from rtl_dist.cli import main
-from rtl_dist.core.errors import RtlDistError, UserError
+from rtl_dist.core.errors import DataError, RtlDistError, UserError
 from rtl_dist.data.format.dataset import open_dataset
 from rtl_dist.prepare.indexing.index import index
 from rtl_dist.prepare.packing.pack import pack
@@ -205,6 +205,21 @@ def test_damage_is_found_and_nothing_else(plant, expected, data, capsys):
 
 def counts_of(data):
     return np.bincount(np.load(data / "index" / "train.npy")["label"], minlength=2).tolist()
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "index/train.npy"])
+def test_what_is_no_file_is_not_waited_for(name, data):
+    (data / name).unlink()
+    os.mkfifo(data / name)
+    with pytest.raises(DataError, match=f"{name} is not a plain file"):
+        verify(str(data), workers=1)
+
+
+def test_shard_that_is_no_file_is_not_waited_for(data):
+    path = data / "train" / "train-000000.tar"
+    path.unlink()
+    os.mkfifo(path)
+    assert kinds(verify(str(data), workers=1)) == {"missing_shard": 1}
 
 
 def test_damage_in_many_places_is_told_in_one_go(data):

@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 
 from rtl_dist.core.errors import DataError, UserError
-from rtl_dist.core.files import sha256_of
+from rtl_dist.core.files import is_no_file, sha256_of
 from rtl_dist.core.tasks import MULTI_LABEL, SINGLE_LABEL, Task
+from rtl_dist.core.text import is_showable
 from rtl_dist.core.urls import Redirects, is_url, secret_in
 from rtl_dist.data.format.split import INDEX_DTYPE, DatasetPlace, Split
 from rtl_dist.data.storage.cache import RemoteFile
@@ -160,6 +161,8 @@ class Dataset:
         """
         where = self.place.path_of(f"{INDEX_FOLDER}/{split}{suffix}")
         if not self.place.is_remote:
+            if is_no_file(Path(where)):
+                raise DataError(f"the index {where} is not a plain file; restore it or pack again")
             return Path(where)
         sha256 = self.description["splits"][split].get(_CHECKSUM_OF[suffix])
         if sha256 is None:
@@ -285,6 +288,8 @@ def open_dataset(
         where=str(path), cache_dir=cache_dir, cache_gb=cache_gb, redirects=redirects
     )
     where = place.path_of(DESCRIPTION)
+    if not place.is_remote and is_no_file(Path(where)):
+        raise DataError(f"{where} is not a plain file; pack or index again")
     try:
         content = _read_description(place, where)
         description = json.loads(content)
@@ -309,6 +314,12 @@ def open_dataset(
             raise DataError(f"{where} has an unknown task {description['task']!r}; pack again")
         if not isinstance(description["splits"], dict):
             raise TypeError("a table of splits")
+        for name in (*description["classes"], *description["splits"]):
+            if not is_showable(str(name)):  # it would be printed, and might say what we say
+                raise DataError(
+                    f"{where} names a class or split {str(name)!r}, which holds characters that"
+                    " cannot be shown: rename it and pack or index again"
+                )
         return Dataset(
             place=place,
             task=Task(description["task"]),

@@ -249,6 +249,6 @@ def _check_classes(
     if left_out:
         why = (
             f" that can be used; {len(left_out):,} samples were left out, such as"
-            f" {left_out[0].key} ({left_out[0].reason})"
+            f" {shown(left_out[0].key)} ({shown(left_out[0].reason)})"
         )
     check_classes_in_splits(found.classes, {s: counts[s] for s in SPLIT_ORDER if s in counts}, why)

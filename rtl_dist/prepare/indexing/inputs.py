@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path, PurePosixPath
 
 from rtl_dist.core.errors import DataError, UserError
-from rtl_dist.core.text import shorten
+from rtl_dist.core.text import shorten, shown
 from rtl_dist.core.urls import is_url, secret_in
 from rtl_dist.prepare.splits import SPLIT_OF, SPLIT_ORDER, TRAIN
 
@@ -162,8 +162,8 @@ def _split_of(path: PurePosixPath, text: str) -> str:
             return SPLIT_OF[folder.lower()]
     if named:
         raise UserError(
-            f"{path} is named after two splits, {' and '.join(sorted(named))}: say which, as in"
-            f" train={text}"
+            f"{shown(str(path))} is named after two splits, {' and '.join(sorted(named))}: say"
+            f" which, as in train={text}"
         )
     return TRAIN
 

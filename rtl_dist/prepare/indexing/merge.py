@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.core.tasks import MULTI_LABEL, SINGLE_LABEL
-from rtl_dist.core.text import shorten
+from rtl_dist.core.text import shorten, shown
 from rtl_dist.prepare.holdout import held_out
 from rtl_dist.prepare.indexing.classes import all_values, number_classes
 from rtl_dist.prepare.indexing.inputs import InputShard
@@ -53,7 +53,7 @@ class Labelling:
 
 def check_scans(scans: Sequence[ShardScan]) -> None:
     """Raises DataError: shards are damaged, all are named. UserError: a choice is needed."""
-    damaged = [scan.damage for scan in scans if scan.damage]
+    damaged = [shown(scan.damage) for scan in scans if scan.damage]
     if len(damaged) == 1:
         raise DataError(f"{damaged[0]}; correct its name or the file, then index again")
     if damaged:
@@ -67,8 +67,8 @@ def check_scans(scans: Sequence[ShardScan]) -> None:
             key, option, candidates = scan.choice
             what = "images" if option == "--image" else "fields that may be the label"
             raise UserError(
-                f"{scan.location}: sample {key} has several {what}, {', '.join(candidates)}:"
-                f" choose with {option}"
+                f"{shown(scan.location)}: sample {shown(key)} has several {what},"
+                f" {shorten(candidates)}: choose with {option}"
             )
 
 
@@ -104,21 +104,24 @@ def label_samples(scans: Sequence[ShardScan], given: Sequence[str] | None) -> La
     """
     kinds: dict[bool, ShardScan] = {}
     fields: dict[str | None, ShardScan] = {}
-    where: dict[Value, str] = {}
+    where: dict[Value, str] = {}  # for messages
     for scan in scans:
         for value in sorted(all_values(scan.labels), key=lambda v: (isinstance(v, str), v)):
-            where.setdefault(value, scan.location)
+            where.setdefault(value, shown(scan.location))
         for label in set(scan.labels):
             kinds.setdefault(isinstance(label, tuple), scan)
         for name in dict.fromkeys(scan.fields):
             fields.setdefault(name, scan)
     if len(kinds) > 1:
         raise DataError(
-            f"some labels are lists (in {kinds[True].location}), some are not (in"
-            f" {kinds[False].location}): choose another member or field with --label or --field"
+            f"some labels are lists (in {shown(kinds[True].location)}), some are not (in"
+            f" {shown(kinds[False].location)}): choose another member or field with --label or"
+            " --field"
         )
     if len(fields) > 1:
-        found = [f"{name or 'the whole file'} (in {fields[name].location})" for name in fields]
+        found = [
+            f"{name or 'the whole file'} (in {shown(fields[name].location)})" for name in fields
+        ]
         raise UserError(
             f"the label is in several JSON fields, {' and '.join(found)}: choose with --field"
         )

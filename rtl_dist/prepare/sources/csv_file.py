@@ -40,8 +40,8 @@ def csv_files_in(folder: Path) -> dict[str, Path]:
             continue
         if split in found:
             raise DataError(
-                f"{shown(str(folder))} has two tables for split {split!r}, {found[split].name} and"
-                f" {path.name}: join them or move one away"
+                f"{shown(str(folder))} has two tables for split {split!r},"
+                f" {shown(found[split].name)} and {shown(path.name)}: join them or move one away"
             )
         found[split] = path
     return {split: found[split] for split in SPLIT_ORDER if split in found}

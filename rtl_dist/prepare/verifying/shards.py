@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from rtl_dist.core.errors import DataError
-from rtl_dist.core.files import sha256_of
+from rtl_dist.core.files import is_no_file, sha256_of
 from rtl_dist.data.format.tar import BLOCK
 from rtl_dist.data.images.decode import decode_file
 from rtl_dist.data.images.doubts import doubt_of
@@ -78,6 +78,8 @@ def check_shard(job: CheckJob, advance: Callable[[int], Any]) -> ShardResult:
     done = 0
     try:
         path = job.files.sound_path(0)
+        if is_no_file(path):
+            raise DataError("is not a plain file")
         with open(path, "rb", buffering=0) as file:
             damage += _check_file(job, path, os.fstat(file.fileno()).st_size)
             for i in range(count):

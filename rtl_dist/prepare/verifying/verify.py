@@ -23,6 +23,7 @@ from rtl_dist.core.errors import RtlDistError, UserError
 from rtl_dist.core.files import write_json
 from rtl_dist.core.processes import check_workers, map_in_order, num_workers
 from rtl_dist.core.tasks import MULTI_LABEL
+from rtl_dist.core.text import shown_lines
 from rtl_dist.core.urls import Redirects, is_url
 from rtl_dist.data.format.dataset import Dataset, open_dataset
 from rtl_dist.data.storage.shard_files import Shards
@@ -67,7 +68,7 @@ def verify_and_report(
     found = verify(
         path, workers=workers, cache_dir=cache_dir, cache_gb=cache_gb, redirects=redirects
     )
-    show(f"{summary_of(found)}\n\n")
+    show(f"{shown_lines(summary_of(found))}\n\n")
     try:
         write_json(out, found.to_json())
     except OSError as error:
