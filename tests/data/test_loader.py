@@ -480,6 +480,27 @@ def test_a_process_can_exit_while_its_workers_wait(train, tmp_path):
     assert (done.stdout.split(), done.stderr) == ([str(MICRO)], "")
 
 
+def test_workers_that_are_not_needed_any_more_end_without_a_word(train):
+    """Whatever listens for dead children: torch does, once it has made workers of somebody's."""
+
+    def complain(*_):
+        raise RuntimeError("a worker is dead")
+
+    before = set(multiprocessing.active_children())
+    batches = iter(
+        make_loader(microbatches(train), positions(100), workers=2, device=torch.device("cpu"))
+    )
+    next(batches)
+    handler = signal.signal(signal.SIGCHLD, complain)
+    try:
+        batches.close()
+        del batches
+        assert signal.getsignal(signal.SIGCHLD) is complain
+        assert set(multiprocessing.active_children()) <= before
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+
+
 def test_a_killed_worker_is_a_named_failure(train):
     before = set(multiprocessing.active_children())
     handler = signal.getsignal(signal.SIGCHLD)

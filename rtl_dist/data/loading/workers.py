@@ -6,9 +6,11 @@ import atexit
 import multiprocessing
 import re
 import signal
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from typing import Literal, TypeVar
 
 import torch
@@ -77,8 +79,7 @@ def _from_workers(batches: Iterator[T], give_up: Callable[[], bool]) -> Iterator
             if "DataLoader timed out" in str(error):
                 if not give_up():
                     continue
-                for process in processes:
-                    process.kill()
+                _kill(processes)
                 del batches
                 raise StopRequested("stopped while waiting for data") from None
             del batches
@@ -88,9 +89,20 @@ def _from_workers(batches: Iterator[T], give_up: Callable[[], bool]) -> Iterator
         try:
             yield batch
         except GeneratorExit:
-            for process in processes:  # one that waits for a server would be waited for
-                process.kill()
+            _kill(processes)  # one that waits for a server would be waited for
             raise
+
+
+def _kill(processes: Sequence[BaseProcess]) -> None:
+    """Ends workers, and returns when they are gone. Whoever uses DataLoaders beside ours may have
+    torch's handler of dead workers, which would raise for these wherever it is called."""
+    with _untouched_sigchld() as is_main_thread:
+        if is_main_thread:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
 
 
 def _how_it_died(text: str) -> str:
@@ -102,15 +114,19 @@ def _how_it_died(text: str) -> str:
 
 
 @contextmanager
-def _untouched_sigchld() -> Iterator[None]:
-    """torch's own handler raises wherever the training process happens to be when a worker dies, in
+def _untouched_sigchld() -> Iterator[bool]:
+    """Within the block the handler of SIGCHLD may be changed; yields whether it can be.
+
+    torch's own handler raises wherever the training process happens to be when a worker dies, in
     the middle of a collective too. A dead worker is noticed within seconds at the next batch."""
-    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
-        yield
+    is_main = threading.current_thread() is threading.main_thread()
+    # at the interpreter's end no handler is called any more, nor can one be set
+    if not hasattr(signal, "SIGCHLD") or not is_main or sys.is_finalizing():
+        yield False
         return
     before = signal.getsignal(signal.SIGCHLD)
     try:
-        yield
+        yield True
     finally:
         signal.signal(signal.SIGCHLD, before)
 
@@ -118,6 +134,4 @@ def _untouched_sigchld() -> Iterator[None]:
 def _kill_workers() -> None:
     # A worker that was not told to end ignores SIGTERM too, and multiprocessing, which sends it at
     # exit, would wait for it for ever. Runs before that, since it is registered later.
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
+    _kill([process for process in multiprocessing.active_children() if process.daemon])
