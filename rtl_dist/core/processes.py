@@ -15,6 +15,7 @@ from itertools import islice
 from multiprocessing import connection, forkserver, resource_tracker
 from typing import Any, TypeVar
 
+from rtl_dist.core.cpus import available_cpus
 from rtl_dist.core.errors import UserError
 
 Job = TypeVar("Job")
@@ -22,14 +23,6 @@ Result = TypeVar("Result")
 Advance = Callable[[int], Any]
 
 _POLL_SECONDS = 0.2
-
-
-def available_cpus() -> int:
-    """The CPUs this process may use: its affinity, because the count of all lies under SLURM and
-    cgroups."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def check_workers(asked: int | None) -> None:

@@ -7,11 +7,10 @@ import gc
 import logging
 import os
 import socket
-import sys
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -19,12 +18,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch.distributed import distributed_c10d as c10d
-from tqdm import tqdm
 
 from rtl_dist.config import Precision
+from rtl_dist.core.cpus import available_cpus
 from rtl_dist.core.errors import RtlDistError, StopRequested, UserError
-from rtl_dist.core.processes import available_cpus
-from rtl_dist.core.text import shown_lines
 from rtl_dist.distributed.accelerate_settings import (
     only_where_to_compute,
     overruled,
@@ -33,6 +30,7 @@ from rtl_dist.distributed.accelerate_settings import (
 from rtl_dist.distributed.launchers import COLLECTIVE_TIMEOUT, launched_world_size, whole_number
 from rtl_dist.distributed.ranks import Ranks
 from rtl_dist.distributed.stopping import StopRequests, was_launched
+from rtl_dist.distributed.terminal import Progress, progress
 
 LOG = logging.getLogger("rtl_dist")
 # Words in the RuntimeError that an exchange raises when another process is gone. Gloo says, among
@@ -209,23 +207,12 @@ class Runtime(Ranks):
         AcceleratorState._reset_state(reset_partial_state=True)
         self._settings.close()
 
-    def progress(self, *, total: int, what: str, unit: str, done: int = 0) -> tqdm[Any]:
-        """A bar with an ETA on rank 0's terminal; silent on other ranks and off a terminal.
-
-        Args:
-            total: when it is full, in ``unit``.
-            what: what is done, before the bar.
-            unit: of what is counted, such as ``step``.
-            done: where it starts, of a job that goes on.
-        """
-        return tqdm(
-            total=total,
-            initial=done,
-            desc=what,
-            unit=unit,
-            disable=None if self.is_main else True,
-            leave=False,
-            dynamic_ncols=True,
+    def progress(
+        self, *, total: int, what: str, unit: str, done: int = 0, images: int = 0
+    ) -> Progress:
+        """``progress`` on rank 0; other ranks are silent."""
+        return progress(
+            total=total, what=what, unit=unit, done=done, images=images, silent=not self.is_main
         )
 
     def mean_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
@@ -276,24 +263,6 @@ def resolve_precision(wanted: Precision) -> Precision:
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "bf16" if _cpu_has_bf16() else "no"
-
-
-class _Shown(logging.Formatter):
-    """Messages name what is from elsewhere, and a terminal would obey what that holds."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return shown_lines(super().format(record))
-
-
-def configure_logging(*, is_main: bool) -> None:
-    """Sends this package's messages to stderr as plain lines: all of rank 0's, and only the
-    warnings of the other ranks."""
-    LOG.handlers.clear()
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Shown("%(message)s"))
-    LOG.addHandler(handler)
-    LOG.setLevel(logging.INFO if is_main else logging.WARNING)
-    LOG.propagate = False
 
 
 def _user_chose_threads() -> bool:

@@ -157,7 +157,8 @@ def _leave(name: str) -> NoReturn:
 def _say(what: str) -> None:
     """Writes a line to stderr without its buffer, whose lock the main thread may hold."""
     with contextlib.suppress(OSError):
-        os.write(2, f"rtl-dist: {what}\n".encode())
+        over_a_bar = "\r\x1b[K" if os.isatty(2) else ""
+        os.write(2, f"{over_a_bar}rtl-dist: {what}\n".encode())
 
 
 def _forget_socket() -> None:

@@ -187,7 +187,8 @@ def logits_from_images(
             batches = _keeping(kept, batches)
     bad: list[str] = []
     what = f"evaluating {split.name}"
-    with runtime.progress(total=len(blocks), what=what, unit="batch") as bar:
+    images = EVAL_BLOCK * runtime.world_size
+    with runtime.progress(total=len(blocks), what=what, unit="batch", images=images) as bar:
         batches = runtime.heartbeat.while_fetching(batches, are_remote=split.is_remote)
         for batch in runtime.in_rounds(batches, rounds_of(split, runtime), what=what):
             if batch is None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from rtl_dist.core.errors import DataError, RtlDistError, StopRequested
 from rtl_dist.data.loading.batch import Batch
 from rtl_dist.data.loading.blocks import blocks_of_rank, cannot_evaluate, num_rounds
 from rtl_dist.data.loading.loader import make_loader
 from rtl_dist.distributed.runtime import Runtime
+from rtl_dist.distributed.terminal import Progress
 from rtl_dist.features.seal import Seal
 from rtl_dist.features.store import FeatureStore
 from rtl_dist.features.view_files import BlockSums, View, write_block
@@ -38,7 +38,7 @@ def compute_view(
     keep: set[str],
     runtime: Runtime,
     workers: int,
-    bar: tqdm[Any],
+    bar: Progress,
 ) -> None:
     """Computes a view and publishes it. Called by all ranks.
 
@@ -64,7 +64,7 @@ def compute_view(
             store.discard(folder)  # nothing of it is left under this name if all went well
 
 
-def compute_in_memory(plan: ViewPlan, *, runtime: Runtime, workers: int, bar: tqdm[Any]) -> View:
+def compute_in_memory(plan: ViewPlan, *, runtime: Runtime, workers: int, bar: Progress) -> View:
     """Computes a view for rank 0, without the store; called by all ranks.
 
     Returns:
@@ -142,7 +142,7 @@ def _publish(plan: ViewPlan, store: FeatureStore, folder: Path, written: _Writte
 
 
 def _write_blocks(
-    plan: ViewPlan, folder: Path, seal: Seal, *, runtime: Runtime, workers: int, bar: tqdm[Any]
+    plan: ViewPlan, folder: Path, seal: Seal, *, runtime: Runtime, workers: int, bar: Progress
 ) -> _Written:
     """Computes and writes this rank's blocks, in step with the other ranks."""
     shape = plan.shape

@@ -13,18 +13,23 @@ import torch
 
 from rtl_dist import __version__
 from rtl_dist.config import Config, to_yaml
-from rtl_dist.core.files import write_json, write_text
-from rtl_dist.core.processes import available_cpus
+from rtl_dist.core.cpus import available_cpus
+from rtl_dist.core.files import read_object, write_json, write_text
 from rtl_dist.data.images import region
+from rtl_dist.distributed.hardware import cpu_name
 from rtl_dist.distributed.runtime import Runtime
 
 
-def describe_run(run: Path, config: Config, runtime: Runtime) -> None:
+def describe_run(run: Path, config: Config, runtime: Runtime) -> int:
     """Writes ``config.yaml`` and ``environment.json``; what an earlier start said of its end is not
-    true any more."""
+    true any more. Returns the how manieth start of the run this is."""
     (run / "results.json").unlink(missing_ok=True)
     write_text(run / "config.yaml", to_yaml(config))
-    write_json(run / "environment.json", _environment(runtime))
+    earlier = read_object(run / "environment.json")
+    starts = earlier.get("start", 1) if earlier else 0
+    start = 1 + (starts if isinstance(starts, int) else 1)
+    write_json(run / "environment.json", {"start": start} | _environment(runtime))
+    return start
 
 
 def _environment(runtime: Runtime) -> dict[str, Any]:
@@ -39,21 +44,13 @@ def _environment(runtime: Runtime) -> dict[str, Any]:
         "packages": {name: version(name) for name in packages},
         "platform": platform.platform(),
         "hostname": socket.gethostname(),
-        "device": torch.cuda.get_device_name(runtime.device) if cuda else _cpu_name(),
+        "device": torch.cuda.get_device_name(runtime.device) if cuda else cpu_name(),
         "cpus": available_cpus(),
         "precision": runtime.precision,
         "region_decoding": region.available(),
         "world_size": runtime.world_size,
         "git": _git_state(),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((ln.split(":", 1)[1].strip() for ln in lines if ln.startswith("model name")), "CPU")
 
 
 def _git_state() -> dict[str, Any] | None:

@@ -17,8 +17,9 @@ from rtl_dist.core.urls import Redirects
 from rtl_dist.data.format.dataset import Dataset, check_split, open_dataset
 from rtl_dist.data.format.split import Split
 from rtl_dist.data.loading.workers import resolve_workers
-from rtl_dist.distributed.runtime import Runtime, configure_logging
+from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.distributed.stopping import StopRequests
+from rtl_dist.distributed.terminal import configure_logging
 from rtl_dist.evaluation.predictions import Predictions
 from rtl_dist.evaluation.scoring import metrics_on_every_rank, score_split
 from rtl_dist.model.classifier import Classifier, place

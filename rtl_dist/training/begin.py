@@ -22,7 +22,8 @@ from rtl_dist.data.format.split import Split
 from rtl_dist.data.format.trainable import why_untrainable
 from rtl_dist.data.loading.workers import resolve_workers
 from rtl_dist.data.order.training import training_order
-from rtl_dist.distributed.runtime import Runtime, configure_logging
+from rtl_dist.distributed.runtime import Runtime
+from rtl_dist.distributed.terminal import configure_logging
 from rtl_dist.evaluation.scoring import KeptImages
 from rtl_dist.model.average import Average
 from rtl_dist.model.build import build_model
@@ -36,10 +37,10 @@ from rtl_dist.records.resume import restore
 from rtl_dist.records.state import TrainState
 from rtl_dist.records.tracking import build_tracker
 from rtl_dist.training.finish import left_in_order
+from rtl_dist.training.opening_words import say_what_begins
 from rtl_dist.training.run import Run
 
 LOG = logging.getLogger("rtl_dist")
-_FEW_SAMPLES = 100
 _LOOKED_AT = 1000  # names, where a data set should be
 
 
@@ -121,9 +122,18 @@ def open_run(
             " they are replaced",
             folder,
         )
-    runtime.from_main(lambda: describe_run(folder, config, runtime))
-    _say_what_begins(config, runtime, dataset, origin, num_train=train.num_samples, val=val)
+    start: int = runtime.from_main(lambda: describe_run(folder, config, runtime))
     state = restored.state if restored else TrainState()
+    say_what_begins(
+        config,
+        runtime,
+        dataset,
+        origin=origin,
+        train=train,
+        val=val,
+        start=start,
+        restored=restored.state if restored else None,
+    )
     run = Run(
         config=config,
         runtime=runtime,
@@ -194,28 +204,6 @@ def _place_on_device(
     if average and restored is not None:
         average.model.load_state_dict(restored.ema)
     return average
-
-
-def _say_what_begins(
-    config: Config, runtime: Runtime, dataset: Dataset, origin: str, *, num_train: int, val: Split
-) -> None:
-    LOG.info(
-        "%s: %s; %d classes, %s training and %s validation images; %d process(es), precision %s",
-        config.model.name,
-        origin,
-        dataset.num_classes,
-        f"{num_train:,}",
-        f"{val.num_samples:,}",
-        runtime.world_size,
-        runtime.precision,
-    )
-    if val.num_samples < _FEW_SAMPLES:
-        LOG.info(
-            "split %s has %d images: one of them is %.1f points, so read its figures with care",
-            val.name,
-            val.num_samples,
-            100 / val.num_samples,
-        )
 
 
 def _has_metrics(folder: Path) -> bool:

@@ -71,7 +71,11 @@ def _train(
             return trainer.optimizer.state().on_host()
         done = run.state.step - run.state.stage_first_step
         with run.runtime.progress(
-            total=stage.num_steps, done=done, what=stage.name, unit="step"
+            total=stage.num_steps,
+            done=done,
+            what=stage.name,
+            unit="step",
+            images=run.config.batch.total,
         ) as bar:
             while not boundary.at_stage_end:
                 outcome = trainer.step()

@@ -7,6 +7,7 @@ from typing import Any
 
 from rtl_dist.config import ResolvedStage
 from rtl_dist.core.tasks import Task
+from rtl_dist.core.text import duration
 from rtl_dist.optim.counts import train_metrics
 from rtl_dist.training.run import Run
 
@@ -17,6 +18,7 @@ class StageLog:
     def __init__(self, stage: ResolvedStage, run: Run, *, opened_at: float) -> None:
         self._stage, self._run = stage, run
         self._elapsed_before_s, self._opened_at = run.state.elapsed_s, opened_at
+        self._first_step, self._began_at = run.state.step, time.perf_counter()
         self.restart_window()
 
     def elapsed_s(self) -> float:
@@ -43,6 +45,15 @@ class StageLog:
             row = row | {"data/bad_names": "; ".join(new)}
             state.bad_logged = len(state.bad_names)
         self._run.runtime.from_main(lambda: self._run.tracker.log(row))
+
+    def left_s(self) -> float | None:
+        """How long the rest of the stage will take, evaluations included, if it goes on as it went
+        in this start; None: no step was taken."""
+        steps = self._run.state.step - self._first_step
+        if not steps:
+            return None
+        end = self._run.state.stage_first_step + self._stage.num_steps
+        return (time.perf_counter() - self._began_at) / steps * (end - self._run.state.step)
 
     def waited(self, seconds: float) -> None:
         """Notes how long a step waited for the loader."""
@@ -83,10 +94,14 @@ class StageLog:
         return row
 
 
-def summary(row: dict[str, Any], task: Task, *, is_best: bool) -> str:
-    """An evaluation's row as one line."""
+def summary(row: dict[str, Any], task: Task, *, is_best: bool, left_s: float | None = None) -> str:
+    """An evaluation's row as one line, with the time that is left of the stage."""
     judged = dict.fromkeys(f"val/{name}" for name in (task.headline, task.counted))
     shown = ("train/loss", f"train/{task.counted}", "val/loss", *judged)
     figures = "  ".join(f"{key} {row[key]:.4f}" for key in shown if key in row)
-    best = "  (best)" if is_best else ""
-    return f"epoch {row['epoch']:.2f}  step {row['step']}  {row['stage']}  {figures}{best}"
+    line = f"epoch {row['epoch']:.2f}  step {row['step']}  {row['stage']}  {figures}"
+    if is_best:
+        line += "  (best)"
+    if "speed/images_per_second" in row:
+        line += f"  {row['speed/images_per_second']:,.0f} images/s"
+    return line + (f"  {duration(left_s)} left" if left_s else "")

@@ -203,8 +203,10 @@ class StepBoundary:
         self._judge_stage(row)
         # those of the last step; before a stage's first there was none
         rates = self._trainer.optimizer.rates if self._steps_done else {}
-        self._log.write(row | rates | speed)
-        LOG.info("%s", summary(row, run.dataset.task, is_best=is_best))
+        row = row | rates | speed
+        self._log.write(row)
+        left_s = None if state.stopped_early else self._log.left_s()
+        LOG.info("%s", summary(row, run.dataset.task, is_best=is_best, left_s=left_s))
         if state.stopped_early and state.step < self._end_step:
             LOG.info(
                 "stage %s ends early: no better %s in its last %d evaluation(s)",

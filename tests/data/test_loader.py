@@ -21,8 +21,8 @@ from PIL import Image
 from small_sets import Canary, flip_byte, order_of, packed
 
 from rtl_dist.config import AugmentConfig
+from rtl_dist.core.cpus import available_cpus
 from rtl_dist.core.errors import DataError, WorkerError
-from rtl_dist.core.processes import available_cpus
 from rtl_dist.data.format.dataset import check_split, open_dataset
 from rtl_dist.data.format.reader import SampleReader
 from rtl_dist.data.images.augment import EvalTransform, TrainTransform

@@ -16,8 +16,8 @@ from typing import Literal, TypeVar
 import torch
 from torch.utils.data import DataLoader
 
+from rtl_dist.core.cpus import available_cpus
 from rtl_dist.core.errors import RtlDistError, StopRequested, WorkerError
-from rtl_dist.core.processes import available_cpus
 
 T = TypeVar("T")
 

@@ -1,0 +1,56 @@
+"""How many CPUs this process may use, whatever the machine has."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+
+def available_cpus() -> int:
+    """The CPUs of its affinity, because the count of all lies under SLURM; fewer where the time
+    that its container grants is that of fewer."""
+    here = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        here = len(os.sched_getaffinity(0))
+    granted = container_cpus()
+    return here if granted is None else max(1, min(here, math.ceil(granted)))
+
+
+def container_cpus(root: Path = Path("/")) -> float | None:
+    """The CPUs whose time the process's cgroup, or one above it, grants; None: no limit.
+
+    Args:
+        root: of the file system.
+    """
+    limits = []
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, group = [*line.split(":", 2), "", ""][:3]
+        names = controllers.split(",")
+        if controllers and "cpu" not in names:
+            continue
+        hierarchy = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+        folder = hierarchy / group.lstrip("/")
+        # in a container the group may be told as the host names it: then only the root is there
+        groups = [one for one in (folder, *folder.parents) if one.is_relative_to(hierarchy)]
+        limits += map(_limit, groups)
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _limit(folder: Path) -> float | None:
+    """Of one cgroup: ``quota period``, of version 2 in a file, of version 1 in two."""
+    words = _read(folder / "cpu.max").split() or [
+        _read(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")
+    ]
+    try:
+        quota, period = map(int, words)
+    except ValueError:  # max, or there is no such file
+        return None
+    return quota / period if quota > 0 and period > 0 else None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
