@@ -23,7 +23,7 @@ def container_cpus(root: Path = Path("/")) -> float | None:
     Args:
         root: of the file system.
     """
-    limits = []
+    limits: list[float | None] = []
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, group = [*line.split(":", 2), "", ""][:3]
         names = controllers.split(",")
