@@ -44,6 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="CSV: the column of the images' paths (default: 'file', or it is found)",
     )
+    parser.add_argument(
+        "--convert",
+        action="store_true",
+        help="make PNGs of GIFs, BMPs and TIFFs, and JPEGs of HEIC and AVIF (these with"
+        " pip install 'rtl_dist[heic]'), instead of leaving them out",
+    )
     add_allow_missing_classes(parser)
     add_overwrite(parser, "replace a data set in OUT")
     add_debug(parser)
@@ -61,6 +67,7 @@ def run(arguments: argparse.Namespace) -> str:
         workers=arguments.workers,
         labels=arguments.labels.split(",") if arguments.labels else None,
         file_column=arguments.file_column,
+        convert=arguments.convert,
         allow_missing_classes=arguments.allow_missing_classes,
         overwrite=arguments.overwrite,
     )

@@ -18,6 +18,13 @@ _FOREIGN = {
     b"MM\0*": "a TIFF",
     b"%PDF": "a PDF",
 }
+# of the container that HEIC and AVIF share: what stands behind its length and "ftyp"
+_BRANDS = {
+    **dict.fromkeys(
+        (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "a HEIC"
+    ),
+    **dict.fromkeys((b"avif", b"avis"), "an AVIF"),
+}
 
 
 def suffix_of(head: bytes) -> str:
@@ -37,6 +44,8 @@ def suffix_of(head: bytes) -> str:
     for magic, what in _FOREIGN.items():
         if head.startswith(magic):
             raise DataError(f"is {what} file, not a JPEG, PNG or WebP")
+    if head[4:8] == b"ftyp" and head[8:12] in _BRANDS:
+        raise DataError(f"is {_BRANDS[head[8:12]]} file, not a JPEG, PNG or WebP")
     raise DataError("is not a JPEG, PNG or WebP")
 
 

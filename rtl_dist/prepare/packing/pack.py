@@ -21,6 +21,7 @@ from rtl_dist.core.tasks import SINGLE_LABEL
 from rtl_dist.core.text import command, shorten, shown
 from rtl_dist.data.format.trainable import why_untrainable
 from rtl_dist.prepare.class_names import class_line
+from rtl_dist.prepare.conversion import cure_of
 from rtl_dist.prepare.holdout import check_large_enough
 from rtl_dist.prepare.packing.plan import PackOptions, Plan, make_plan
 from rtl_dist.prepare.packing.publish import PackedSplit, gather_split, publish
@@ -69,6 +70,8 @@ class PackReport:
         left_out = [f"{file.name} ({file.reason})" for file in self.left_out]
         lines = [*self.notes, *left_out_lines(left_out, self.out)]
         lines += doubt_lines(self.doubtful, self.out)
+        if cure := cure_of(file.reason for file in self.left_out):
+            lines.append(cure)
         lines.append(class_line(self.classes, self.class_counts))
         return list(map(shown, lines))
 
@@ -106,6 +109,7 @@ def pack(
     workers: int | None = None,
     labels: Sequence[str] | None = None,
     file_column: str | None = None,
+    convert: bool = False,
     allow_missing_classes: bool = False,
     overwrite: bool = False,
     show_progress: bool = True,
@@ -120,6 +124,7 @@ def pack(
         workers: processes; None takes this process's CPUs, or one where starting more costs more.
         labels: a CSV's label columns, or the classes to keep, in that order.
         file_column: a CSV's column of the images' paths; None: ``file``, or it is found.
+        convert: make PNGs and JPEGs of images of other formats, instead of leaving them out.
         allow_missing_classes: accept what cannot be trained on: classes without a sample in some
             split, or one class only.
         overwrite: replace a finished data set that ``pack`` wrote in OUT.
@@ -138,11 +143,12 @@ def pack(
         shard_size=shard_size,
         resize=resize,
         labels=None if labels is None else tuple(labels),
+        convert=convert,
     )
     _check_apart(source, out)
     if not overwrite:
         check_unfinished(out)  # before anything is downloaded or listed
-    plan = make_plan(open_source(source, options.labels, file_column), options)
+    plan = make_plan(open_source(source, options.labels, file_column, convert), options)
     if not allow_missing_classes:
         _check_classes(plan)
     with locked(out):

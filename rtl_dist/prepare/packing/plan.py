@@ -37,6 +37,9 @@ class PackOptions:
     labels: tuple[str, ...] | None = None
     """A CSV's label columns, or the classes to keep, in that order. None: all there are."""
 
+    convert: bool = False
+    """Whether images of other formats become PNGs and JPEGs, instead of being left out."""
+
     def __post_init__(self) -> None:
         check_val_fraction(self.val_fraction)
         if self.shard_size < 1:
@@ -102,6 +105,8 @@ def make_plan(source: Source, options: PackOptions) -> Plan:
         "pillow": PIL.__version__,
         "left_out": [(file.name, file.reason) for file in source.left_out],
     }
+    if options.convert:  # not there otherwise, so that packs begun before it go on
+        settings["convert"] = True
     digest.update(json.dumps(settings).encode())
     shards = []
     source_bytes = 0

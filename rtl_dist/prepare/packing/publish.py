@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from rtl_dist.core.text import shorten
 from rtl_dist.data.format.dataset import PACKER_KEY
 from rtl_dist.data.format.split import INDEX_DTYPE
 from rtl_dist.data.storage.shard_files import Shard
+from rtl_dist.prepare.conversion import cure_of
 from rtl_dist.prepare.packing.plan import Plan
 from rtl_dist.prepare.packing.resume import read_record
 from rtl_dist.prepare.packing.shard import key_of
@@ -44,7 +46,10 @@ def gather_split(plan: Plan, out: Path, split: str) -> PackedSplit:
     left_out = [LeftOut(*file) for record in records for file in record.left_out]
     if not any(record.rows for record in records):
         bad = [f"{file.name} {file.reason}" for file in left_out]
-        raise DataError(f"no image of split {split!r} can be packed: {shorten(bad)}")
+        cure = cure_of(bad)
+        raise DataError(
+            f"no image of split {split!r} can be packed: {shorten(bad)}{cure and f'; {cure}'}"
+        )
     rows = (
         (offset, size, number, crc32, -1)
         for number, record in enumerate(records)
@@ -82,11 +87,13 @@ def gather_split(plan: Plan, out: Path, split: str) -> PackedSplit:
 
 def publish(plan: Plan, out: Path, splits: dict[str, PackedSplit], left_out: list[LeftOut]) -> str:
     """Writes the index, the tables and last ``dataset.json``. Returns its fingerprint."""
-    settings = {
+    settings: dict[str, Any] = {
         "shard_size": plan.options.shard_size,
         "resize": plan.options.resize,
         "val_fraction": plan.options.val_fraction,
     }
+    if plan.options.convert:
+        settings["convert"] = True
     return publish_dataset(
         out,
         task=plan.source.task,

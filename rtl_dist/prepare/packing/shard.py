@@ -22,6 +22,7 @@ from rtl_dist.core.processes import map_in_order, num_workers
 from rtl_dist.core.tasks import MULTI_LABEL
 from rtl_dist.data.format.tar import TarWriter
 from rtl_dist.data.images.foreign import MAX_FILE_BYTES, suffix_of
+from rtl_dist.prepare.conversion import converted, convertible
 from rtl_dist.prepare.images import checked_image
 from rtl_dist.prepare.packing.plan import Plan, ShardPlan
 from rtl_dist.prepare.packing.resume import ShardRecord, is_finished, record_shard
@@ -47,6 +48,8 @@ class PackContext:
     """Their names, in the order of their numbers."""
     resize: int | None
     """Pixels: see ``PackOptions``."""
+    convert: bool
+    """As ``PackOptions`` has it."""
 
 
 def write_shards(plan: Plan, out: Path, workers: int | None, advance: Callable[[int], Any]) -> int:
@@ -68,6 +71,7 @@ def write_shards(plan: Plan, out: Path, workers: int | None, advance: Callable[[
         task=source.task,
         classes=source.classes,
         resize=plan.options.resize,
+        convert=plan.options.convert,
     )
     work = functools.partial(write_shard, context)
     count = num_workers(workers, len(plan.shards), alone=plan.source_bytes < _ALONE_BELOW_BYTES)
@@ -102,7 +106,7 @@ def write_shard(context: PackContext, shard: ShardPlan, advance: Callable[[int],
         tar = TarWriter(file)
         for position, item in enumerate(shard.items):
             try:
-                image = checked_image(_read(item, context.root), context.resize)
+                image = checked_image(_read(item, context), context.resize)
             except DataError as error:
                 left_out.append((item.name, str(error)))
             else:
@@ -137,23 +141,35 @@ def key_of(position: int, name: str) -> str:
     return f"{position:07d}_{stem}"[:_MAX_KEY]
 
 
-def _read(item: Item, root: Path) -> bytes | np.ndarray:
+def _read(item: Item, context: PackContext) -> bytes | np.ndarray:
     """The item's content. Raises DataError: unreadable, or not worth reading whole."""
     if item.content is not None:
         return item.content
     try:
         # without O_NONBLOCK a named pipe would be waited for, for ever
-        with open(os.open(root / item.name, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        with open(os.open(context.root / item.name, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise DataError("is not a plain file")
             head = file.read(16)
-            suffix_of(head)
+            kind = _kind_to_convert(head) if context.convert else None
+            if kind is None:
+                suffix_of(head)
             if status.st_size > MAX_FILE_BYTES:
                 raise DataError(f"is larger than the {MAX_FILE_BYTES >> 20} MiB allowed")
-            return head + file.read()
+            content = head + file.read()
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}") from error
+    return content if kind is None else converted(content, kind)
+
+
+def _kind_to_convert(head: bytes) -> str | None:
+    """What a file is that must be converted; None: it need not be, or cannot."""
+    try:
+        suffix_of(head)
+    except DataError as error:
+        return convertible(str(error))
+    return None
 
 
 def _label_member(key: str, item: Item, context: PackContext) -> tuple[str, bytes]:

@@ -32,13 +32,17 @@ def is_path(source: str) -> bool:
 
 
 def open_source(
-    source: str, labels: Sequence[str] | None = None, file_column: str | None = None
+    source: str,
+    labels: Sequence[str] | None = None,
+    file_column: str | None = None,
+    convert: bool = False,
 ) -> Source:
     """Lists what SOURCE holds; no image is read yet (but a public data set is downloaded).
 
     Args:
         labels: a CSV's label columns; otherwise the classes to keep, in that order.
         file_column: a CSV's column of the images' paths; None: it is found.
+        convert: whether files of other formats will be converted, so that they are images too.
 
     Raises:
         UserError: SOURCE is not there or is no source, or ``labels`` do not fit it.
@@ -56,7 +60,7 @@ def open_source(
         if tables:
             return read_csv_folder(path, tables, labels, file_column)
         _check_no_column(file_column)
-        return read_folder(path, labels)
+        return read_folder(path, labels, convert=convert)
     if not path.exists():
         raise UserError(
             f"no source at {source}: give a folder of class folders, a .csv file, {DIGITS!r} or"

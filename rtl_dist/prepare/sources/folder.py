@@ -8,6 +8,7 @@ from pathlib import Path
 from rtl_dist.core.errors import DataError
 from rtl_dist.core.text import shorten, shown
 from rtl_dist.data.images.foreign import suffix_of
+from rtl_dist.prepare.conversion import convertible, cure_of
 from rtl_dist.prepare.sources.items import (
     IMAGE_SUFFIXES,
     Item,
@@ -28,7 +29,7 @@ from rtl_dist.prepare.sources.walk import list_folder, walk
 _MOST = 5  # reasons a class folder, where there is no image at all
 
 
-def read_folder(root: Path, labels: Sequence[str] | None) -> Source:
+def read_folder(root: Path, labels: Sequence[str] | None, *, convert: bool = False) -> Source:
     """Classes are the names of the class folders, over all splits, in the order of ``in_order``.
 
     A class folder may hold folders of its own; everything beneath it is of its class. Folders that
@@ -59,7 +60,7 @@ def read_folder(root: Path, labels: Sequence[str] | None) -> Source:
             walked = walk(folder / name, root)
             left_out += [LeftOut(_relative(path, root), what) for path, what in walked.odd]
             found.setdefault(name, []).extend((split, file) for file in walked.files)
-            if any(_may_be_image(file) for file in walked.files):
+            if any(_may_be_image(file, convert) for file in walked.files):
                 with_images.add(name)
                 has_images = True
             elif not has_images:
@@ -96,7 +97,10 @@ def read_folder(root: Path, labels: Sequence[str] | None) -> Source:
 
 def _no_images(folder: Path, split: str, reasons: list[str], one_of_many: bool) -> DataError:
     if reasons:
-        return DataError(f"no image of split {split!r} can be packed: {shorten(reasons)}")
+        cure = cure_of(reasons)
+        return DataError(
+            f"no image of split {split!r} can be packed: {shorten(reasons)}{cure and f'; {cure}'}"
+        )
     return DataError(
         f"{shown(str(folder))} holds class folders but no images: put images into them"
         + (f", or remove {shown(str(folder))}" if one_of_many else "")
@@ -127,8 +131,9 @@ def _strays(folder: Path, root: Path) -> list[LeftOut]:
     ]
 
 
-def _may_be_image(file: Path) -> bool:
-    return _reason(file) == ""
+def _may_be_image(file: Path, convert: bool) -> bool:
+    reason = _reason(file)
+    return not reason or (convert and convertible(reason) is not None)
 
 
 def _reason(file: Path) -> str:
