@@ -8,7 +8,7 @@ from pack_images import encoded, image_bytes, picture
 from PIL import Image
 
 from rtl_dist.core.errors import DataError
-from rtl_dist.data.images import jpeg
+from rtl_dist.data.images import foreign, jpeg
 from rtl_dist.data.images.decode import decode
 
 FRAME = b"\xff\xc0\0\x11\x08"  # a frame header, up to its height
@@ -89,6 +89,27 @@ def test_what_only_looks_like_scans_is_no_reason():
     content = many_scans(3)
     text = b"\xff\xfe" + struct.pack(">H", 2002) + b"\xff\xda" * 1000
     assert decode(content[:-2] + text + content[-2:], 3).shape == (3, 12, 16)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "scans", "png", "webp"])
+def test_files_of_very_many_pieces_are_refused(kind, monkeypatch):
+    """Some of a gigabyte took minutes, a piece at a time."""
+    many = 3000
+    if kind == "png":
+        content = encoded(Image.fromarray(picture()), "PNG")
+        content = content[:33] + (bytes(4) + b"teXt" + bytes(4)) * many + content[33:]
+    elif kind == "webp":
+        content = encoded(Image.fromarray(picture()), "WEBP") + b"abcd\0\0\0\0" * many
+    elif kind == "jpeg":
+        content = claiming(16, 12, b"\xff\xe5\0\2" * many)
+    else:
+        content = many_scans(3)
+        text = b"\xff\xfe" + struct.pack(">H", 2002) + b"\xff\xda" * 1000
+        content = content[:-2] + text + b"\xff\xe5\0\2" * many + content[-2:]
+    assert decode(content, 3).shape == (3, 12, 16)
+    monkeypatch.setattr(foreign, "MAX_PIECES", many)
+    with pytest.raises(DataError, match="of more than 3,000 pieces"):
+        decode(content, 3)
 
 
 @pytest.mark.parametrize("lossless", [False, True])

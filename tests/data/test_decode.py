@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 from rtl_dist.config import AugmentConfig
 from rtl_dist.core.errors import DataError
+from rtl_dist.data.images import decode as decoder
 from rtl_dist.data.images.augment import TrainTransform
 from rtl_dist.data.images.decode import decode, decode_file
 
@@ -131,6 +132,19 @@ def test_what_a_decoder_warns_of_is_told_and_not_printed(capfd):
         assert "premature end of data" in decode_file(half, 3).warning
         assert decode_file(whole, 3).warning == ""
     assert capfd.readouterr().err == ""
+
+
+def test_what_others_say_meanwhile_goes_on_to_stderr(capfd, monkeypatch):
+    real = decoder.decode_jpeg
+
+    def decode_jpeg(*args, **options):
+        os.write(2, b"a thread's line, \xff\n")
+        return real(*args, **options)
+
+    monkeypatch.setattr(decoder, "decode_jpeg", decode_jpeg)
+    assert decode_file(encoded(Image.fromarray(picture()), "JPEG"), 3).warning == ""
+    monkeypatch.undo()
+    assert capfd.readouterr().err == "a thread's line, \ufffd\n"
 
 
 def test_the_rest_of_a_process_keeps_its_stderr(capfd):

@@ -9,6 +9,8 @@ from rtl_dist.core.errors import DataError
 MAX_PIXELS = 178_956_970
 # A file may be this large; its bytes are held in memory, once a worker.
 MAX_FILE_BYTES = 1 << 30
+# And may be of this many pieces (segments, chunks): what is walked one by one takes its time.
+MAX_PIECES = 1 << 20
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _FOREIGN = {
@@ -47,6 +49,14 @@ def suffix_of(head: bytes) -> str:
     if head[4:8] == b"ftyp" and head[8:12] in _BRANDS:
         raise DataError(f"is {_BRANDS[head[8:12]]} file, not a JPEG, PNG or WebP")
     raise DataError("is not a JPEG, PNG or WebP")
+
+
+def require_few_pieces(number: int) -> None:
+    """Raises DataError: a file of so many is none that anybody's encoder writes."""
+    if number > MAX_PIECES:
+        raise DataError(
+            f"cannot be decoded: it is of more than {MAX_PIECES:,} pieces, made to cost time"
+        )
 
 
 def require_allowed(width: int, height: int) -> None:

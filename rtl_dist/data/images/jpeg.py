@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterator
 
 from rtl_dist.core.errors import DataError
-from rtl_dist.data.images.foreign import MAX_PIXELS, require_allowed
+from rtl_dist.data.images.foreign import MAX_PIXELS, require_allowed, require_few_pieces
 from rtl_dist.data.images.header import Header
 
 # Encoders write about ten scans; each goes over the whole picture, whatever few bytes it has.
@@ -15,9 +15,10 @@ from rtl_dist.data.images.header import Header
 MAX_SCANS = 500
 MAX_SCANNED_PIXELS = 64 * MAX_PIXELS
 
-# What libjpeg looks for next: FF and a number. Whatever lies before it is skipped, FF 00 too.
-_MARKER = re.compile(rb"\xff[^\x00\xff]", re.DOTALL)
-_END_OF_IMAGE, _START_OF_SCAN, _APP1 = 0xD9, 0xDA, 0xE1
+# What libjpeg looks for next: FF and a number. Whatever lies before it is skipped, FF 00 too, and
+# markers that stand alone mean nothing.
+_MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd7]", re.DOTALL)
+_START_OF_IMAGE, _END_OF_IMAGE, _START_OF_SCAN, _APP1 = 0xD8, 0xD9, 0xDA, 0xE1
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
 
@@ -71,13 +72,15 @@ def _check_scans(content: bytes, at: int, pixels: int) -> None:
 
 def _segments(content: bytes, at: int) -> Iterator[tuple[int, int, int]]:
     """(marker, start, end) of each segment that libjpeg may look at, up to the end of the image."""
+    number = 0
     while found := _MARKER.search(content, at):
+        number += 1
+        require_few_pieces(number)
         at = found.end()
         marker = content[at - 1]
-        if marker >= 0xC0 and not 0xD0 <= marker <= 0xD8:
-            if marker == _END_OF_IMAGE:
-                return
+        if marker == _END_OF_IMAGE:
+            return
+        if marker >= 0xC0 and marker != _START_OF_IMAGE:  # else libjpeg gives up
             end = at + max(2, content[at] << 8 | content[at + 1]) if at + 1 < len(content) else at
             yield marker, at + 2, end
             at = end
-        # else it stands alone, or is one that libjpeg gives up at

@@ -7,13 +7,19 @@ is another file for as long as a picture is decoded.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 
 _STDERR = 2
 _MOST_BYTES = 1 << 16
+# How its warnings begin. What another thread says meanwhile goes on to stderr.
+_ITS = re.compile(
+    "Corrupt JPEG data|Inconsistent progression|Premature end of JPEG|Invalid SOS parameters"
+    "|Unknown Adobe color|Application transferred too few|Warning: unknown JFIF"
+)
 
 
 class Words:
@@ -28,25 +34,29 @@ def heard() -> Iterator[Words]:
     """What the decoder says inside is kept from stderr and told afterwards."""
     words = Words()
     try:
+        file = _file(os.getpid())
         before = os.dup(_STDERR)
-    except OSError:  # it is closed: nothing can be said
+    except OSError:  # it is closed, or no more files may be open: then nothing is heard
         yield words
         return
     try:
-        file = _file(os.getpid())
         os.dup2(file, _STDERR)
         try:
             yield words
         finally:
             os.dup2(before, _STDERR)
         if os.fstat(file).st_size:
-            words.text = " ".join(_taken(file).split())
+            lines = _taken(file).splitlines(keepends=True)
+            words.text = " ".join(line.strip() for line in lines if _ITS.match(line))
+            others = "".join(line for line in lines if not _ITS.match(line))
+            with suppress(OSError):  # nobody reads it
+                os.write(_STDERR, others.encode("utf-8", "surrogateescape"))
     finally:
         os.close(before)
 
 
 def _taken(file: int) -> str:
-    text = os.pread(file, _MOST_BYTES, 0).decode("utf-8", "replace")
+    text = os.pread(file, _MOST_BYTES, 0).decode("utf-8", "surrogateescape")
     os.ftruncate(file, 0)
     os.lseek(file, 0, os.SEEK_SET)
     return text
@@ -55,5 +65,7 @@ def _taken(file: int) -> str:
 @lru_cache(maxsize=1)
 def _file(pid: int) -> int:
     """One a process, open to its end: a fork would share its place in it."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("libjpeg")
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())

@@ -12,12 +12,13 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
 
 from rtl_dist.core.errors import DataError
-from rtl_dist.data.images.foreign import PNG_SIGNATURE, require_allowed
+from rtl_dist.data.images.foreign import PNG_SIGNATURE, require_allowed, require_few_pieces
 from rtl_dist.data.images.header import Header
 
 # Samples a pixel by colour type, and the bit depths that type may have.
@@ -166,7 +167,8 @@ def _chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
     """(type, content) of each chunk up to IEND: those that decoding needs, with their crc checked;
     of the others the content of a whole eXIf alone."""
     position = len(PNG_SIGNATURE)
-    while True:
+    for number in count():
+        require_few_pieces(number)
         if position + 12 > len(content):
             raise DataError("cannot be decoded: the PNG is cut short")
         (size,) = struct.unpack_from(">I", content, position)

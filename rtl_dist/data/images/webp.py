@@ -6,7 +6,7 @@ import struct
 from collections.abc import Iterator
 
 from rtl_dist.core.errors import DataError
-from rtl_dist.data.images.foreign import require_allowed
+from rtl_dist.data.images.foreign import require_allowed, require_few_pieces
 from rtl_dist.data.images.header import Header
 
 _RIFF_BYTES = 12
@@ -52,8 +52,10 @@ def _size(kind: bytes, head: bytes) -> tuple[int, int] | None:
 
 def _chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
     """(kind, start, end) of each chunk's content."""
-    at = _RIFF_BYTES
+    at, number = _RIFF_BYTES, 0
     while at + 8 <= len(content):
         kind, size = struct.unpack_from("<4sI", content, at)
         yield kind, at + 8, at + 8 + size
         at += 8 + size + size % 2
+        number += 1
+        require_few_pieces(number)
