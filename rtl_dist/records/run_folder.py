@@ -44,7 +44,7 @@ def owned_run_folder(config: RunConfig, runtime: Runtime) -> Iterator[Path]:
     """
     run = Path(config.dir)
     lock = RunLock(run)
-    made = [folder for folder in (run, *run.parents) if not folder.exists()]
+    made = [folder for folder in (run, *run.parents) if not os.path.lexists(folder)]
     try:
         runtime.from_main(lambda: _claim(run, lock, config.resume))
         _require_one_folder(run, lock, runtime)
@@ -114,7 +114,9 @@ def _claim(run: Path, lock: RunLock, resume: str) -> None:
 def _leave_nothing(lock: RunLock, made: list[Path]) -> None:
     """Removes the run folder of a start that was refused, and those above it that it made, unless
     more is there than what every start begins with."""
-    if made and {entry.name for entry in os.scandir(made[0])} <= {LOCK_NAME, HEARTBEATS}:
+    if not made or not made[0].is_dir():  # it was there, or could not be made
+        return
+    if {entry.name for entry in os.scandir(made[0])} <= {LOCK_NAME, HEARTBEATS}:
         clear_heartbeats(made[0])
         with contextlib.suppress(OSError):  # another rank's last sign of life
             (made[0] / HEARTBEATS).rmdir()

@@ -81,3 +81,14 @@ def test_a_lock_that_is_no_file_is_refused(tmp_path, capsys, dataset, kind):
     assert main(["--config", config]) == 2
     assert "run.dir" in capsys.readouterr().err
     assert precious.read_text() == "process 1 on x"
+
+
+@pytest.mark.parametrize("name", ["link", "link/below", "file", "file/below", "n" * 300])
+def test_a_folder_that_cannot_be_made_is_told_in_a_line(tmp_path, capsys, dataset, name):
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "file").touch()
+    config = write_config(tmp_path / "c.yaml", tiny_config(dataset, tmp_path / name, stages=SHORT))
+    assert main(["--config", config]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "run.dir" in line
+    assert not (tmp_path / "nowhere").exists()
