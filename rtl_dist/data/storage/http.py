@@ -106,7 +106,7 @@ class BoundedHTTP(HTTPFileSystem):
         raise RemoteError(f"cannot read {url}: its redirects do not end; correct the URL")
 
     def _require_allowed(self, target: URL, onward: URL, url: str) -> None:
-        where = f"{onward.scheme}://{onward.host}:{onward.port}"
+        where = str(onward.with_path("/").with_user(None)) if onward.host else f"{onward.scheme}:"
         is_downgrade = target.scheme == "https" and onward.scheme != "https"
         if onward.scheme not in ("http", "https") or is_downgrade:
             raise RemoteError(f"cannot read {url}: it redirects to {where}, which is not followed")
