@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,14 @@ def refuse_other_identity(run: Path, then: dict[str, Any], now: dict[str, Any]) 
     if different:
         raise UserError(
             f"the config differs from that of the run in {run}: {'; '.join(different)}; undo that,"
-            " or choose another run.dir"
+            f" or {how_to_train_on(run)}"
         )
+
+
+def how_to_train_on(run: Path) -> str:
+    """What to give for a new run that begins with what this one reached."""
+    overrides = (f"run.dir={run}-more", f"model.weights={run}")
+    return f"train on from its best weights in a new run: {shlex.join(overrides)}"
 
 
 def _filled(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:

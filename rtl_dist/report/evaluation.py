@@ -20,6 +20,7 @@ from rtl_dist.data.format.reader import SampleReader
 from rtl_dist.data.format.split import Split
 from rtl_dist.evaluation.confusion import Confusion, confusion_of
 from rtl_dist.evaluation.metrics import (
+    TOP_K,
     ClassScores,
     calibration,
     multi_label_confusion,
@@ -44,6 +45,9 @@ PICTURES = {
 
 # Up to this many classes the confusion matrix is written as a matrix.
 MATRIX_CLASSES = 2000
+
+# Of those, what shows photographs and not figures.
+PHOTOS = ("mistakes.png",)
 
 _ROWS_SHOWN = 40
 _PICTURE_SIDE = 224
@@ -74,12 +78,12 @@ def write_evaluation(
 ) -> None:
     """Writes an evaluation's files into ``out``, the page ``report.html`` last.
 
-    ``metrics.json`` (the given metrics, ``num_samples``, and the 95 % interval of the share of
-    samples that are right), ``per_class.csv``, ``confusion_matrix.csv`` (of many classes a
-    list of its cells; multi-label: 2x2 counts a class), ``predictions.csv``, ``mistakes.csv`` (most
-    confident first; both with the file that was packed, if known), one picture for each of
-    ``PICTURES`` (one that cannot be drawn is left out, which is said), ``report.html``. Several
-    labels of a sample are joined by ``|``.
+    ``metrics.json`` (the given metrics, ``num_samples``, ``num_classes``, and the 95 % interval of
+    the share of samples that are right), ``per_class.csv``, ``confusion_matrix.csv`` (of many
+    classes a list of its cells; multi-label: 2x2 counts a class), ``predictions.csv``,
+    ``mistakes.csv`` (most confident first; both with the file that was packed, if known), one
+    picture for each of ``PICTURES`` (one that cannot be drawn is left out, which is said),
+    ``report.html``. Several labels of a sample are joined by ``|``.
 
     Raises:
         DataError: a shard of the split cannot be opened.
@@ -135,7 +139,7 @@ def write_evaluation(
     page = Page(title, f"Split {split.name}, {split.num_samples:,} samples, each counted once.")
     page.cards(headline(summary))
     for name, caption in PICTURES.items():
-        page.picture(drawn[name], caption)
+        page.picture(drawn[name], caption, is_photo=name in PHOTOS)
         if name == "confusion_matrix.png" and pairs:
             page.heading("Most frequent confusions", 3)
             page.table(("truth", "predicted", "samples", "share of the true class"), pairs)
@@ -155,7 +159,9 @@ def headline(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     """The cards (value, name, remark) of a ``metrics.json``'s content, the known metrics first."""
     cards = []
     names = [n for n in METRICS if n in summary]
-    names += [n for n in summary if n not in METRICS and n != "num_samples"]
+    names += [n for n in summary if n not in METRICS and n not in ("num_samples", "num_classes")]
+    if summary.get("num_classes", TOP_K + 1) <= TOP_K:
+        names = [name for name in names if name != "top5"]  # all samples are within it
     for name in names:
         value, metric = summary[name], METRICS.get(name) or Metric(name=name.replace("_", " "))
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -180,6 +186,7 @@ def _summary(predictions: Predictions, metrics: dict[str, float], hits: int) -> 
         **{name: float(value) for name, value in metrics.items()},
         f"{predictions.task.share_right}_interval": [float(bound) for bound in interval],
         "num_samples": predictions.num_samples,
+        "num_classes": len(predictions.classes),
     }
 
 

@@ -193,7 +193,7 @@ def precision_recall_figure(predictions: Predictions, table: Sequence[ClassScore
 def calibration_figure(result: Calibration, task: Task) -> Figure:
     """A reliability diagram above the histogram of confidences."""
     multi = task == MULTI_LABEL
-    figure = new_figure(6.2, 6.4)
+    figure = new_figure(7.8, 6.4)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     dress(
         top,
@@ -216,7 +216,7 @@ def calibration_figure(result: Calibration, task: Task) -> Figure:
     )
     top.set_xlim(0, 1)
     top.set_ylim(0, 1.02)
-    top.legend(fontsize=9, loc="upper left", frameon=True, framealpha=0.9, edgecolor=PALE)
+    outside_legend(top)
     bottom.bar(centre, result.counts / result.counts.sum(), width * 0.92, color=GREY)
     dress(
         bottom,

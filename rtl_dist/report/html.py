@@ -14,8 +14,10 @@ from html import escape
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2129; --soft: #5a6270; --line: #d9dde3;
   --paper: #ffffff; --card: #f5f7f9; --accent: #0072b2; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --soft: #a3abb8; --line: #3a404a;
-  --paper: #16181d; --card: #20242b; --accent: #56b4e9; } }
+@media screen and (prefers-color-scheme: dark) {
+  :root { --ink: #e6e8eb; --soft: #a3abb8; --line: #3a404a; --paper: #16181d;
+    --card: #20242b; --accent: #56b4e9; }
+  img.plot { filter: invert(.91) hue-rotate(180deg); } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 68rem; color: var(--ink);
   background: var(--paper); font: 16px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
@@ -34,7 +36,7 @@ p { margin: .4rem 0; max-width: 48rem; }
 .wide { overflow-x: auto; margin: .6rem 0; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .25rem .8rem .25rem .4rem; vertical-align: top;
-  border-bottom: 1px solid var(--line); overflow-wrap: anywhere; max-width: 28rem; }
+  border-bottom: 1px solid var(--line); overflow-wrap: break-word; max-width: 28rem; }
 th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 td.number, th.number { text-align: right; white-space: nowrap; }
 figure { margin: 1rem 0; }
@@ -45,9 +47,27 @@ details { margin: .8rem 0; }
 summary { cursor: pointer; color: var(--accent); }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: .4rem;
   padding: .8rem; overflow-x: auto; font: .85rem/1.45 ui-monospace, Menlo, Consolas, monospace; }
+@media screen and (max-width: 40rem) {
+  img.plot { max-width: none; width: 44rem; }
+  thead { display: none; }
+  table, tbody, tr, td { display: block; max-width: none; }
+  tr { padding: .4rem 0; border-bottom: 1px solid var(--line); }
+  td, td.number { border: 0; padding: .05rem 0; text-align: left; white-space: normal; }
+  td::before { content: attr(data-name) ": "; color: var(--soft); } }
+@media print {
+  body { max-width: none; padding: 0; font-size: 12px; }
+  .wide { overflow: visible; }
+  table { font-size: 10px; width: 100%; }
+  th { white-space: normal; vertical-align: bottom; }
+  th, td { padding: .15rem .3rem; }
+  figure, .card, tr { break-inside: avoid; }
+  pre { white-space: pre-wrap; overflow-wrap: anywhere; } }
 """
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+# A number, a share or a duration.
+_FIGURE = r"[+-]?[\d.,]+( %| s| min \d\d s| h \d\d min)?"
 
 # A table's cell: text as it is, numbers to the right, None as a dash.
 Cell = str | int | float | None
@@ -83,21 +103,32 @@ class Page:
         """A table; with ``folded`` it is closed at first, under that line."""
         numeric = [all(_is_figure(row[i]) for row in rows) for i in range(len(header))]
         head = "".join(_cell("th", name, n) for name, n in zip(header, numeric, strict=True))
+        columns = [_column([row[i] for row in rows]) for i in range(len(header))]
         body = "".join(
-            "<tr>" + "".join(_cell("td", v, n) for v, n in zip(row, numeric, strict=True)) + "</tr>"
-            for row in rows
+            "<tr>"
+            + "".join(
+                _cell("td", column[place], n, name)
+                for column, n, name in zip(columns, numeric, header, strict=True)
+            )
+            + "</tr>"
+            for place in range(len(rows))
         )
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         self._blocks.append(_fold(f"<div class=wide>{table}</div>", folded))
 
-    def picture(self, png: bytes | None, caption: str) -> None:
-        """A PNG, embedded; the caption is its text alternative too. None: it could not be drawn."""
+    def picture(self, png: bytes | None, caption: str, *, is_photo: bool = False) -> None:
+        """A PNG, embedded; the caption is its text alternative too. None: it could not be drawn.
+
+        Args:
+            is_photo: it keeps its colours on a dark page, and its size on a small one.
+        """
         if png is None:
             self.paragraph(f"{caption} (This picture could not be drawn.)", soft=True)
             return
         data = base64.b64encode(png).decode("ascii")
         self._blocks.append(
-            f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
+            f"<figure><div class=wide><img{'' if is_photo else ' class=plot'}"
+            f' alt="{escape(caption)}" src="data:image/png;base64,{data}"></div>'
             f"<figcaption>{escape(caption)}</figcaption></figure>"
         )
 
@@ -129,12 +160,29 @@ def percent(share: float) -> str:
 
 
 def _is_figure(value: Cell) -> bool:
-    return not isinstance(value, str) or re.fullmatch(r"[+-]?[\d.,]+( %)?", value) is not None
+    return not isinstance(value, str) or re.fullmatch(_FIGURE, value) is not None
 
 
-def _cell(tag: str, value: Cell, numeric: bool) -> str:
-    text = "–" if value is None else value if isinstance(value, str) else number(value)
-    return f"<{tag}{' class=number' if numeric else ''}>{escape(text)}</{tag}>"
+def _column(values: Sequence[Cell]) -> list[str]:
+    """A column's cells as text, its fractions with equally many decimals."""
+    figures = [value for value in values if isinstance(value, int | float)]
+    largest = max((abs(value) for value in figures), default=0.0)
+    whole = all(float(value).is_integer() for value in figures)
+    aligned = 1e-3 <= largest < 1000 and not whole
+    decimals = 4 if largest < 10 else 2
+
+    def text(value: Cell) -> str:
+        if value is None or isinstance(value, str):
+            return "–" if value is None else value
+        return f"{value:.{decimals}f}" if aligned else number(value)
+
+    return [text(value) for value in values]
+
+
+def _cell(tag: str, text: str, numeric: bool, name: str = "") -> str:
+    """name: of its column, which is shown where there is no room for a header."""
+    named = f' data-name="{escape(name)}"' if name else ""
+    return f"<{tag}{' class=number' if numeric else ''}{named}>{escape(text)}</{tag}>"
 
 
 def _fold(block: str, summary: str) -> str:

@@ -13,6 +13,7 @@ from typing import Literal
 from rtl_dist.config import Precision
 from rtl_dist.core.errors import UserError
 from rtl_dist.core.files import read_object
+from rtl_dist.core.tolerated import tolerated
 from rtl_dist.core.urls import Redirects
 from rtl_dist.data.format.dataset import Dataset, check_split, open_dataset
 from rtl_dist.data.format.split import Split
@@ -125,6 +126,7 @@ def evaluate(
         )
         with runtime.heartbeat.phase("drawing", open_ended=runtime.is_main):
             runtime.from_main(lambda: scored.write(out, title=f"{model_path} on {name}"))
+            runtime.from_main(lambda: _refresh_page(Path(model_path), out))
         metrics = scored.metrics
         if not runtime.is_main:
             return ""
@@ -147,6 +149,16 @@ def _require_own_folder(out: Path) -> None:
             f"--out: {out} holds {taken[0]}, which is of no evaluation and would be overwritten;"
             " choose another folder"
         )
+
+
+def _refresh_page(run: Path, out: Path) -> None:
+    """A run's page shows its evaluations: it is drawn again, where there is one."""
+    from rtl_dist.report.run import REPORT, draw_run
+
+    if out.resolve().parent != (run / "evaluation").resolve() or not (run / REPORT).exists():
+        return
+    with tolerated(f"{run / REPORT} could not be drawn again"):
+        draw_run(run)
 
 
 def _precision_of(loaded: LoadedModel) -> Precision:

@@ -11,7 +11,7 @@ from rtl_dist.core.tasks import METRICS
 from rtl_dist.core.text import duration
 from rtl_dist.records.results import read_results
 from rtl_dist.report import plots
-from rtl_dist.report.evaluation import PICTURES, headline, read_summary
+from rtl_dist.report.evaluation import PHOTOS, PICTURES, headline, read_summary
 from rtl_dist.report.figure import draw
 from rtl_dist.report.history import History, read_history
 from rtl_dist.report.html import Cell, Page, percent
@@ -216,7 +216,7 @@ def _add_evaluations(page: Page, run: Path, results: dict[str, Any]) -> None:
         page.cards(headline(summary))
         for name, caption in PICTURES.items():
             if (folder / name).is_file():
-                page.picture((folder / name).read_bytes(), caption)
+                page.picture((folder / name).read_bytes(), caption, is_photo=name in PHOTOS)
         page.paragraph(f"All of it: evaluation/{folder.name}/{REPORT}", soft=True)
     if not summaries and (test := _test_figures(results)):
         page.heading("Test")

@@ -17,7 +17,7 @@ from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.model.folder import WEIGHTS, load_model
 from rtl_dist.model.freezing import digest
 from rtl_dist.records.checkpoint import load_newest_checkpoint
-from rtl_dist.records.identity import run_identity
+from rtl_dist.records.identity import how_to_train_on, run_identity
 from rtl_dist.records.results import read_results, results_of
 from rtl_dist.report.model_evaluation import score_with
 from rtl_dist.training.run import Run
@@ -39,7 +39,10 @@ def already_done(config: Config, runtime: Runtime, folder: Path, dataset: Datase
             _draw(folder, runtime)  # it was killed meanwhile
         best = results.get("best")
         reached = f" (best {best['metric']} {best['value']:.4f})" if best else ""
-        return f"{folder} is already done{reached}: nothing to do. See {folder}/report.html"
+        return (
+            f"{folder} is already done{reached}: nothing to do. See {folder}/report.html; or"
+            f" {how_to_train_on(folder)}"
+        )
 
     line: str | None = runtime.from_main(look)
     return line

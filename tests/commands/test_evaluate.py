@@ -53,6 +53,7 @@ def test_the_best_weights_give_the_metrics_that_were_reported(run, dataset, caps
     metrics = json.loads((run / "evaluation" / "val" / "metrics.json").read_text())
     assert metrics["num_samples"] == 21
     assert metrics["top1"] == pytest.approx(results(run)["best"]["value"])
+    assert "Evaluation on val" in (run / "report.html").read_text()
 
 
 def test_without_a_test_split_val_is_taken(run, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """A run's plots and page: drawn from whatever files are there, with the numbers they hold."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from rtl_dist.core.errors import UserError
 from rtl_dist.core.files import write_bytes
 from rtl_dist.core.text import duration
 from rtl_dist.evaluation.metrics import compute_metrics
-from rtl_dist.report.evaluation import PICTURES, write_evaluation
+from rtl_dist.report.evaluation import PICTURES, headline, write_evaluation
 from rtl_dist.report.figure import plain
 from rtl_dist.report.history import read_history
 from rtl_dist.report.html import Page
@@ -303,6 +304,31 @@ def test_small_pieces():
     assert "&lt;&amp;&gt;" in page.render()
     assert "0.1235" in page.render()
     assert "<x>" not in page.render()
+
+
+def test_a_columns_figures_stand_below_each_other_and_have_its_name():
+    """On a phone there is no header."""
+    page = Page("t")
+    page.table(("F1", "time"), [(0.9, "9 s"), (0.12345, "1 min 14 s"), (None, "1 h 05 min")])
+    cells = re.findall(r'<td class=number data-name="(\w+)">([^<]*)<', page.render())
+    assert [text for name, text in cells if name == "F1"] == ["0.9000", "0.1235", "–"]
+    assert [text for name, text in cells if name == "time"] == ["9 s", "1 min 14 s", "1 h 05 min"]
+
+
+def test_plots_are_turned_dark_and_photographs_are_not():
+    page = Page("t")
+    page.picture(b"", "a plot")
+    page.picture(b"", "a photograph", is_photo=True)
+    text = page.render()
+    assert '<img class=plot alt="a plot"' in text
+    assert '<img alt="a photograph"' in text
+
+
+def test_five_classes_have_no_top_five():
+    known = {"top1": 0.5, "top5": 1.0, "num_samples": 9}
+    assert [name for _, name, _ in headline(known | {"num_classes": 5})] == ["top-1 accuracy"]
+    assert len(headline(known | {"num_classes": 6})) == 2
+    assert len(headline(known)) == 2  # of an older evaluation
 
 
 def test_groups_with_equal_rates_share_a_curve_that_breaks_between_stages(tmp_path):

@@ -92,3 +92,18 @@ def test_a_notebooks_backend_is_not_drawn_with(tmp_path):
         drawn.append((tmp_path / "plots" / "loss.png").read_bytes())
         shutil.rmtree(tmp_path / "plots")
     assert drawn[0] == drawn[1]
+
+
+def test_a_finished_run_is_trained_longer_as_it_says(tmp_path, dataset, capsys):
+    folder = short_run(tmp_path, dataset)
+    cure = f"train on from its best weights in a new run: run.dir={folder}-more model.weights="
+    short_run(tmp_path, dataset)
+    assert "already done (best val/top1" in (told := capsys.readouterr().out)
+    assert cure + str(folder) in told
+    longer = [ONE_STAGE[0] | {"steps": 4}]
+    train(tmp_path, dataset, code=2, stages=longer, data__test="test")
+    assert f"stages.0.steps was 2 and is 4; undo that, or {cure}" in capsys.readouterr().err
+    config = {"run__dir": f"{folder}-more", "model__weights": str(folder)}
+    train(tmp_path, dataset, stages=longer, **config)
+    assert f"weights and head from {folder}/best" in capsys.readouterr().err
+    assert results(tmp_path / "run-more")["steps"] == 4
