@@ -112,6 +112,10 @@ def test_two_spellings_of_a_letter_are_one_class(tmp_path):
         ({"x/y/train/a": 1, "x/y/val/a": 1}, "pack .*/s/x/y, which holds the folders train, val"),
         ({"images": 1}, "put the images of a second class into a folder beside .*images"),
         ({"train/a": 1, "val/a": 1}, "one class only, 'a'"),
+        (
+            {"a/train": 1, "a/test": 1, "b/train": 1},
+            "a holds test, train, called like splits, .* tra",
+        ),
         ({"test/a": 1, "test/b": 1, "site/a": 1}, "holds test, called like a split, beside site"),
     ],
 )
@@ -208,6 +212,7 @@ def test_links_in_circles_are_left_out_by_name(tmp_path):
     folder = class_folders(tmp_path / "s", {"a/b": 1, "c": 1})
     (folder / "a" / "b" / "up").symlink_to(folder / "a")
     (folder / "all").symlink_to(folder)
+    (folder / "self").symlink_to("self")
     (folder / "c" / "self.jpg").symlink_to("self.jpg")
     (folder / "c" / "shared").symlink_to(folder / "a" / "b")  # no circle: it is of both classes
     source = open_source(str(folder))
@@ -218,6 +223,7 @@ def test_links_in_circles_are_left_out_by_name(tmp_path):
         ("all", "is a link to a folder above itself"),
         ("c/self.jpg", "is a link to itself"),
         ("c/shared/up/b", "is a link to a folder that is here already"),
+        ("self", "is a link to itself"),
     ]
 
 
@@ -401,6 +407,10 @@ def test_folder_of_one_csv_a_split(table, tmp_path):
         (
             ["file,label", "C:\\p\\z.jpg,x", "b.jpg,x", "y.jpg,x"],
             "which is an absolute path, .*so do 1 more",
+        ),
+        (
+            ["file,label", "https://x/a.jpg,x"],
+            "line 2 names https://x/a.jpg, which is a URL: downl",
         ),
         (["file,label", "a.jgp,x"], "no such file in .*; did you mean a.jpg.: correct the path"),
         (["file", "a.jpg"], "has no label column"),

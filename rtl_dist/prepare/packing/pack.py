@@ -196,9 +196,10 @@ def _check_apart(source: str, out: Path) -> None:
 def _check_classes(plan: Plan) -> None:
     source = plan.source
     if source.task == SINGLE_LABEL and len(source.classes) == 1:
+        cure = source.if_one or "name another with --labels, or add images of a second class"
         raise DataError(
             f"{shown(str(source.root))} gives one class only, {source.classes[0]!r}, and there is"
-            f" nothing to tell it from: {source.if_one or 'add images of a second class'}"
+            f" nothing to tell it from: {cure}"
         )
     counts = {split: Counter[int]() for split in plan.source.splits}
     for item in plan.source.items:

@@ -19,6 +19,7 @@ from rtl_dist.prepare.sources.items import (
 from rtl_dist.prepare.sources.layout import (
     cure_of_one_class,
     nested_note,
+    refuse_splits_below,
     split_folders,
     split_note,
     table_note,
@@ -81,6 +82,7 @@ def read_folder(root: Path, labels: Sequence[str] | None, *, convert: bool = Fal
         for split, file in found[name]
     ]
     classes = sorted(with_images)
+    refuse_splits_below(splits[0][1], classes)
     return single_label_source(
         root,
         named,
@@ -121,14 +123,11 @@ def _no_classes(root: Path, folder: Path, tables: list[str], has_files: bool) ->
 
 
 def _strays(folder: Path, root: Path) -> list[LeftOut]:
-    """What lies beside the class folders and looks like an image."""
+    """What lies beside the class folders and looks like an image, or is no file."""
     listing = list_folder(folder)
-    found = [(name, "lies outside every class folder") for name in listing.files] + listing.odd
-    return [
-        LeftOut(_relative(folder / name, root), why)
-        for name, why in found
-        if name.lower().endswith(IMAGE_SUFFIXES)
-    ]
+    images = [name for name in listing.files if name.lower().endswith(IMAGE_SUFFIXES)]
+    found = [(name, "lies outside every class folder") for name in images] + listing.odd
+    return [LeftOut(_relative(folder / name, root), why) for name, why in found]
 
 
 def _may_be_image(file: Path, convert: bool) -> bool:

@@ -62,6 +62,21 @@ def _refuse_doubtful(root: Path, names: list[str], like_splits: set[str]) -> Non
                 )
 
 
+def refuse_splits_below(folder: Path, classes: list[str]) -> None:
+    """Raises DataError: class folders hold folders called like splits, whose images would be mixed
+    again."""
+    for name in classes:
+        below = list_folder(folder / name).folders if (folder / name).is_dir() else []
+        splits = {split: one for one in below if (split := split_named(one)) is not None}
+        if TRAIN in splits and len(splits) > 1:
+            inner, outer = splits[TRAIN], shown(name)
+            raise DataError(
+                f"{shown(str(folder / name))} holds {shorten(list(splits.values()))}, called like"
+                f" splits, which would all be of class {outer!r} and of one split: put the classes"
+                f" into the splits, as in {shown(inner)}/{outer}"
+            )
+
+
 def split_note(splits: list[tuple[str, Path]], root: Path) -> list[str]:
     """Which folder is taken for which split, where their names do not say so themselves."""
     if splits[0][1] == root or all(folder.name == split for split, folder in splits):

@@ -17,6 +17,7 @@ from rtl_dist.prepare.sources.items import IMAGE_SUFFIXES
 from rtl_dist.prepare.sources.walk import list_folder
 
 _ABSOLUTE = re.compile(r"([A-Za-z]:)?/")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _MOST_BELOW = 1_000_000  # files among which one is looked for by its name alone
 _MOST_COMPARED = 5_000  # names among which the nearest is looked for
 
@@ -47,6 +48,8 @@ class ListedFiles:
         Raises:
             DataError: there is none, or several it may be; to be put behind the path.
         """
+        if _URL.match(written):
+            raise DataError("which is a URL: download the images, and list the files")
         plain = posixpath.normpath(written)
         if not _is_absolute(plain) and (self._root / plain).is_file():
             return plain

@@ -12,7 +12,10 @@ from rtl_dist.core.errors import DataError
 from rtl_dist.core.text import shown
 
 # Files that systems leave behind, besides those whose names begin with a dot.
-_SYSTEM_FILES = {"thumbs.db", "desktop.ini", "__macosx", "$recycle.bin", "lost+found"}
+_SYSTEM_FILES = {
+    *("thumbs.db", "desktop.ini", "__macosx", "$recycle.bin", "system volume information"),
+    *("lost+found", "@eadir", "#recycle"),
+}
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFCHR: "a device",
