@@ -20,14 +20,17 @@ def half_lost():
     return whole[: start + (len(whole) - start) // 2] + b"\xff\xd9"
 
 
-def ramp(highest):
-    return np.linspace(0, highest, 256).astype(np.uint16).reshape(16, 16)
+def ramp(highest, brightest=None):
+    pixels = np.linspace(0, highest, 256).astype(np.uint16)
+    pixels[:2] = brightest or 0  # text, or what a sensor's dead pixels say
+    return pixels.reshape(16, 16)
 
 
 DOUBTS = {
     "half.jpg": (half_lost(), "its decoder says 'Corrupt JPEG data: premature end of data segment'"),
     "xray.png": (png_16bit(ramp(4095)), "its 16-bit values use 12 bits at most, and the upper 8 of"
                  " 16 are taken; multiply them by 16"),
+    "text.png": (png_16bit(ramp(4095, 65535)), "(almost) all its 16-bit values use 12 bits"),
     "ct.png": (png_16bit(ramp(16383)), "14 bits at most, and the upper 8 of 16 are taken; multiply"
                " them by 4"),
     "blank.png": (encoded(Image.new("RGB", (16, 16), (90, 90, 99)), "PNG"), "(nearly) in one colour:"
@@ -57,7 +60,7 @@ def test_pack_and_verify_name_them(source, tmp_path, capfd):
     assert len(said) == len(DOUBTS)
     assert main(["verify", str(tmp_path / "out")]) == 0
     output = capfd.readouterr()
-    assert "warning: 5 images of train are decoded, but perhaps not to what they show" in output.out
+    assert "warning: 6 images of train are decoded, but perhaps not to what they show" in output.out
     assert "Corrupt JPEG data" not in output.err
     facts = json.loads((tmp_path / "out" / "verify.json").read_text())["splits"]["train"]
     assert facts["doubtful"] == len(facts["doubtful_listed"]) == len(DOUBTS)

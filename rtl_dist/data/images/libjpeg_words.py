@@ -40,8 +40,8 @@ def heard() -> Iterator[Words]:
         yield words
         return
     try:
-        os.dup2(file, _STDERR)
         try:
+            os.dup2(file, _STDERR)
             yield words
         finally:
             os.dup2(before, _STDERR)
