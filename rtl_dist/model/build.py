@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -105,7 +106,8 @@ def _timm_trunk(name: str, channels: int, download: bool) -> tuple[Any, str, int
     native_head = trunk.default_cfg["classifier"]
     if not isinstance(native_head, str):
         raise UserError(f"model.name: {name} has several heads; choose a model with one")
-    return trunk, native_head, trunk.num_features
+    # some widen what their stages give, behind the pooling
+    return trunk, native_head, getattr(trunk, "head_hidden_size", trunk.num_features)
 
 
 def _torchvision_trunk(name: str, channels: int, download: bool) -> tuple[nn.Module, str, int]:
@@ -115,7 +117,9 @@ def _torchvision_trunk(name: str, channels: int, download: bool) -> tuple[nn.Mod
         hint = did_you_mean(name, models.list_models(module=models), _TORCHVISION + "{}")
         raise UserError(f"model.name: torchvision has no classifier {name!r}{hint}")
     try:
-        trunk = models.get_model(name, weights="DEFAULT" if download else None)
+        with warnings.catch_warnings():  # two of them announce that weights will begin otherwise
+            warnings.filterwarnings("ignore", "The default weight init", FutureWarning)
+            trunk = models.get_model(name, weights="DEFAULT" if download else None)
     except Exception as error:
         if not download:
             raise

@@ -30,6 +30,7 @@ from rtl_dist.model.build import build_model
 from rtl_dist.model.classifier import Classifier, place
 from rtl_dist.model.freezing import batchnorm_learns
 from rtl_dist.model.parts import trainable_parts
+from rtl_dist.model.probe import require_takes
 from rtl_dist.records.checkpoint import Snapshot
 from rtl_dist.records.checkpoint_writer import CheckpointWriter
 from rtl_dist.records.environment import describe_run
@@ -113,6 +114,9 @@ def open_run(
     train, val = _open_splits(config, runtime, dataset)
     with runtime.heartbeat.phase("loading weights", open_ended=True):
         restored = restore(folder, config, dataset, runtime)
+        if restored is None:
+            own = [stage.image_size for stage in config.stages if stage.image_size]
+            require_takes(config.model, config.data, [config.data.image_size, *own])
         model, origin = _initial_model(config, dataset, restored, dtype=runtime.dtype)
     _check_stages(config, model)
     average = _place_on_device(model, config, runtime, restored)

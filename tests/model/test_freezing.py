@@ -49,16 +49,64 @@ def test_a_part_the_model_lacks_is_refused_with_the_nearest():
     assert trainable_parts(model, stage(trainable=["head", "layer4"])) == {"head", "layer4"}
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
-def test_a_network_that_does_not_fall_into_parts_is_refused(name):
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        (
+            "test_vit",
+            [
+                "stem",
+                "blocks.0",
+                "blocks.1",
+                "blocks.2",
+                "blocks.3",
+                "blocks.4",
+                "blocks.5",
+                "norm",
+                "head",
+            ],
+        ),
+        (
+            "test_convnext",
+            ["stem", "stages.0", "stages.1", "stages.2", "stages.3", "pre_head", "head"],
+        ),
+        (
+            "test_efficientnet",
+            ["stem", *(f"blocks.{n}" for n in range(5)), "conv_head", "bn2", "head"],
+        ),
+        ("regnety_002", ["stem", "s1", "s2", "s3", "s4", "head"]),
+    ],
+)
+def test_a_network_of_another_family_falls_into_its_stages(name, parts):
+    with torch.device("meta"):
+        model = make_classifier(
+            ModelConfig(name=name, weights="none"),
+            DataConfig(path="", image_size=160),
+            num_classes=3,
+            seed=0,
+        )
+    assert list(parts_of(model)) == parts
+    above = parts[parts.index(parts[3]) :]
+    assert trainable_parts(model, stage(trainable=f"{parts[3]}+")) == set(above)
+    container = parts[3].partition(".")[0]
+    within = {part for part in parts if part.partition(".")[0] == container}
+    assert trainable_parts(model, stage(trainable=[container, "head"])) == {*within, "head"}
+    if container != parts[3]:
+        assert trainable_parts(model, stage(trainable=f"{container}+")) == set(parts[1:])
+
+
+def test_a_network_that_does_not_fall_into_parts_is_refused():
     """Else what lies outside of them would be trained though frozen, or the other way round."""
     model = make_classifier(
-        ModelConfig(name=name, weights="none"),
+        ModelConfig(name="test_convnext", weights="none"),
         DataConfig(path="", image_size=160),
         num_classes=3,
         seed=0,
     )
-    with pytest.raises(UserError, match=r"model.name: .* outside of its parts \(trunk\.(cls|head)"):
+    model.trunk.stages.register_parameter("scale", torch.nn.Parameter(torch.ones(1)))
+    with pytest.raises(
+        UserError, match=r"model.name: .* outside of its stages \(trunk\.stages\.sc"
+    ):
         trainable_parts(model, stage(trainable="head"))
 
 
