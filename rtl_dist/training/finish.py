@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 from rtl_dist.config import Config
 from rtl_dist.core.errors import RtlDistError, StopRequested
@@ -97,11 +99,25 @@ def finish(run: Run) -> str:
 
     def conclude() -> None:
         run.tracker.flush()
-        write_json(run.folder / "results.json", results)
+        _write_results(run.folder, results)
         _draw(run.folder, run.runtime)
 
     run.runtime.from_main(conclude)
     return _last_word(run, test) if run.runtime.is_main else ""
+
+
+def _write_results(folder: Path, results: dict[str, Any]) -> None:
+    """Makes room on a disk that the pictures of the evaluation have filled."""
+    try:
+        write_json(folder / "results.json", results)
+    except OSError as error:
+        pictures = list((folder / "evaluation").glob("*/*.png"))
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not pictures:
+            raise
+        LOG.warning("the disk is full: %d picture(s) make room for results.json", len(pictures))
+        for picture in pictures:
+            picture.unlink()
+        write_json(folder / "results.json", results)
 
 
 def _draw(folder: Path, runtime: Runtime) -> None:

@@ -11,6 +11,7 @@ import pytest
 from tiny_runs import make_dataset, results, train
 
 from rtl_dist.report import evaluation, figure, plots, run
+from rtl_dist.training import finish
 
 ONE_STAGE = [{"name": "head", "steps": 2, "trainable": "head", "lr": 1e-2}]
 
@@ -107,3 +108,16 @@ def test_a_finished_run_is_trained_longer_as_it_says(tmp_path, dataset, capsys):
     train(tmp_path, dataset, stages=longer, **config)
     assert f"weights and head from {folder}/best" in capsys.readouterr().err
     assert results(tmp_path / "run-more")["steps"] == 4
+
+
+def test_pictures_make_room_for_the_results(tmp_path, dataset, monkeypatch, capsys):
+    write = finish.write_json
+
+    def on_a_full_disk(path, content):
+        if list(tmp_path.rglob("evaluation/test/*.png")):
+            no_space()
+        write(path, content)
+
+    monkeypatch.setattr(finish, "write_json", on_a_full_disk)
+    folder = short_run(tmp_path, dataset)
+    require_done(folder, capsys, "the disk is full: 4 picture(s) make room for results.json")
