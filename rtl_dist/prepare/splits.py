@@ -51,11 +51,16 @@ def scatter_key(salt: str, name: str) -> bytes:
 
 
 def check_classes_in_splits(
-    classes: Sequence[str], counts: dict[str, Counter[int]], after: str = ""
+    classes: Sequence[str],
+    counts: dict[str, Counter[int]],
+    after: str = "",
+    *,
+    leave_out: str = "leave the class out",
 ) -> None:
     """Every class must have a sample in every split.
 
-    ``counts`` maps each split to its samples a class number; ``after`` is put behind the message.
+    ``counts`` maps each split to its samples a class number; ``after`` is put behind the message,
+    ``leave_out`` says how to do without a class that train has not.
 
     Raises:
         DataError: names the first such class, its split, how many more there are, and the cure.
@@ -71,7 +76,7 @@ def check_classes_in_splits(
         others = [f"{name!r} in {split}" for name, split in missing[1:]]
         also = f" (and so have {shorten(others)})" if others else ""
         in_train = any(split == TRAIN for _, split in missing)
-        way_out = "leave the class out" if in_train else "give --allow-missing-classes"
+        way_out = leave_out if in_train else "give --allow-missing-classes"
         raise DataError(
             f"class {name!r} has no image in split {split!r}{also}{after}; add images of it there,"
             f" or {way_out}"

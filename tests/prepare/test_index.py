@@ -230,6 +230,15 @@ def test_labels_that_count_from_one_make_no_dead_class(tmp_path, extension, give
     assert ("labels count from 1 here" in str(report)) == (extension == "cls" or given is not None)
 
 
+def test_numbers_with_gaps_name_the_way_out(tmp_path):
+    shard(tmp_path / "x.tar", ["1", "2", "4"])
+    message = refused(DataError, tmp_path / "x.tar", out=tmp_path / "out")
+    assert message.endswith("or leave the class out with --classes 1,2,4")
+    dataset, _ = indexed(tmp_path / "x.tar", out=tmp_path / "out", classes="1,2,4")
+    assert dataset.classes == ("1", "2", "4")
+    assert dataset.split("train").index["label"].tolist() == [0, 1, 2]
+
+
 def test_one_class_is_refused(tmp_path):
     shard(tmp_path / "x.tar", ["a", "a"])
     message = refused(DataError, tmp_path / "x.tar", out=tmp_path / "out")

@@ -40,6 +40,8 @@ from rtl_dist.prepare.indexing.scan import Chosen, scan_shards
 from rtl_dist.prepare.publish import doubt_lines, left_out_lines
 from rtl_dist.prepare.splits import SPLIT_ORDER, TRAIN, VAL, check_classes_in_splits
 
+_MOST_NAMED = 20  # classes in a command to be typed
+
 
 @dataclass(frozen=True, kw_only=True)
 class IndexReport:
@@ -251,4 +253,12 @@ def _check_classes(
             f" that can be used; {len(left_out):,} samples were left out, such as"
             f" {shown(left_out[0].key)} ({shown(left_out[0].reason)})"
         )
-    check_classes_in_splits(found.classes, {s: counts[s] for s in SPLIT_ORDER if s in counts}, why)
+    totals = sum(counts.values(), Counter[int]())
+    there = [name for number, name in enumerate(found.classes) if totals[number]]
+    which = ",".join(there) if len(there) <= _MOST_NAMED else "FILE, of the names that are there"
+    check_classes_in_splits(
+        found.classes,
+        {s: counts[s] for s in SPLIT_ORDER if s in counts},
+        why,
+        leave_out=f"leave the class out with --classes {which}",
+    )
