@@ -476,3 +476,14 @@ def test_the_label_most_samples_have_is_taken(tmp_path):
     assert dataset.classes == ("k0", "k1")
     assert dataset.split("train").num_samples == 8
     assert [one.key for one in report.left_out] == ["0", "1"]
+
+
+def test_a_table_of_the_users_is_not_replaced(tmp_path):
+    path = shard(tmp_path / "x.tar", ["0", "1", "0"])
+    table = tmp_path / "out" / "left_out.csv"
+    table.parent.mkdir()
+    table.write_text("mine")
+    refused(UserError, path, out=table.parent)
+    assert table.read_text() == "mine"
+    table.write_text("shard,key,reason\n")  # of an index that was killed
+    indexed(path, out=table.parent)

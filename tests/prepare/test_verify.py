@@ -333,6 +333,10 @@ def test_wrong_arguments_are_the_users(data, tmp_path, capsys):
         verify(str(data), workers=0)
     assert main(["verify", str(data), "--out", str(data)]) == 2
     assert "cannot write" in capsys.readouterr().err
+    before = (data / "dataset.json").read_bytes()
+    assert main(["verify", str(data), "--out", str(data / "dataset.json")]) == 2
+    assert "is no report of verify, so it is not replaced" in capsys.readouterr().err
+    assert (data / "dataset.json").read_bytes() == before
     assert main(["verify", "https://nowhere.invalid/data"]) == 2
     assert "--out FILE" in capsys.readouterr().err
     assert main(["verify", str(tmp_path / "nothing")]) == 3

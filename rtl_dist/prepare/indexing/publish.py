@@ -11,6 +11,7 @@ import numpy as np
 
 from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.core.files import read_object
+from rtl_dist.core.regular_files import open_regular
 from rtl_dist.core.urls import is_url
 from rtl_dist.data.format.dataset import DESCRIPTION, INDEXER_KEY, PACKER_KEY
 from rtl_dist.data.storage.shard_files import Shard
@@ -18,6 +19,7 @@ from rtl_dist.prepare.indexing.inputs import InputShard
 from rtl_dist.prepare.indexing.merge import Labelling, LeftOutSample
 from rtl_dist.prepare.indexing.scan import ShardScan
 from rtl_dist.prepare.publish import (
+    LEFT_OUT_FILE,
     IndexedSplit,
     LeftOutTable,
     index_split,
@@ -26,6 +28,8 @@ from rtl_dist.prepare.publish import (
 )
 from rtl_dist.prepare.splits import SPLIT_ORDER
 from rtl_dist.prepare.work_folder import PLAN_FILE, WORK_FOLDER, locked
+
+_LEFT_OUT = ("shard", "key", "reason")  # the columns of its table
 
 
 def check_place(out: Path, overwrite: bool) -> list[Path]:
@@ -40,6 +44,7 @@ def check_place(out: Path, overwrite: bool) -> list[Path]:
     if not description.exists():
         if (out / WORK_FOLDER / PLAN_FILE).exists():
             raise UserError(f"{out} holds an unfinished pack: finish it, or choose another OUT")
+        _require_our_table(out / LEFT_OUT_FILE)
         return []
     if not overwrite:
         raise UserError(
@@ -58,6 +63,23 @@ def check_place(out: Path, overwrite: bool) -> list[Path]:
             " or move the file away yourself"
         )
     return [out / name for name in published_files(names)]
+
+
+def _require_our_table(table: Path) -> None:
+    """Of an index that was killed before it wrote its description, or not there."""
+    if not os.path.lexists(table):
+        return
+    header = ",".join(_LEFT_OUT).encode()
+    try:
+        with open_regular(table) as file:
+            ours = file.readline(len(header) + 1).rstrip() == header
+    except OSError:
+        ours = False
+    if not ours:
+        raise UserError(
+            f"{table} was not written by rtl-dist, so it is not replaced: choose another OUT, or"
+            " move the file away yourself"
+        )
 
 
 def shard_path(location: str, out: Path) -> str:
@@ -178,7 +200,7 @@ def publish(
             made_by={INDEXER_KEY: where | settings},
             splits=splits,
             left_out=LeftOutTable(
-                header=("shard", "key", "reason"),
+                header=_LEFT_OUT,
                 rows=[(shard_path(one.shard, out), one.key, one.reason) for one in left_out],
             ),
         )

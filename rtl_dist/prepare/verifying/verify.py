@@ -23,6 +23,7 @@ from rtl_dist.core.errors import RtlDistError, UserError
 from rtl_dist.core.files import write_json
 from rtl_dist.core.processes import check_workers, map_in_order, num_workers
 from rtl_dist.core.tasks import MULTI_LABEL
+from rtl_dist.core.regular_files import open_regular
 from rtl_dist.core.text import shown_lines
 from rtl_dist.core.urls import Redirects, is_url
 from rtl_dist.data.format.dataset import Dataset, open_dataset
@@ -159,7 +160,21 @@ def _report_path(dataset: str, out: Path | None) -> Path:
     folder = path.absolute().parent
     if path.is_dir() or (folder.exists() and not os.access(folder, os.W_OK)):
         raise UserError(f"cannot write {path}: name another file, --out FILE")
+    if os.path.lexists(path) and not _is_report(path):
+        raise UserError(
+            f"{path} is no report of verify, so it is not replaced: name another, --out"
+        )
     return path
+
+
+def _is_report(path: Path) -> bool:
+    """By how ``Verification.to_json`` begins, so that no large file of another kind is read."""
+    beginning = b'{\n  "dataset":'
+    try:
+        with open_regular(path) as file:
+            return file.read(len(beginning)) == beginning
+    except OSError:
+        return False
 
 
 def _jobs(dataset: Dataset, splits: Iterable[CheckedSplit]) -> Iterator[CheckJob]:
