@@ -22,8 +22,8 @@ from tqdm import tqdm
 from rtl_dist.core.errors import RtlDistError, UserError
 from rtl_dist.core.files import write_json
 from rtl_dist.core.processes import check_workers, map_in_order, num_workers
-from rtl_dist.core.tasks import MULTI_LABEL
 from rtl_dist.core.regular_files import open_regular
+from rtl_dist.core.tasks import MULTI_LABEL
 from rtl_dist.core.text import shown_lines
 from rtl_dist.core.urls import Redirects, is_url
 from rtl_dist.data.format.dataset import Dataset, open_dataset
