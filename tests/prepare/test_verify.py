@@ -20,7 +20,7 @@ from small_sets import flip_byte, packed
 
 from rtl_dist.cli import main
 from rtl_dist.core.errors import DataError, RtlDistError, UserError
-from rtl_dist.data.format.dataset import open_dataset
+from rtl_dist.data.format.dataset import fingerprint_of, open_dataset
 from rtl_dist.prepare.indexing.index import index
 from rtl_dist.prepare.packing.pack import pack
 from rtl_dist.prepare.verifying import verify as verify_module
@@ -205,6 +205,16 @@ def test_damage_is_found_and_nothing_else(plant, expected, data, capsys):
 
 def counts_of(data):
     return np.bincount(np.load(data / "index" / "train.npy")["label"], minlength=2).tolist()
+
+
+def test_description_that_would_say_what_we_say_is_refused(data):
+    description = json.loads((data / "dataset.json").read_text())
+    description["classes"][0] = "x\nrtl-dist: sound"
+    description["fingerprint"] = fingerprint_of(description)
+    (data / "dataset.json").write_text(json.dumps(description))
+    with pytest.raises(DataError, match=r"class or split .* which holds characters") as caught:
+        open_dataset(data)
+    assert "\n" not in str(caught.value)
 
 
 def test_what_is_no_file_is_not_waited_for(data):
