@@ -23,4 +23,8 @@ def num_rounds(num_samples: int, size: int, *, world_size: int) -> int:
 
 def cannot_evaluate(bad: list[str]) -> str:
     """What to say where every sample must count and some are damaged, by what they suffer from."""
-    return f"cannot evaluate exactly: {bad[0]}{and_more(len(bad) - 1, ', and {:,} more')}"
+    return (
+        f"cannot evaluate exactly: {bad[0]}{and_more(len(bad) - 1, ', and {:,} more')}; each counts"
+        " here, whatever data.bad_samples: `rtl-dist verify` tells of all, and `rtl-dist pack` or"
+        " `index` again leaves them out"
+    )
