@@ -189,7 +189,7 @@ class StageConfig:
                     f"{name}: auto is for a stage that trains all; give a number",
                     "trainable",
                 )
-            check.at_most(self, epochs=10**6, steps=10**9, lr=10**6, views=10**6, warmup=10**9)
+            check.at_most(self, epochs=10**6, steps=10**9, views=10**6, warmup=10**9)
             check.at_most(self, image_size=LARGEST_SIDE)
             check(0 < self.layer_decay <= 1, "layer_decay: must lie in 0 to 1")
             check(self.views is None or self.views > 0, "views: must be positive or null")

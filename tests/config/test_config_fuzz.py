@@ -129,7 +129,7 @@ LARGEST = {
     **{"data.crop_pct": 0.1, "augment.rotation": 360, "augment.color_jitter": 10},
     **{"augment.crop_ratio": [0.01, 100], "augment.crop_scale": [1e-30, 1], "augment.mixup": 1000},
     **{"augment.cutmix": 1000, "augment.randaugment": 30, "augment.erasing": 1, "augment.hflip": 1},
-    **{"stages.0.epochs": 10**6, "stages.0.steps": None, "stages.0.lr": 10**6, "stages.0.views": 10**6},
+    **{"stages.0.epochs": 10**6, "stages.0.steps": None, "stages.0.lr": 1e30, "stages.0.views": 10**6},
     **{"stages.1.steps": 10**9, "stages.1.warmup": 10**9, "stages.1.layer_decay": 1e-30},
     **{"optim.weight_decay": 1000, "optim.momentum": 1, "optim.patience": 10**6},
     **{"optim.skip_limit": 10**6, "optim.clip_grad_norm": 1e30, "optim.label_smoothing": 1},
