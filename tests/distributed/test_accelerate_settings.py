@@ -30,7 +30,7 @@ def test_the_same_config_gives_the_same_bytes_whatever_the_launcher_s_file_says(
         "GRADIENT_CLIPPING": "0.001",
         "MIXED_PRECISION": "bf16",
         "DOWNCAST_BF16": "true",
-        "FP8_BACKEND": "TE",
+        "FP8_BACKEND": "MSAMP",
         "DEBUG_MODE": "nonsense",
     }.items():
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
