@@ -67,7 +67,7 @@ def _bootstrap(predictions: Predictions) -> tuple[float, float]:
             task=predictions.task,
             classes=predictions.classes,
             labels=predictions.labels[rows],
-            scores=predictions.scores[rows],
+            scores=predictions.of_multi_label[rows],
         )
         found.append(compute_metrics(resampled)["map"])
     low, high = np.quantile(found, [0.025, 0.975])

@@ -140,7 +140,7 @@ def _images_of_ours(log: str, run_folder: Path, *, num_val: int) -> int:
     num_images = sum(map(_number, re.findall(r"features of ([\d,]+) images", log)))
     lines = (run_folder / "metrics.jsonl").read_text().splitlines()
     rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
-    begins = r"^(?=stage \S+: (?:.* steps of [\d,]+ images|solving .* without steps$))"
+    begins = r"^(?=[\d:]+ stage \S+: (?:.* steps of [\d,]+ images|solving .* without steps$))"
     stages = re.split(begins, log, flags=re.MULTILINE)[1:]
     names = list(dict.fromkeys(row["stage"] for row in rows))
     if len(stages) != len(names):
