@@ -4,6 +4,7 @@ import io
 import os
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -162,6 +163,16 @@ def test_the_rest_of_a_process_keeps_its_stderr(capfd):
     assert decode_file(content, 3).warning == ""
     os.write(2, b"parent\n")
     assert capfd.readouterr().err == "child\nparent\n"
+
+
+def test_threads_that_decode_at_once_leave_stderr_where_it_was(capfd):
+    content = encoded(Image.fromarray(picture(200, 200)), "JPEG")
+    before = os.fstat(2)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: decode(content, 3), range(200)))
+    assert os.path.samestat(os.fstat(2), before)
+    os.write(2, b"said\n")
+    assert capfd.readouterr().err == "said\n"
 
 
 @pytest.mark.parametrize("channels", [1, 3])

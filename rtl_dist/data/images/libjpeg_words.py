@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -19,6 +20,14 @@ _MOST_BYTES = 1 << 16
 _ITS = re.compile(
     "Corrupt JPEG data|Inconsistent progression|Premature end of JPEG|Invalid SOS parameters"
     "|Unknown Adobe color|Application transferred too few|Warning: unknown JFIF"
+)
+# A process has one stderr: two threads would each take the other's file for it, and a fork would
+# begin with that.
+_LISTENING = threading.Lock()
+os.register_at_fork(
+    before=_LISTENING.acquire,
+    after_in_parent=_LISTENING.release,
+    after_in_child=_LISTENING.release,
 )
 
 
@@ -31,7 +40,12 @@ class Words:
 
 @contextmanager
 def heard() -> Iterator[Words]:
-    """What the decoder says inside is kept from stderr and told afterwards."""
+    """What the decoder says inside is kept from stderr and told afterwards; one thread at a time."""
+    with _LISTENING:
+        yield from _heard()
+
+
+def _heard() -> Iterator[Words]:
     words = Words()
     try:
         file = _file(os.getpid())
