@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -22,6 +23,16 @@ from rtl_dist.core.text import duration, shown_lines
 LOG = logging.getLogger("rtl_dist")
 FIRST_S, MOST_S = 10.0, 300.0  # between lines of progress: twice as long each time
 _INDENT = " " * len("00:00:00 ")
+
+
+def _lock_threads_alone() -> None:
+    """tqdm's own lock is shared with forks, and a loader worker that is killed while it writes a
+    line would never give it back."""
+    tqdm.set_lock(threading.RLock())
+
+
+_lock_threads_alone()
+os.register_at_fork(after_in_child=_lock_threads_alone)
 
 
 class Progress(Protocol):

@@ -5,11 +5,14 @@ import logging
 import os
 import pty
 import re
+import signal
 import sys
 import termios
+import threading
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from rtl_dist.distributed.hardware import described, shortfall
 from rtl_dist.distributed.terminal import FIRST_S, ProgressLines, configure_logging, progress
@@ -57,6 +60,20 @@ def test_off_a_terminal_a_line_is_a_line_with_its_time(capsys):
     configure_logging(is_main=True)
     LOG.info("x" * 200)
     assert re.fullmatch(r"\d\d:\d\d:\d\d x{200}\n", capsys.readouterr().err)
+
+
+def test_a_worker_killed_while_it_writes_a_line_stops_no_other_process(capsys):
+    configure_logging(is_main=True)
+    worker = os.fork()
+    if not worker:
+        tqdm.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(worker, 0)
+    line = threading.Thread(target=LOG.info, args=("a line",), daemon=True)
+    line.start()
+    line.join(10)
+    assert not line.is_alive()
+    assert "a line" in capsys.readouterr().err
 
 
 def test_off_a_terminal_progress_is_told_now_and_then(capsys):
