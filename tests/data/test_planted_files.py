@@ -3,6 +3,10 @@
 import hashlib
 import os
 import stat
+import tempfile
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from remote_helpers import serving
@@ -122,6 +126,41 @@ def test_where_everybody_may_add_files_those_of_others_are_not_read(tmp_path, fi
         cache.read(file, 0, 10)
     planted.unlink()
     assert cache.read(file, 0, 10) == CONTENT[:10]
+
+
+@contextmanager
+def as_user(number):
+    groups = os.getgroups()
+    os.setgroups([2000])
+    os.seteuid(number)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setgroups(groups)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes the parts of two users")
+@pytest.mark.parametrize("suffix", ["", ".part"])
+def test_the_users_of_a_groups_folder_share_its_files(file, cache, suffix):
+    cache.fetch(file)  # with all imports that it takes
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:
+        os.chmod(place, 0o755)  # what is served from here can be read by both
+        folder = Path(place, "cache")
+        folder.mkdir()
+        os.chown(folder, 1001, 2000)
+        os.chmod(folder, 0o2775)
+        Path(place, "a.tar").write_bytes(CONTENT)
+        with serving(Path(place)) as server:
+            theirs = replace(file, url=f"{server.url}/a.tar")
+            with as_user(1001):
+                first = Cache(str(folder), gigabytes=1)
+                if suffix:  # he was killed
+                    (folder / name_of(file, suffix)).write_bytes(CONTENT[:10])
+                else:
+                    first.fetch(theirs)
+            with as_user(1002):
+                assert Cache(str(folder), gigabytes=1).read(theirs, 0, 10) == CONTENT[:10]
 
 
 def test_a_folder_that_we_make_is_not_for_everybody(tmp_path):

@@ -106,7 +106,9 @@ class Cache:
                 if stat.S_ISREG(found.st_mode) and found.st_size != file.bytes:
                     self._forget(file, found)
                     return False
-                os.utime(self._path(file), ns=(now, now), follow_symlinks=False)
+                # not one of another user's in a folder of several: only its owner may
+                with suppress(PermissionError):
+                    os.utime(self._path(file), ns=(now, now), follow_symlinks=False)
             except FileNotFoundError:
                 return False
         return True
@@ -210,10 +212,11 @@ class Cache:
             if not is_begun and (self._path(file).exists() or not self._make_room(file)):
                 part = None
             else:
-                part = self._files.open(path, os.O_RDWR | os.O_CREAT)
+                part = self._open_part(path)
                 with suppress(BlockingIOError):
-                    fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return part
+                    if part is not None:
+                        fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        return part
         if part is None:
             if wait:
                 time.sleep(_POLL_S)
@@ -224,6 +227,13 @@ class Cache:
                 return part  # who had it has given up, or was killed
         os.close(part)
         return None
+
+    def _open_part(self, path: Path) -> int | None:
+        """None: another user of the folder is fetching it."""
+        try:
+            return self._files.open(path, os.O_RDWR | os.O_CREAT)
+        except PermissionError:  # his, which only he can go on with
+            return self._files.open(path, os.O_RDWR | os.O_CREAT) if delete(path) else None
 
     def _complete(self, part: int, file: RemoteFile) -> None:
         """From a locked part to the file, on disk."""
