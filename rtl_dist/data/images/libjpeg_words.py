@@ -40,7 +40,7 @@ class Words:
 
 @contextmanager
 def heard() -> Iterator[Words]:
-    """What the decoder says inside is kept from stderr and told afterwards; one thread at a time."""
+    """What the decoder says inside is kept from stderr and told afterwards. Threads take turns."""
     with _LISTENING:
         yield from _heard()
 
