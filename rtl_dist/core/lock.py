@@ -73,6 +73,7 @@ class RunLock:
         content = self.owner.encode()
         file.write(content)  # over what was there: it says at all times that the folder is a run's
         file.truncate(len(content))
+        os.fsync(file.fileno())  # else NFS keeps it from other nodes until the file is closed
         self._file = file
         # a loader worker must not hold the lock on when this process was killed
         os.register_at_fork(after_in_child=self.release)

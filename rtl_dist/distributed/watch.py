@@ -16,6 +16,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import socket
 import sys
 import threading
@@ -32,6 +33,7 @@ from rtl_dist.distributed.heartbeat import Heartbeat
 LOG = logging.getLogger("rtl_dist")
 
 HEARTBEATS = "heartbeats"
+HEARTBEAT_FILE = re.compile(r"\.?rank-[0-9]+\.json")  # with a dot: half written
 _ENDED = "ended"  # the phase of a rank that is done, in order or not: nobody waits for it
 # Shares of the time-out. The files are read once this rank itself has been idle for the first; a
 # rank whose ticks have stood still for the second counts as dead. Together they are below 1, so a
@@ -58,8 +60,9 @@ def clear_heartbeats(run: Path) -> None:
     Args:
         run: the run folder.
     """
-    for path in (run / HEARTBEATS).glob("rank-[0-9]*.json"):
-        path.unlink(missing_ok=True)
+    for path in (run / HEARTBEATS).glob("*rank-*.json"):
+        if HEARTBEAT_FILE.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 class Watch:

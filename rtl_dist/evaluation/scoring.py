@@ -91,7 +91,7 @@ def score_split(
     model.eval()
     if divided is None:
         divided = divide(model, "head", dtype=runtime.autocast_dtype)
-    keep_scores = _keeps_scores(dataset, split, keep_scores)
+    keep_scores = _keeps_scores(dataset, split, keep_scores, runtime)
     scored: list[_Block] = []
     with torch.inference_mode():
         if view is None:
@@ -240,11 +240,11 @@ def _block(
     )
 
 
-def _keeps_scores(dataset: Dataset, split: Split, wanted: bool) -> bool:
+def _keeps_scores(dataset: Dataset, split: Split, wanted: bool, runtime: Runtime) -> bool:
     """Whether rank 0 is to have the scores of all samples, which grow with samples x classes."""
     num_bytes = split.num_samples * dataset.num_classes * 4
     if dataset.task == MULTI_LABEL:
-        if num_bytes > SCORES_BYTES:
+        if num_bytes > SCORES_BYTES and runtime.is_main:
             LOG.warning(
                 "the scores of split %s take %s of rank 0's memory (%s samples x %s classes)",
                 split.name,

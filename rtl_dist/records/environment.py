@@ -22,7 +22,7 @@ from rtl_dist.distributed.runtime import Runtime
 
 def describe_run(run: Path, config: Config, runtime: Runtime) -> int:
     """Writes ``config.yaml`` and ``environment.json``; what an earlier start said of its end is not
-    true any more. Returns the how manieth start of the run this is."""
+    true any more. Returns the number of this start among all starts of the run, from 1."""
     (run / "results.json").unlink(missing_ok=True)
     write_text(run / "config.yaml", to_yaml(config))
     earlier = read_object(run / "environment.json")

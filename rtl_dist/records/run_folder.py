@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -17,7 +18,12 @@ from rtl_dist.core.files import clear_left_over, read_object
 from rtl_dist.core.lock import LOCK_NAME, RunLock, owner_of
 from rtl_dist.core.text import and_more
 from rtl_dist.distributed.runtime import Runtime
-from rtl_dist.distributed.watch import HEARTBEATS, Watch, clear_heartbeats
+from rtl_dist.distributed.watch import (
+    HEARTBEAT_FILE,
+    HEARTBEATS,
+    Watch,
+    clear_heartbeats,
+)
 from rtl_dist.model.folder import DESCRIPTION, WEIGHTS
 from rtl_dist.records.checkpoint import (
     clear_unfinished,
@@ -27,8 +33,12 @@ from rtl_dist.records.checkpoint import (
 from rtl_dist.records.results import read_results
 
 _WRITTEN = ("config.yaml", "environment.json", "results.json", "report.html")
-_LOGS = (".log", ".out", ".err", ".txt")
-_OF_SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini", ".gitignore", ".gitkeep")
+# of shells, SLURM, torchrun, PBS and SGE (.o and .e with the job's number)
+_LOG = re.compile(r".*\.(log|out|err|[oe][0-9]+)|stdout|stderr")
+_OF_SYSTEMS = re.compile(
+    r".*\.txt|\.DS_Store|Thumbs\.db|desktop\.ini|\.gitignore|\.gitkeep|\.nfs[0-9a-f]+"
+)
+_LOG_FOLDERS = ("log", "logs")
 
 PATIENCE_S = 60.0  # with disks on which a new file is not seen everywhere at once
 WATCHED = timedelta(days=1)  # patience with ranks, where ``run.timeout`` ends what does not go on
@@ -118,9 +128,9 @@ def _leave_nothing(lock: RunLock, made: list[Path]) -> None:
         return
     if {entry.name for entry in os.scandir(made[0])} <= {LOCK_NAME, HEARTBEATS}:
         clear_heartbeats(made[0])
-        with contextlib.suppress(OSError):  # another rank's last sign of life
-            (made[0] / HEARTBEATS).rmdir()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # another rank's last sign of life: the folder stays
+            with contextlib.suppress(FileNotFoundError):
+                (made[0] / HEARTBEATS).rmdir()
             lock.remove()
             for folder in made:
                 folder.rmdir()
@@ -153,10 +163,20 @@ def _is_run(run: Path) -> bool:
 
 
 def _may_be_there(entry: os.DirEntry[str]) -> bool:
-    """A file that is there before a run begins without being the user's: a lock not yet written,
-    the log of whoever starts the run, and what systems leave in every folder."""
+    """What is there before a run begins without being the user's: a lock not yet written, the logs
+    of whoever starts the run, what systems leave in every folder, and the last sign of life of a
+    start that was refused."""
+    if entry.is_dir(follow_symlinks=False):
+        if entry.name == HEARTBEATS:
+            return _holds_only(entry, HEARTBEAT_FILE)
+        is_of_logs = entry.name in _LOG_FOLDERS or any(files for _, _, files in os.walk(entry))
+        return entry.name == "lost+found" or (is_of_logs and _holds_only(entry, _LOG))
     if not entry.is_file(follow_symlinks=False):
-        return entry.name == "lost+found"
+        return False
     if entry.name == LOCK_NAME:
         return entry.stat().st_size == 0
-    return entry.name.endswith(_LOGS) or entry.name in _OF_SYSTEMS
+    return bool(_LOG.fullmatch(entry.name) or _OF_SYSTEMS.fullmatch(entry.name))
+
+
+def _holds_only(folder: os.DirEntry[str], names: re.Pattern[str]) -> bool:
+    return all(names.fullmatch(name) for _, _, files in os.walk(folder) for name in files)

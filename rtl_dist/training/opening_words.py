@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 
 from rtl_dist.config import Config
@@ -34,7 +35,7 @@ def say_what_begins(
     """
     Args:
         origin: of the weights.
-        start: the how manieth of the run.
+        start: its number among all starts of this run, from 1.
         restored: what it goes on from; None: it begins.
     """
     LOG.info(
@@ -48,8 +49,9 @@ def say_what_begins(
     where = described(runtime.device, runtime.precision, local_world_size=runtime.local_world_size)
     day = time.strftime("%Y-%m-%d")
     LOG.info("%s: %d process(es) on %s", day, runtime.world_size, where)
-    for what in shortfall(runtime.device, local_world_size=runtime.local_world_size):
-        LOG.warning("%s", what)
+    if runtime.accelerator.is_local_main_process:
+        for what in shortfall(runtime.device, local_world_size=runtime.local_world_size):
+            LOG.warning("%s: %s", socket.gethostname(), what)
     if start > 1:
         restart = os.environ.get("SLURM_RESTART_COUNT", "0")
         requeued = f" (requeued by SLURM, {restart} so far)" if restart not in ("", "0") else ""
@@ -61,7 +63,8 @@ def say_what_begins(
             if restored
             else "from the beginning, as nothing was saved before",
         )
-    _say_what_is_little(config, train, val)
+    if runtime.is_main:
+        _say_what_is_little(config, train, val)
 
 
 def _say_what_is_little(config: Config, train: Split, val: Split) -> None:

@@ -21,19 +21,32 @@ def contents(folder):
 
 @pytest.mark.parametrize(
     "name",
-    [".tmp_mine", ".notes.tmp", ".tmpdir/", "config.yaml", "results.json", "checkpoints/", "a.jpg"],
+    [
+        ".tmp_mine",
+        ".notes.tmp",
+        ".tmpdir/",
+        "config.yaml",
+        "results.json",
+        "checkpoints/",
+        "a.jpg",
+        "labels/1.txt",
+        "heartbeats/mine.json",
+        "logs/a.jpg",
+    ],
 )
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path, capsys, dataset, name):
     run = tmp_path / "mine"
     path = run / name
-    path.mkdir(parents=True) if name.endswith("/") else run.mkdir()
-    if not path.is_dir():
+    if name.endswith("/"):
+        path.mkdir(parents=True)
+    else:
+        path.parent.mkdir(parents=True)
         path.write_text("{}")
     before = contents(run)
     config = write_config(tmp_path / "c.yaml", tiny_config(dataset, run, stages=SHORT))
     assert main(["--config", config]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert f"run.dir: {run} is no run and not empty (it holds {name.rstrip('/')})" in line
+    assert f"run.dir: {run} is no run and not empty (it holds {name.partition('/')[0]})" in line
     assert contents(run) == before
 
 
@@ -47,9 +60,12 @@ def test_a_data_set_is_no_run(tmp_path, capsys, dataset):
 
 def test_of_a_run_only_what_killed_writes_left_is_deleted(tmp_path, dataset):
     run = tmp_path / "run"
-    run.mkdir()
-    (run / "train.log").touch()  # of whoever starts it
-    (run / ".lock").touch()  # of a start that was killed at once
+    of_launchers = ["train.log", "job.o4711", "id_7f/attempt_0/0/stdout.log"]
+    of_refused_starts = [".lock", "heartbeats/rank-00001.json"]
+    for name in of_launchers + of_refused_starts:
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).touch()
+    (run / "logs").mkdir()
     train(tmp_path, dataset, stages=SHORT)
     checkpoints, best = run / "checkpoints", run / "best"
     left = [run / ".config.yaml.12.tmp", run / ".results.json.345.tmp", best / ".tmpAb3xYz"]
