@@ -5,9 +5,13 @@ from __future__ import annotations
 import difflib
 import reprlib
 import shlex
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 _AND_MORE = " and {:,} more"
+# What a terminal obeys, or has no sign for: controls, marks that turn the direction, halves of
+# characters, ends of lines.
+_NOT_SHOWN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 _JOINERS = "\u200c\u200d"  # of emoji and of several scripts; they move no cursor
 _MOST_COMPARED = 100  # letters of a name that is looked for among the known ones
 
@@ -47,7 +51,7 @@ def shown_lines(text: str) -> str:
 
 def is_showable(text: str) -> bool:
     """Whether ``shown`` leaves it as it is."""
-    return all(one.isprintable() or one in _JOINERS for one in text)
+    return all(unicodedata.category(one) not in _NOT_SHOWN or one in _JOINERS for one in text)
 
 
 def _escaped(one: str) -> str:

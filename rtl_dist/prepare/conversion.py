@@ -1,6 +1,6 @@
 """Images of other formats made into ones that are read here, where ``pack --convert`` asks for it.
 
-GIFs of one picture, BMPs and TIFFs of 8 bits become PNGs, HEIC and AVIF (of telephones) JPEGs.
+GIFs of one picture, BMPs and TIFFs of 8 bits become PNGs, HEIC and AVIF (of phones) JPEGs.
 """
 
 from __future__ import annotations

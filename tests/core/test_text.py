@@ -2,7 +2,7 @@
 
 import pytest
 
-from rtl_dist.core.text import and_more, did_you_mean, readable_size, shorten
+from rtl_dist.core.text import and_more, did_you_mean, readable_size, shorten, shown
 
 
 def test_a_list_is_cut_where_it_gets_long():
@@ -39,3 +39,16 @@ def test_the_nearest_name_is_proposed(name, form, hint):
 )
 def test_sizes(num_bytes, text):
     assert readable_size(num_bytes) == text
+
+
+@pytest.mark.parametrize(
+    "name", ["naïve café", "東京\u3000駅", "Rosa\u00a0alba", "क\u094d\u200dष", "\U0001fae8"]
+)
+def test_names_of_any_language_are_shown_as_they_are(name):
+    assert shown(name) == name
+
+
+@pytest.mark.parametrize("sign", ["\n", "\x1b", "\x9b", "\u2028", "\u202e", "\udcff", "\U000e0041"])
+def test_what_a_terminal_would_obey_is_escaped(sign):
+    assert sign not in shown(f"a{sign}b")
+    assert shown(f"a{sign}b").isascii()
