@@ -69,6 +69,7 @@ class Runtime(Ranks):
         self.dtype = torch.float64 if self.precision == "fp64" else torch.float32
         launched = launched_world_size()
         self._settings, settings = contextlib.ExitStack(), overruled()
+        user_chose_threads = _user_chose_threads()  # before the launcher's variables are hidden
         self.accelerator = self._meet()
         self.device: torch.device = self.accelerator.device
         self._require_all_came(launched)
@@ -82,7 +83,7 @@ class Runtime(Ranks):
         if self.is_main and settings:
             LOG.warning("not taken from accelerate's settings: %s", ", ".join(settings))
         self.local_world_size = whole_number(os.environ, "LOCAL_WORLD_SIZE", self.world_size)
-        if not torch.cuda.is_available() and not _user_chose_threads():
+        if not torch.cuda.is_available() and not user_chose_threads:
             torch.set_num_threads(max(1, available_cpus() // self.local_world_size))
         torch.backends.cudnn.benchmark = False  # its choice differs between runs
         torch.backends.cudnn.deterministic = True

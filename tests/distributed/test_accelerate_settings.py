@@ -1,8 +1,10 @@
 """What accelerate's launcher hands on changes no run: the config decides, or a line refuses."""
 
 import pytest
+import torch
 from tiny_runs import make_dataset, require_equal_runs, tiny_config, train, write_config
 
+from rtl_dist.distributed import runtime
 from rtl_dist.train import main
 
 SGD = {
@@ -75,3 +77,19 @@ def test_an_accumulation_that_is_no_number_of_ours_is_left_alone(
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", value)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
     train(tmp_path, dataset, **{**SGD, "stages": [{"name": "a", "steps": 1, "lr": 0.1}]})
+
+
+@pytest.mark.parametrize(("by_accelerate", "threads"), [(True, 2), (False, 1)])
+def test_one_thread_is_the_user_s_choice_but_not_accelerate_s(monkeypatch, by_accelerate, threads):
+    monkeypatch.setattr(runtime, "available_cpus", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    if by_accelerate:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with runtime.Runtime("no"):
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
