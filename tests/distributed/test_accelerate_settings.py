@@ -19,10 +19,18 @@ def dataset(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.usefixtures("undrawn")
+@pytest.fixture
+def threads_as_before():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("undrawn", "threads_as_before")
 def test_the_same_config_gives_the_same_bytes_whatever_the_launcher_s_file_says(
     dataset, tmp_path, monkeypatch, capfd
 ):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     plain = train(tmp_path, dataset, "plain", **SGD)
     capfd.readouterr()
     for name, value in {
@@ -79,6 +87,7 @@ def test_an_accumulation_that_is_no_number_of_ours_is_left_alone(
     train(tmp_path, dataset, **{**SGD, "stages": [{"name": "a", "steps": 1, "lr": 0.1}]})
 
 
+@pytest.mark.usefixtures("threads_as_before")
 @pytest.mark.parametrize(("by_accelerate", "threads"), [(True, 2), (False, 1)])
 def test_one_thread_is_the_user_s_choice_but_not_accelerate_s(monkeypatch, by_accelerate, threads):
     monkeypatch.setattr(runtime, "available_cpus", lambda: 2)
@@ -86,10 +95,6 @@ def test_one_thread_is_the_user_s_choice_but_not_accelerate_s(monkeypatch, by_ac
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     if by_accelerate:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
-        with runtime.Runtime("no"):
-            assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
+    with runtime.Runtime("no"):
+        assert torch.get_num_threads() == threads
