@@ -121,10 +121,13 @@ class FeatureMaker:
         if not all(runtime.gather(store.has(plan.key))):
             raise NoCachedFeaturesError(f"not every process sees {store.root}")
         if not all(runtime.gather(store.believes(plan.key, plan.shape, plan.content))):
+            if any(runtime.gather(store.is_another_users(plan.key))):
+                raise NoCachedFeaturesError(
+                    f"{store.root / plan.key} is another user's, who may need it, and not believed;"
+                    " set features.cache_dir to a folder of your own"
+                )
             LOG.warning(
-                "cached features %s are not what they should be, or another user's in a folder"
-                " that others can write; computing them again",
-                plan.key,
+                "cached features %s are not what they should be; computing them again", plan.key
             )
             runtime.from_main(lambda: store.forget(plan.key))
             return False

@@ -159,6 +159,12 @@ class FeatureStore:
         except OSError:
             return False
 
+    def is_another_users(self, key: str) -> bool:
+        try:
+            return (self.root / key).lstat().st_uid != os.geteuid()
+        except OSError:
+            return False
+
     def is_sound(self, key: str, *, rank: int, world_size: int) -> bool:
         """Whether this rank's share of the blocks of a view is as it was written."""
         return is_sound(self.root / key, self.seal, rank=rank, world_size=world_size)

@@ -1,6 +1,7 @@
 """Stages that train on cached features: found, made, shared, and done without."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,24 @@ def test_damaged_features_are_computed_again(tmp_path, dataset, computed, capsys
     two = train(tmp_path, dataset, "two", **CACHED, features={"cache_dir": str(folder)})
     assert len(computed) == 6
     assert "are damaged; computing them again" in capsys.readouterr().err
+    assert same(weights(one), weights(two))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives files to another user")
+def test_features_of_another_user_of_the_folder_are_left_alone(tmp_path, dataset, capsys):
+    folder = tmp_path / "features"
+    settings = {"features": {"cache_dir": str(folder)}, **CACHED}
+    one = train(tmp_path, dataset, "one", **settings)
+    folder.chmod(0o775)
+    for view in folder.iterdir():
+        description = json.loads((view / "description.json").read_text())
+        (view / "description.json").write_text(json.dumps(description | {"seal": "his"}))
+        os.chown(view, 65534, 65534)
+    before = sorted(folder.rglob("*"))
+    two = train(tmp_path, dataset, "two", **settings)
+    assert "is another user's" in (told := capsys.readouterr().err)
+    assert "set features.cache_dir to a folder of your own" in told
+    assert sorted(folder.rglob("*")) == before
     assert same(weights(one), weights(two))
 
 
