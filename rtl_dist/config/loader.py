@@ -14,7 +14,7 @@ from rtl_dist.config.schema import Config
 from rtl_dist.config.yaml_text import MOST_CHARACTERS, YamlFault, read_yaml, write_yaml
 from rtl_dist.core.errors import UserError
 from rtl_dist.core.shipped import or_shipped
-from rtl_dist.core.text import brief
+from rtl_dist.core.text import brief, did_you_mean
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     try:
         tree = read_yaml(_text_of(path))
     except FileNotFoundError:
-        raise UserError(f"no config file {path}; shipped ones: {_shipped()}") from None
+        raise UserError(f"no config file {path}{_shipped_ones(path)}") from None
     except YamlFault as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -76,9 +76,10 @@ def read_run_config(run: str | Path) -> Config:
     return load_config(Path(run) / "config.yaml")
 
 
-def _shipped() -> str:
-    names = sorted(path.name for path in or_shipped("configs").glob("*.yaml"))
-    return ", ".join(f"configs/{name}" for name in names)
+def _shipped_ones(path: str | Path) -> str:
+    names = sorted(path.stem for path in or_shipped("configs").glob("*.yaml"))
+    hint = did_you_mean(Path(path).stem, names, "configs/{}.yaml")
+    return hint or f"; shipped ones: {', '.join(f'configs/{name}.yaml' for name in names)}"
 
 
 def _text_of(path: str | Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from typing import Any
 
@@ -17,6 +18,8 @@ from rtl_dist.model.classifier import Classifier, Preprocessing
 from rtl_dist.model.head import Head
 from rtl_dist.model.stem import use_small_stem
 from rtl_dist.model.weights import load_weights
+
+LOG = logging.getLogger("rtl_dist")
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _TORCHVISION = "torchvision:"
@@ -97,12 +100,19 @@ def _timm_trunk(name: str, channels: int, download: bool) -> tuple[Any, str, int
             f"model.name: timm has no weights {tag!r} of {architecture}; it has"
             f" {', '.join(tags) or 'none'}"
         )
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
     try:
+        if download:
+            LOG.info("fetching the pretrained weights of %s, where they are not here yet", name)
+            hub.setLevel(logging.ERROR)  # it warns of each of twelve tries; the last one is told
         trunk = timm.create_model(name, pretrained=download, num_classes=0, in_chans=channels)
     except Exception as error:
         if not download:
             raise
         raise _no_download(name, error) from error
+    finally:
+        hub.setLevel(level)
     native_head = trunk.default_cfg["classifier"]
     if not isinstance(native_head, str):
         raise UserError(f"model.name: {name} has several heads; choose a model with one")

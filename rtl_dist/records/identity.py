@@ -70,7 +70,9 @@ def refuse_other_identity(run: Path, then: dict[str, Any], now: dict[str, Any]) 
 
 
 def how_to_train_on(run: Path) -> str:
-    """What to give for a new run that begins with what this one reached."""
+    """What to give for a new run, which begins with what this one reached, if anything."""
+    if not (run / "best").exists():
+        return "choose another run.dir"
     overrides = (f"run.dir={run}-more", f"model.weights={run}")
     return f"train on from its best weights in a new run: {shlex.join(overrides)}"
 
@@ -104,4 +106,8 @@ def _differences(then: Any, now: Any, path: str) -> Iterator[str]:
         for i, (one, other) in enumerate(zip(then, now, strict=True)):
             yield from _differences(one, other, f"{path}.{i}")
     elif then != now:
-        yield f"{path} was {then!r} and is {now!r}"
+        yield f"{path} was {_as_typed(then)} and is {_as_typed(now)}"
+
+
+def _as_typed(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) and value in range(10**6) else repr(value)

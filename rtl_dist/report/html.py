@@ -61,6 +61,7 @@ pre { background: var(--card); border: 1px solid var(--line); border-radius: .4r
   th { white-space: normal; vertical-align: bottom; }
   th, td { padding: .15rem .3rem; }
   figure, .card, tr { break-inside: avoid; }
+  h1, h2, h3 { break-after: avoid; }
   pre { white-space: pre-wrap; overflow-wrap: anywhere; } }
 """
 

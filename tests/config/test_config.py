@@ -567,6 +567,10 @@ def test_a_shipped_config_parses_and_its_header_names_its_command(path):
         ),
         (["--config", "{bad}"], "rtl-dist: {bad}: seed: must lie in 0 to 2^63 - 1"),
         (["--config", "none.yaml"], "rtl-dist: no config file none.yaml; shipped ones: configs/"),
+        (
+            ["--config", "transfer"],
+            "rtl-dist: no config file transfer; did you mean configs/transfer.yaml?",
+        ),
     ],
 )
 def test_a_mistake_ends_the_job_with_code_2_and_one_line(tmp_path, capfd, arguments, message):

@@ -303,3 +303,17 @@ def test_errors_name_the_file_that_a_sample_was_made_of(source, tmp_path):
     split = open_dataset(tmp_path / "out").split("train")
     file = split.files_of({0: split.key(0)})[0]
     assert f", made of {file})" in split.describe(0)
+
+
+@pytest.mark.parametrize(
+    ("splits", "following"),
+    [
+        (("train", "val"), "rtl-dist train --config configs/transfer.yaml data.path="),
+        (("train",), "the same command with --val-fraction 0.2 --overwrite"),
+        (("test",), "pack it with train images"),
+    ],
+)
+def test_what_to_type_next_is_what_can_be_done(splits, following, tmp_path):
+    counts = {f"{split}/{name}": 2 for split in splits for name in ("ants", "bees")}
+    report = pack(str(class_folders(tmp_path / "source", counts)), tmp_path / "out")
+    assert f"next: {following}" in str(report).splitlines()[-1]

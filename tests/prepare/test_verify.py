@@ -350,7 +350,9 @@ def test_wrong_arguments_are_the_users(data, tmp_path, capsys):
     assert main(["verify", "https://nowhere.invalid/data"]) == 2
     assert "--out FILE" in capsys.readouterr().err
     assert main(["verify", str(tmp_path / "nothing")]) == 3
-    assert "no data set at" in capsys.readouterr().err
+    assert "nothing: there is no such folder" in capsys.readouterr().err
+    assert main(["verify", str(tmp_path)]) == 3
+    assert f"`rtl-dist pack {tmp_path} OUT`" in capsys.readouterr().err
 
 
 def test_hymenoptera_is_sound_and_holds_no_image_twice(tmp_path):

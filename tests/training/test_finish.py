@@ -121,3 +121,14 @@ def test_pictures_make_room_for_the_results(tmp_path, dataset, monkeypatch, caps
     monkeypatch.setattr(finish, "write_json", on_a_full_disk)
     folder = short_run(tmp_path, dataset)
     require_done(folder, capsys, "the disk is full: 4 picture(s) make room for results.json")
+
+
+def test_nothing_is_advised_to_train_on_from_where_nothing_was_reached(tmp_path, dataset, capsys):
+    folder = short_run(tmp_path, dataset)
+    shutil.rmtree(folder / "best")
+    longer = [{"name": "head", "epochs": 3, "trainable": "head", "lr": 0.1}]
+    train(tmp_path, dataset, code=2, stages=longer, data__test="test")
+    told = capsys.readouterr().err
+    assert "stages.0.epochs was None and is 3;" in told
+    assert "choose another run.dir" in told
+    assert "model.weights=" not in told

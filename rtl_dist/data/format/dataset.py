@@ -26,7 +26,7 @@ import numpy as np
 from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.core.files import is_no_file, sha256_of
 from rtl_dist.core.tasks import MULTI_LABEL, SINGLE_LABEL, Task
-from rtl_dist.core.text import is_showable
+from rtl_dist.core.text import command, is_showable
 from rtl_dist.core.urls import Redirects, is_url, secret_in
 from rtl_dist.data.format.split import INDEX_DTYPE, DatasetPlace, Split
 from rtl_dist.data.storage.cache import RemoteFile
@@ -294,10 +294,7 @@ def open_dataset(
         content = _read_description(place, where)
         description = json.loads(content)
     except FileNotFoundError:
-        raise DataError(
-            f"no data set at {path}: {DESCRIPTION} is missing; make it with"
-            f" `rtl-dist pack SOURCE {path}`, or with `rtl-dist index` for shards that are there"
-        ) from None
+        raise DataError(f"no data set at {path}: {_how_to_make(place)}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read {where}: {error}; pack again") from error
     try:
@@ -359,3 +356,16 @@ def fingerprint_of(description: dict[str, Any]) -> str:
     content = {key: value for key, value in description.items() if key != "fingerprint"}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _how_to_make(place: DatasetPlace) -> str:
+    if place.is_remote:
+        return f"{DESCRIPTION} is missing; correct the URL, or copy there what was packed"
+    if not Path(place.where).exists():
+        make = command("pack", "SOURCE", place.where)
+        return f"there is no such folder; correct the path, or make it with `{make}`"
+    make = command("pack", place.where, "OUT")
+    return (
+        f"{DESCRIPTION} is missing; if images are there, make one of them with `{make}`, of shards"
+        " with `rtl-dist index`"
+    )

@@ -85,13 +85,17 @@ class PackReport:
         """What the command says: the remarks, what was packed, and what to type next."""
         counts = ", ".join(f"{name} {count:,}" for name, count in self.num_samples.items())
         lines = self.remarks
-        if VAL not in self.num_samples:
-            lines.append("no val split to choose the best weights by: see --val-fraction")
         kept = f" ({self.shards_kept} shards were already there)" if self.resumed else ""
-        places = f"data.path={self.out}", f"run.dir=runs/{self.out.name}"
+        places = f"data.path={self.out}", f"run.dir=runs/{self.out.resolve().name}"
         following = command("train", "--config", "configs/transfer.yaml", *places)
-        if self.untrainable:
+        if TRAIN not in self.num_samples:
+            following = "pack it with train images, to train on it"
+        elif self.untrainable:
             following = f"add images, for it cannot be trained on: {self.untrainable}"
+        elif VAL not in self.num_samples:
+            following = (
+                "the same command with --val-fraction 0.2 --overwrite: training needs a val split"
+            )
         lines.append(
             f"packed {len(self.classes):,} classes, {counts} images into {self.out} in"
             f" {self.seconds:.0f} s{kept}; next: {following}"
