@@ -59,6 +59,9 @@ def run_command(command: Callable[[], str | None], *, debug: bool) -> int:
     """Runs a command and returns its exit code; its result, or the error, is its last line."""
     asked_to_stop: list[int] = []
     raise_limit()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the program was started with it closed
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - to the end
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal need not have every letter
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -25,7 +25,8 @@ class RunConfig:
     """Where a run writes, how it goes on, and when it ends."""
 
     dir: Place = "runs/default"
-    """The run folder: everything the run writes. A run is continued by naming its folder again."""
+    """The run folder: everything the run writes. A run is continued by naming its folder again;
+    one begins in a folder that is new or holds nothing but logs."""
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: continue from the newest whole checkpoint, if any. never: refuse a folder in use.
     must: refuse to start from nothing."""

@@ -11,6 +11,7 @@ from pack_images import class_folders, image_bytes
 from rtl_dist.cli import main
 from rtl_dist.commands.running import first_imports, run_command
 from rtl_dist.core.errors import DataError
+from rtl_dist.distributed.terminal import LOG, configure_logging, progress
 
 
 @pytest.fixture
@@ -92,3 +93,20 @@ def test_a_terminal_need_not_have_every_letter(monkeypatch):
     assert run_command(lambda: "gr\u00f6\u00dfe \U0001f41c", debug=False) == 0
     sys.stdout.flush()
     assert content.getvalue() == rb"gr\xf6\xdfe \U0001f41c" + b"\n"
+
+
+def test_closed_streams_fail_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+
+    def work() -> str:
+        configure_logging(is_main=True)
+        with progress(total=1, what="work", unit="step") as bar:
+            bar.update()
+        LOG.info("done")
+        return "done"
+
+    assert run_command(work, debug=False) == 0
+    LOG.handlers.clear()
+    sys.stdout.close()
+    sys.stderr.close()
