@@ -332,6 +332,7 @@ def test_csv_labels_choose_the_columns(table):
         ("file,label\n/data/me/p/a.jpg,x\n/data/me/p/b.jpg,y\n", "is taken for p/a.jpg"),
         ("file,label\np/a,x\np/b,y\n", "2 paths without extension: p/a is taken for p/a.jpg"),
         ("file,label\na.jpg,x\nb.jpg,y\n", "2 paths without their folder: a.jpg is taken for p/a"),
+        ("Bild;Art\na.jpg;x\nb.jpg;y\n", "'Bild' of t.csv is taken for the images' files"),
     ],
 )  # fmt: skip
 def test_tables_as_people_save_them(content, note, tmp_path):
@@ -401,7 +402,7 @@ def test_folder_of_one_csv_a_split(table, tmp_path):
     [
         ([], "has no column `file`"),
         (["file,label"], "has a header but no rows"),
-        (["where,label", "x.jpg,x"], "has no column `file` .its first line holds: where, label."),
+        (["where,label", "x,x"], "has no column `file` .its first line holds: where, label."),
         (["img,path,label", "a.jpg,b.jpg,x"], "; img, path may all be it: name the column of"),
         (["file:label", "a.jpg:x"], "separate columns by commas"),
         (

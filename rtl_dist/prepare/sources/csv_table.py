@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.core.text import did_you_mean, shorten, shown
-from rtl_dist.prepare.sources.items import check_labels
+from rtl_dist.prepare.sources.items import IMAGE_SUFFIXES, check_labels
 from rtl_dist.prepare.splits import TRAIN, VAL, split_named
 
 _SEPARATORS = (",", ";", "\t")
@@ -178,15 +178,23 @@ def _file_column(
     known = [name for name in named if _plain(name) in _FILE_NAMES]
     tried = rows[:_ROWS_TRIED]
     right = [name for name in named if tried and all(is_file(r.cells[name]) for r in tried)]
-    for found in (right, [name for name in right if name in known], known):
+    # files may be without their folder: they are looked for when the column is known
+    like = [name for name in named if tried and all(_is_image_name(r.cells[name]) for r in tried)]
+    ways = [[name for name in some if name in known] for some in (right, like)]
+    for found in (right, ways[0], like, ways[1], known):
         if len(found) == 1:
             return found[0]
-    what = f"; {shorten(right or known)} may all be it" if right or known else ""
+    several = right or like or known
+    what = f"; {shorten(several)} may all be it" if several else ""
     raise DataError(
         f"{shown(str(path))} has no column `{FILE}` (its first line holds:"
         f" {shorten(list(named)) or 'nothing'}){what}: name the column of image paths `{FILE}`, or"
         " say which it is with --file-column, and separate columns by commas"
     )
+
+
+def _is_image_name(cell: str) -> bool:
+    return cell.lower().endswith(IMAGE_SUFFIXES)
 
 
 def _split_column(named: Sequence[str], rows: Sequence[Row]) -> str | None:
