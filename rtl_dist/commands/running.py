@@ -15,17 +15,26 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from rtl_dist.core.errors import RtlDistError, StopRequested
+from rtl_dist.core.errors import RtlDistError, StopRequested, UserError
 from rtl_dist.core.open_files import is_too_many, raise_limit, too_many_open
-from rtl_dist.core.text import shown_lines
+from rtl_dist.core.text import shorten, shown, shown_lines
 from rtl_dist.distributed.stopping import STOP_SIGNALS
 
 _OUR_FAULT = 1
+_NO_MEMORY = (
+    "the memory that this process may use is not enough: give it more (ulimit -v, the job's or"
+    " container's limit), or ask for less (data.workers, batch.micro); --debug shows where"
+)
+_READ_AT_IMPORT = ("ACCELERATE_", "TORCH", "PYTORCH_", "HF_")  # by libraries, which may raise
 
 
 class _Interrupted(BaseException):
     """A request to stop. Not a KeyboardInterrupt: one that passes through an ``exec``, as of a
     dataclass that is being made, has Python end by SIGINT whatever ``sys.exit`` says then."""
+
+
+class _NotLoaded(Exception):
+    """A library that a command needs fails as it is imported; says why."""
 
 
 @contextmanager
@@ -34,6 +43,10 @@ def first_imports() -> Iterator[None]:
 
     Looking through them for garbage, again and again as they come and later in every full
     collection and every loader worker, took a fifth of a start.
+
+    Raises:
+        _NotLoaded: one of them fails, for what the environment says (``TORCH_LOGS``,
+            ``ACCELERATE_LOG_LEVEL``) or for how it is installed.
     """
     if "torch" in sys.modules or not gc.isenabled():  # more than imports could be frozen
         yield
@@ -41,10 +54,22 @@ def first_imports() -> Iterator[None]:
     gc.disable()
     try:
         yield
+    except Exception as error:
+        raise _NotLoaded(_why_not_loaded(error)) from error
     finally:
         gc.freeze()
         gc.enable()
         atexit.register(gc.unfreeze)  # or triton would complain of what is never freed
+
+
+def _why_not_loaded(error: Exception) -> str:
+    variables = sorted(name for name in os.environ if name.startswith(_READ_AT_IMPORT))
+    seen = f" ({shorten(variables)})" if variables else ""
+    lines = str(error).strip().split("\n")
+    return (
+        f"torch and what builds on it cannot be loaded: {type(error).__name__}: {lines[0]}; correct"
+        f" the variables of the environment{seen} or the installation; --debug shows where"
+    )
 
 
 def leave(code: int) -> NoReturn:
@@ -79,16 +104,27 @@ def run_command(command: Callable[[], str | None], *, debug: bool) -> int:
     except Exception as error:  # noqa: BLE001 - the one place where our own faults end
         if asked_to_stop and not debug:  # a library made another error of the interrupt
             return _say_interrupted()
-        if is_too_many(error) and not debug:
-            where = getattr(error, "filename", None) or "another file"
-            sys.stderr.write(f"rtl-dist: {too_many_open(where)}\n")
-            return RtlDistError.exit_code
+        if not debug and (told := _not_our_fault(error)):
+            sys.stderr.write(f"rtl-dist: {shown(told[0])}\n")
+            return told[1]
         traceback.print_exc()
         sys.stderr.write("rtl-dist: this is a fault of rtl_dist itself; please report it\n")
         return _OUR_FAULT
     if result:
         sys.stdout.write(f"{shown_lines(result)}\n")
     return 0
+
+
+def _not_our_fault(error: Exception) -> tuple[str, int] | None:
+    """(what to say, exit code) where the machine or environment ends a command."""
+    if isinstance(error, _NotLoaded):
+        return str(error), UserError.exit_code
+    if isinstance(error, MemoryError):
+        return _NO_MEMORY, RtlDistError.exit_code
+    if is_too_many(error):
+        where = getattr(error, "filename", None) or "another file"
+        return str(too_many_open(where)), RtlDistError.exit_code
+    return None
 
 
 def _as_said(error: RtlDistError) -> str:

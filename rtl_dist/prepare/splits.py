@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
@@ -26,19 +27,73 @@ SPLIT_OF = {
     "test": TEST,
     "testing": TEST,
 }
-# What people put beside or behind them: train_images, val2017, TestSet.
-_DECORATION = {"", "set", "data", "dataset", "split", "image", "images", "img", "imgs", "photos"}
+# The same in other languages, as their speakers call folders.
+_IN_OTHER_LANGUAGES = {
+    TRAIN: "trainings entrainement apprentissage entrenamiento treino treinamento addestramento"
+    " allenamento trening обучение обучающая обучающий трейн 训练 訓練 学習 훈련 학습",
+    VAL: "validierung validierungs validación validação validazione validatie walidacja валидация"
+    " валидационная проверка 验证 驗證 検証 검증",
+    TEST: "tests essai prueba pruebas teste testes prova prove prüfung testowy тест тестовая"
+    " тестовый 测试 測試 テスト 테스트 시험",
+}
+# What people put beside or behind them: train_images, val2017, TestSet, Testdaten, 训练集.
+_DECORATION = (
+    "set data dataset split image images img imgs photos photo pictures samples folder dir"
+    " daten datensatz bilder fotos menge donnees datos imagenes dados imagens dati immagini"
+    " данные набор выборка изображения 集 数据 数据集 資料 图片 データ 用 데이터"
+)
+
+
+def _plain(name: str) -> str:
+    """Without upper case, accents, and another way to write the same letters."""
+    letters = unicodedata.normalize("NFKD", name.casefold())
+    return "".join(letter for letter in letters if not unicodedata.combining(letter))
+
+
+_SPLIT_OF_WORD = SPLIT_OF | {
+    _plain(word): split for split, words in _IN_OTHER_LANGUAGES.items() for word in words.split()
+}
+_DECORATING = {"", *map(_plain, _DECORATION.split())}
+
+
+def _words(name: str) -> list[str]:
+    """The words of a name; of a split's, without what is written onto it."""
+    words = re.split(r"[\W\d_]+", _plain(name))
+    return [word if word in _SPLIT_OF_WORD else _undecorated(word) for word in words]
+
+
+def _undecorated(word: str) -> str:
+    shorter = (word.removesuffix(end) for end in _DECORATING if end)
+    return next((one for one in shorter if one in _SPLIT_OF_WORD), word)
 
 
 def split_named(name: str) -> str | None:
     """The split that a folder or table of this name is, however it is written; None: none.
 
-    ``Training``, ``val2017`` and ``test_set`` are; ``test-strips`` is not.
+    ``Training``, ``val2017``, ``test_set`` and ``Testdaten`` are; ``test-strips`` is not.
     """
-    words = re.split(r"[^a-z]+", name.lower())
-    words = [w.removesuffix("set") if w.removesuffix("set") in SPLIT_OF else w for w in words]
-    rest = [word for word in words if word not in _DECORATION]
-    return SPLIT_OF.get(rest[0]) if len(rest) == 1 else None
+    rest = [word for word in _words(name) if word not in _DECORATING]
+    return _SPLIT_OF_WORD.get(rest[0]) if len(rest) == 1 else None
+
+
+def splits_in(name: str) -> set[str]:
+    """The splits that words of a name are called like."""
+    return {_SPLIT_OF_WORD[word] for word in _words(name) if word in _SPLIT_OF_WORD}
+
+
+def splits_named(names: Sequence[str]) -> dict[str, str]:
+    """Those of the names that are a split's, each with its split.
+
+    What all of them share says nothing: ``cars_train`` beside ``cars_test`` is train.
+    """
+    words = [set(_words(name)) - _DECORATING for name in names]
+    shared = set.intersection(*words) - set(_SPLIT_OF_WORD) if len(words) > 1 else set()
+    rests = {name: sorted(own - shared) for name, own in zip(names, words, strict=True)}
+    return {
+        name: _SPLIT_OF_WORD[rest[0]]
+        for name, rest in rests.items()
+        if len(rest) == 1 and rest[0] in _SPLIT_OF_WORD
+    }
 
 
 def scatter_key(salt: str, name: str) -> bytes:

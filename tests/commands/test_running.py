@@ -32,10 +32,28 @@ def test_what_is_imported_is_not_searched_for_garbage():
 
 
 @pytest.mark.usefixtures("fresh_process")
-def test_the_collector_goes_on_after_an_import_that_failed():
-    with pytest.raises(ImportError), first_imports():
-        raise ImportError
+def test_a_library_that_cannot_be_imported_is_no_fault_of_ours(monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_LOG_LEVEL", "silly")
+
+    def command():
+        with first_imports():
+            raise ValueError("Unknown level: 'SILLY'\nand much more")
+
+    assert run_command(command, debug=False) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Unknown level: 'SILLY'; correct" in line
+    assert "ACCELERATE_LOG_LEVEL" in line
     assert gc.isenabled()
+
+
+def test_memory_that_is_not_there_is_no_fault_of_ours(capsys):
+    def command():
+        raise MemoryError
+
+    assert run_command(command, debug=False) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "memory" in line
+    assert "fault" not in line
 
 
 def test_nothing_is_done_where_torch_is_there_already(monkeypatch):

@@ -200,6 +200,13 @@ def test_a_server_that_tells_no_sizes_is_said_at_once(server, url):
         size_of(url)
 
 
+@pytest.mark.parametrize("address", ["http://", "https:///x", "http://x:99999/y", "zip://x::{}"])
+def test_what_is_no_address_is_said_at_once(address, tmp_path):
+    (tmp_path / "no.zip").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"cannot read .*correct the URL"):
+        read(address.format(tmp_path / "no.zip"))
+
+
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)  # importing it fails
     with pytest.raises(UserError, match=r"gcsfs.*pip install 'rtl_dist\[remote\]'"):

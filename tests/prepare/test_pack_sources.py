@@ -64,6 +64,10 @@ def test_folder_with_splits(name, tmp_path):
         (("training", "validation", "testing"), True),
         (("Training", "dev", "Test"), True),
         (("train_images", "val2017", "TestSet"), True),
+        (("cars_train", "cars_valid", "cars_test"), True),
+        (("Trainingsdaten", "Validierungsdaten", "Testdaten"), True),
+        (("entrenamiento", "validaci\u00f3n", "prueba"), True),
+        (("\u8bad\u7ec3\u96c6", "\u9a8c\u8bc1\u96c6", "\u6d4b\u8bd5"), True),
         (("train", "val", "test"), False),
     ],
 )
@@ -82,6 +86,7 @@ def test_folders_called_like_splits_are_splits(names, note, tmp_path):
         ({"train": 1, "bus": 1, "car": 1}, ("bus", "car", "train")),
         ({"test/x": 1, "control": 1}, ("control", "test")),
         ({"test_strips": 1, "val d": 1}, ("test_strips", "val d")),
+        ({"toy_train/x": 1, "steam_train/x": 1}, ("steam_train", "toy_train")),
     ],
 )
 def test_class_may_be_called_like_a_split(folders, classes, tmp_path):
@@ -434,6 +439,14 @@ def test_wrong_csv_is_one_data_error(lines, message, table, tmp_path):
         pack(table(*lines), tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out" / "dataset.json").exists()
+
+
+def test_a_file_too_large_for_a_table_is_not_read(tmp_path):
+    path = tmp_path / "t.csv"
+    path.touch()
+    os.truncate(path, 1 << 40)
+    with pytest.raises(DataError, match=r"t.csv has 1,099,511,627,776 bytes.*name the table"):
+        pack(str(path), tmp_path / "out")
 
 
 def test_csv_folder_errors(table, tmp_path):

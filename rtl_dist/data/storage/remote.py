@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from rtl_dist.core.errors import RemoteError, RtlDistError, ShardError, UserError
 from rtl_dist.core.urls import Redirects
@@ -185,7 +186,8 @@ def _system_of(url: str, redirects: Redirects) -> tuple[Any, str]:
     """(fsspec file system, the path in it). fsspec keeps one for each process, also after a fork.
 
     Raises:
-        UserError: the scheme is unknown, or needs a package that is not installed.
+        UserError: it is no address, the scheme is unknown or needs a package that is not
+            installed, or what it leads through (``zip://``) is not what it should be.
     """
     import fsspec
 
@@ -193,13 +195,17 @@ def _system_of(url: str, redirects: Redirects) -> tuple[Any, str]:
         if _is_http(url):
             from rtl_dist.data.storage.http import BoundedHTTP
 
+            address = urlsplit(url)
+            if not address.hostname or address.port == 0:
+                raise ValueError("it names no server")
             system, path = BoundedHTTP(redirects=redirects, seconds=TIMEOUT_S), url
         else:
             system, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
         raise UserError(f"cannot read {url}: {error}; {_EXTRAS}") from error
-    except ValueError as error:
-        raise UserError(f"cannot read {url}: {error}") from error
+    # Each kind of storage has exceptions of its own, none with a common base.
+    except Exception as error:
+        raise UserError(f"cannot read {url}: {_reason(error)}; correct the URL") from error
     _SYSTEMS.add(system)
     return system, path
 

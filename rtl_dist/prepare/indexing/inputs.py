@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.core.text import shorten, shown
 from rtl_dist.core.urls import is_url, secret_in
-from rtl_dist.prepare.splits import SPLIT_OF, SPLIT_ORDER, TRAIN
+from rtl_dist.prepare.splits import SPLIT_ORDER, TRAIN, split_named, splits_in
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 _MAX_SHARDS = 1_000_000
@@ -71,7 +71,7 @@ def _shards_of(text: str) -> list[InputShard]:
     split, pattern = None, text
     assigned = _ASSIGNED.fullmatch(text)
     if assigned and not Path(text).exists():
-        split, pattern = SPLIT_OF.get(assigned[1].lower()), assigned[2]
+        split, pattern = split_named(assigned[1]), assigned[2]
         if split is None:
             raise UserError(
                 f"{text}: {assigned[1]!r} is no split; there are: {', '.join(SPLIT_ORDER)}"
@@ -153,13 +153,12 @@ def _tars_below(folder: Path) -> Iterator[str]:
 
 def _split_of(path: PurePosixPath, text: str) -> str:
     """By a word of the file's name, else by the nearest folder that is called like a split."""
-    words = re.split(r"[^a-z]+", path.name.lower())
-    named = {SPLIT_OF[word] for word in words if word in SPLIT_OF}
+    named = splits_in(path.name)
     if len(named) == 1:
         return named.pop()
     for folder in reversed(path.parent.parts):
-        if folder.lower() in SPLIT_OF:
-            return SPLIT_OF[folder.lower()]
+        if split := split_named(folder):
+            return split
     if named:
         raise UserError(
             f"{shown(str(path))} is named after two splits, {' and '.join(sorted(named))}: say"

@@ -23,7 +23,7 @@ from rtl_dist.prepare.sources.csv_table import (
 from rtl_dist.prepare.sources.items import Item, Source, single_label_source
 from rtl_dist.prepare.sources.layout import table_note, tables_in
 from rtl_dist.prepare.sources.listed_files import ListedFiles
-from rtl_dist.prepare.splits import SPLIT_OF, SPLIT_ORDER
+from rtl_dist.prepare.splits import SPLIT_ORDER, split_named
 
 
 def csv_files_in(folder: Path) -> dict[str, Path]:
@@ -35,7 +35,7 @@ def csv_files_in(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for name in tables_in(folder):
         path = folder / name
-        split = SPLIT_OF.get(path.stem.lower())
+        split = split_named(path.stem)
         if split is None:
             continue
         if split in found:

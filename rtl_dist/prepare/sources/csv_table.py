@@ -31,6 +31,7 @@ _SPLIT_NAMES = ("split", "set", "subset", "partition", "phase")
 _IS_VAL_NAMES = ("isvalid", "isval")
 _TRUTH = {"true": VAL, "1": VAL, "yes": VAL, "false": TRAIN, "0": TRAIN, "no": TRAIN}
 _ROWS_TRIED = 5
+_LARGEST = 1 << 30  # bytes; some ten million images
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,11 @@ def read_table(path: Path) -> tuple[list[str], list[Row]]:
     if path.exists() and not path.is_file():
         raise DataError(f"{shown(str(path))} is not a plain file: name a table on disk")
     try:
+        if (size := path.stat().st_size) > _LARGEST:
+            raise DataError(
+                f"{shown(str(path))} has {size:,} bytes, and no table of images more than"
+                f" {_LARGEST:,}: name the table, or pack it in parts"
+            )
         content = path.read_bytes()
         text = content.decode("utf-16" if content[:2] in _UTF_16 else "utf-8-sig")
         lines = list(io.StringIO(text, newline=""))

@@ -7,7 +7,7 @@ from pathlib import Path
 from rtl_dist.core.errors import DataError
 from rtl_dist.core.text import shorten, shown
 from rtl_dist.prepare.sources.walk import list_folder
-from rtl_dist.prepare.splits import SPLIT_ORDER, TRAIN, split_named
+from rtl_dist.prepare.splits import SPLIT_ORDER, TRAIN, splits_named
 
 TABLES = (".csv", ".tsv")
 _DEEPEST = 20
@@ -23,7 +23,7 @@ def split_folders(root: Path) -> list[tuple[str, Path]]:
         DataError: some are and some are not, two are the same, or it cannot be known.
     """
     names = list_folder(root).folders
-    named = {name: split for name in names if (split := split_named(name)) is not None}
+    named = splits_named(names)
     with_folders = {name for name in named if list_folder(root / name).folders}
     has_train = any(named[name] == TRAIN for name in with_folders)
     if not named or not (has_train or len(named) == len(names)):
@@ -67,7 +67,7 @@ def refuse_splits_below(folder: Path, classes: list[str]) -> None:
     again."""
     for name in classes:
         below = list_folder(folder / name).folders if (folder / name).is_dir() else []
-        splits = {split: one for one in below if (split := split_named(one)) is not None}
+        splits = {split: one for one, split in splits_named(below).items()}
         if TRAIN in splits and len(splits) > 1:
             inner, outer = splits[TRAIN], shown(name)
             raise DataError(
