@@ -351,6 +351,8 @@ def test_wrong_arguments_are_the_users(data, tmp_path, capsys):
     assert "--out FILE" in capsys.readouterr().err
     assert main(["verify", str(tmp_path / "nothing")]) == 3
     assert "nothing: there is no such folder" in capsys.readouterr().err
+    assert main(["verify", str(data / "dataset.json")]) == 3
+    assert "it is a file; give the folder" in capsys.readouterr().err
     assert main(["verify", str(tmp_path)]) == 3
     assert f"`rtl-dist pack {tmp_path} OUT`" in capsys.readouterr().err
 

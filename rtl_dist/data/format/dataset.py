@@ -293,7 +293,7 @@ def open_dataset(
     try:
         content = _read_description(place, where)
         description = json.loads(content)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"no data set at {path}: {_how_to_make(place)}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read {where}: {error}; pack again") from error
@@ -361,6 +361,8 @@ def fingerprint_of(description: dict[str, Any]) -> str:
 def _how_to_make(place: DatasetPlace) -> str:
     if place.is_remote:
         return f"{DESCRIPTION} is missing; correct the URL, or copy there what was packed"
+    if Path(place.where).is_file():
+        return f"it is a file; give the folder that {DESCRIPTION} is in"
     if not Path(place.where).exists():
         make = command("pack", "SOURCE", place.where)
         return f"there is no such folder; correct the path, or make it with `{make}`"
