@@ -11,9 +11,9 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TextIO, cast
 
 from rtl_dist.core.errors import RtlDistError, StopRequested, UserError
 from rtl_dist.core.open_files import is_too_many, raise_limit, too_many_open
@@ -83,10 +83,8 @@ def leave(code: int) -> NoReturn:
 def run_command(command: Callable[[], str | None], *, debug: bool) -> int:
     """Runs a command and returns its exit code; its result, or the error, is its last line."""
     asked_to_stop: list[int] = []
+    _open_what_is_closed()
     raise_limit()
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # the program was started with it closed
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - to the end
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal need not have every letter
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -97,7 +95,7 @@ def run_command(command: Callable[[], str | None], *, debug: bool) -> int:
             traceback.print_exc()
         is_one_of_many = os.environ.get("RANK", "0") != "0"  # and all of them say the same
         if not (isinstance(error, StopRequested) and is_one_of_many):
-            sys.stderr.write(f"{_as_said(error)}\n")
+            _say(_as_said(error))
         return error.exit_code
     except (KeyboardInterrupt, _Interrupted):
         return _say_interrupted()
@@ -105,14 +103,50 @@ def run_command(command: Callable[[], str | None], *, debug: bool) -> int:
         if asked_to_stop and not debug:  # a library made another error of the interrupt
             return _say_interrupted()
         if not debug and (told := _not_our_fault(error)):
-            sys.stderr.write(f"rtl-dist: {shown(told[0])}\n")
+            _say(f"rtl-dist: {shown(told[0])}")
             return told[1]
         traceback.print_exc()
-        sys.stderr.write("rtl-dist: this is a fault of rtl_dist itself; please report it\n")
+        _say("rtl-dist: this is a fault of rtl_dist itself; please report it")
         return _OUR_FAULT
     if result:
-        sys.stdout.write(f"{shown_lines(result)}\n")
+        _tell(result)
     return 0
+
+
+def _open_what_is_closed() -> None:
+    """A standard stream that the caller closed (``2>&-``) leads nowhere: else the next file opened
+    has its number, and what a library prints would be written into a checkpoint."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, _stream(number, mode))
+
+
+def _stream(number: int, mode: str) -> TextIO:
+    return cast(
+        TextIO,
+        open(number, mode, encoding="utf-8", errors="backslashreplace", closefd=False),  # noqa: SIM115
+    )
+
+
+def _tell(result: str) -> None:
+    """Prints what a command found. It is done all the same where nobody can be told."""
+    try:
+        sys.stdout.write(f"{shown_lines(result)}\n")
+        sys.stdout.flush()
+    except OSError as error:  # a full disk, a pipe whose reader has gone
+        # or Python tries again as it ends, and leaves with 120
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - to the end
+        if not isinstance(error, BrokenPipeError):
+            _say(f"rtl-dist: done, but the result cannot be printed: {error.strerror}")
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):  # the exit code is told all the same
+        sys.stderr.write(f"{line}\n")
 
 
 def _not_our_fault(error: Exception) -> tuple[str, int] | None:
@@ -159,5 +193,5 @@ def _interrupted_by_requests(asked: list[int]) -> Iterator[None]:
 
 
 def _say_interrupted() -> int:
-    sys.stderr.write("rtl-dist: interrupted; start the same command again\n")
+    _say("rtl-dist: interrupted; start the same command again")
     return StopRequested.exit_code

@@ -3,6 +3,7 @@ what it says is what we say."""
 
 import gc
 import io
+import subprocess
 import sys
 
 import pytest
@@ -128,3 +129,25 @@ def test_closed_streams_fail_nothing(monkeypatch):
     LOG.handlers.clear()
     sys.stdout.close()
     sys.stderr.close()
+
+
+FINISHES = """
+import os, sys
+from rtl_dist.commands.running import leave, run_command
+
+def command():
+    sys.stderr.write("said\\n")
+    with open(sys.argv[1], "w") as file:
+        print(file.fileno(), file=file)
+    return "the result"
+
+leave(run_command(command, debug=False))
+"""
+
+
+@pytest.mark.parametrize("streams", ["<&- >&- 2>&-", ">&-", "2>&-", ">/dev/full"])
+def test_a_command_that_can_tell_nobody_is_done_all_the_same(streams, tmp_path):
+    line = f'exec "$1" -c "$2" "$3" {streams}'
+    words = ["sh", "-c", line, "sh", sys.executable, FINISHES, str(tmp_path / "made")]
+    assert subprocess.run(words, check=False).returncode == 0
+    assert int((tmp_path / "made").read_text()) > 2
