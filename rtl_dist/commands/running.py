@@ -128,7 +128,7 @@ def _open_what_is_closed() -> None:
 def _stream(number: int, mode: str) -> TextIO:
     return cast(
         TextIO,
-        open(number, mode, encoding="utf-8", errors="backslashreplace", closefd=False),  # noqa: SIM115
+        open(number, mode, encoding="utf-8", errors="backslashreplace", closefd=False),
     )
 
 

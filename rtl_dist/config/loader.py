@@ -83,8 +83,12 @@ def _shipped_ones(path: str | Path) -> str:
 
 
 def _text_of(path: str | Path) -> str:
-    """No more of it than a config can have, whatever it is."""
-    with open(or_shipped(path), encoding="utf-8") as file:
+    """No more of it than a config can have, whatever it is. A pipe that a shell lays (``<(...)``)
+    is read; one with a name may have nobody who writes into it, ever."""
+    where = or_shipped(path)
+    if Path(where).is_fifo() and not str(where).startswith(("/dev/", "/proc/")):
+        raise UserError(f"config {path} is a named pipe: give a file")
+    with open(where, encoding="utf-8") as file:
         return file.read(MOST_CHARACTERS + 1)
 
 

@@ -1,6 +1,7 @@
 """The config: strict YAML, conversions by type, overrides, refusals that name path and cure."""
 
 import dataclasses
+import os
 import re
 from itertools import takewhile
 from pathlib import Path
@@ -422,6 +423,9 @@ def test_what_is_no_config_file_is_refused_in_one_line(refusal, tmp_path):
         load_config(tmp_path / "none.yaml")
     with pytest.raises(UserError, match="cannot read config"):
         load_config(tmp_path)
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(UserError, match=r"pipe\.yaml is a named pipe"):
+        load_config(tmp_path / "pipe.yaml")
 
 
 @pytest.mark.parametrize("text", ["seed: 1\nseed: 2", "optim: {ema: 0}\noptim: {warmup: 1}"])
