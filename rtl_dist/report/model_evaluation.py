@@ -6,6 +6,7 @@ The end of a run does so with its best weights, ``rtl-dist evaluate`` with any m
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -141,6 +142,15 @@ def _require_own_folder(out: Path) -> None:
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: {out} is a file; give a folder")
+    # a trial, or all images would be scored first
+    there = next(above for above in (out, *out.absolute().parents) if above.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--out: cannot write into {there}: {error.strerror}; choose another folder"
+        ) from error
     if "num_samples" in read_object(out / "metrics.json"):
         return
     taken = [name for name in _OVERWRITTEN if os.path.lexists(out / name)]

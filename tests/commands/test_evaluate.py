@@ -69,6 +69,13 @@ def test_a_split_that_is_not_there_is_named(run, dataset, capsys):
     assert "has no split 'tset'; it has: train, val, test" in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_scored(run, dataset, capsys):
+    assert main(["evaluate", str(run), "--data", str(dataset), "--out", "/dev/null/x"]) == 2
+    told = capsys.readouterr().err
+    assert "--out: " in told
+    assert told.endswith("choose another folder\n")
+
+
 @pytest.mark.launch
 def test_two_processes_say_it_once_and_write_the_same(run, dataset, tmp_path):
     words = ["evaluate", str(run), "--data", str(dataset), "--out", str(tmp_path / "out")]
