@@ -46,7 +46,7 @@ def test_a_solved_head_is_told_without_rates_or_speed(tmp_path, capsys):
     ]
     run = train(tmp_path, make_dataset(tmp_path), stages=stages)
     assert re.search(
-        r"^stage head: solving 387 of [\d,]+ parameters, without steps$",
+        r"^[\d:]{8} stage head: solving 387 of [\d,]+ parameters, without steps$",
         capsys.readouterr().err,
         re.MULTILINE,
     )

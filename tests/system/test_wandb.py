@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -180,8 +181,9 @@ def require_quick(exit: Exit) -> None:
     assert sum(held_up) < BOUND_S + SLACK_S, held_up
 
 
-def warnings_of(exit: Exit) -> list[str]:
-    return [line for line in exit.output.splitlines() if line.startswith("W&B: ")]
+def warnings_of(output: str) -> list[str]:
+    """Without the time before each."""
+    return re.findall(r"^[\d:]{8} (W&B: .*)$", output, re.MULTILINE)
 
 
 def require_same_weights(run: Path, undisturbed: Path) -> None:
@@ -251,7 +253,7 @@ def test_offline_has_every_row_once_with_config_and_results(tmp_path, run, confi
         env = online(tmp_path, server.url)
         (exit,) = run_ranks(config, *often, fault=Times(last_s=60), env=env)
         assert not server.was_asked
-    assert (exit.code, warnings_of(exit)) == (0, [])
+    assert (exit.code, warnings_of(exit.output)) == (0, [])
     assert (run / "wandb" / "copy.log").read_bytes() == b""
     (file,) = files_of(run)
     rows = metric_rows(run, timing=True)
@@ -369,7 +371,7 @@ def test_online_it_goes_on_as_one_run_with_each_step_once(tmp_path, run, undistu
         finished = train_once(config, env)
         assert (killed.fired, all_killed.fired) == (True, True)
         assert recorded.with_suffix(".wandb.synced").exists(), "it would be sent once more"
-        assert warnings_of(finished) == []
+        assert warnings_of(finished.output) == []
         require_equal_runs(undisturbed, run)
         assert list(server.runs) == [id_of(run)]
         assert untimed([unmarked(row) for row in stored.history]) == metric_rows(undisturbed)
@@ -402,7 +404,7 @@ def test_a_server_that_never_answers_costs_seconds_and_what_it_lacks_is_offline(
         exit = train_once(config, online(tmp_path, server.url), Times(connect_s=6))
         assert wandb_processes(tmp_path), "nothing was left behind"
         require_quick(exit)
-        (line,) = warnings_of(exit)
+        (line,) = warnings_of(exit.output)
         assert line.startswith("W&B: still busy and left to itself (see ")
         wait_for_wandb(tmp_path)
         assert server.was_asked
@@ -420,7 +422,7 @@ def test_refused_it_goes_on_offline_while_the_run_does(tmp_path, run, undisturbe
     goes_on = WaitFor(call=2, folder=run / "wandb", pattern="offline-run-*")
     exit = train_once(config, online(tmp_path, url), Times(last_s=60, connect_s=4), goes_on)
     assert exit.fired
-    (line,) = warnings_of(exit)
+    (line,) = warnings_of(exit.output)
     assert "connection refused" in line
     assert f"(see {run / 'wandb' / 'copy.log'}); metrics.jsonl has everything" in line
     require_same_weights(run, undisturbed)
@@ -440,7 +442,7 @@ def test_nobody_waits_for_a_copy_that_hangs_and_it_ends_by_itself(tmp_path, data
         left = wandb_processes(tmp_path)
         assert process.returncode == 0, output
         assert len(left) == 2, "nothing was left behind, so that nothing is shown"
-        assert [line for line in output[1].splitlines() if line.startswith("W&B: ")]
+        assert warnings_of(output[1])
         assert server.was_asked
         require_secret(run, *output)
         for one in left:  # it would end in a minute
@@ -459,7 +461,7 @@ def test_nobody_waits_for_a_copy_that_hangs_and_it_ends_by_itself(tmp_path, data
 def test_without_a_key_it_is_offline_and_nothing_is_asked(tmp_path, run, config, key):
     env = environment(tmp_path, "online", WANDB_API_KEY=key)
     exit = train_once(config, env, Times(last_s=60))
-    (line,) = warnings_of(exit)
+    (line,) = warnings_of(exit.output)
     assert "API key" in line
     assert history_of(files_of(run)[-1]) == metric_rows(run, timing=True)
 
@@ -473,7 +475,7 @@ def test_wandb_killed_in_mid_run_costs_seconds_and_begins_again(tmp_path, run, u
     exit = train_once(config, environment(tmp_path, "offline"), Times(), fault)
     assert exit.fired
     require_quick(exit)
-    assert len(warnings_of(exit)) == 1
+    assert len(warnings_of(exit.output)) == 1
     require_same_weights(run, undisturbed)
     wait_for_wandb(tmp_path)
     copied = [row for file in files_of(run) for row in history_of(file)]
@@ -487,7 +489,7 @@ def test_wandb_stopped_in_mid_run_costs_seconds_and_is_ended(tmp_path, run, undi
     exit = train_once(config, environment(tmp_path, "offline"), Times(finish_s=6), fault)
     assert exit.fired
     require_quick(exit)
-    assert len(warnings_of(exit)) == 1
+    assert len(warnings_of(exit.output)) == 1
     require_same_weights(run, undisturbed)
     assert len(wandb_processes(tmp_path)) == 2
     wait_for_wandb(tmp_path)
@@ -517,7 +519,7 @@ def test_a_broken_wandb_is_told_in_one_line(tmp_path, run, undisturbed, config, 
     exit = train_once(config, env, Times(finish_s=5))
     assert (package / "wandb" / "__init__.py.imported").exists()
     require_quick(exit)
-    (line,) = warnings_of(exit)
+    (line,) = warnings_of(exit.output)
     assert said in line
     assert line.endswith(f"(see {run / 'wandb' / 'copy.log'}); metrics.jsonl has everything")
     require_same_weights(run, undisturbed)
@@ -540,10 +542,11 @@ def test_a_process_left_behind_warns_of_nothing(tmp_path, dataset, run, monkeypa
 
 
 def test_what_cannot_be_written_is_told_and_the_run_goes_on(tmp_path, dataset, capsys):
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "wandb").write_text("not a folder")
     stages = [{"name": "head", "steps": 2, "trainable": "head", "lr": 1e-2}]
+    run = train(tmp_path, dataset, track={"wandb": "off"}, stages=stages)
+    (run / "wandb").write_text("not a folder")
+    shutil.rmtree(run / "checkpoints")
+    (run / "results.json").unlink()
     train(tmp_path, dataset, track={"wandb": "offline"}, stages=stages)
     assert "W&B is not available" in capsys.readouterr().err
 
