@@ -3,10 +3,12 @@
 import os
 import socket
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
 from pack_images import REAL_DATA, class_folders, image_bytes
+from tiny_runs import tiny_config, write_config
 
 from rtl_dist.cli import main
 from rtl_dist.core.errors import DataError, UserError
@@ -168,15 +170,8 @@ def test_pack_verify_and_train_agree_on_what_can_be_trained(tmp_path, capsys):
     assert why in capsys.readouterr().out.splitlines()[-1]
     assert main(["verify", out]) == 0
     assert why in capsys.readouterr().out.splitlines()[-1]
-    config = tmp_path / "c.yaml"
-    config.write_text(f"""
-data: {{path: {out}, image_size: 32}}
-model: {{name: basic_cnn, weights: none}}
-stages: [{{name: all, epochs: 1, trainable: all, lr: 0.1}}]
-run: {{dir: {tmp_path / "run"}}}
-batch: {{global: 2, micro: 2}}
-""")
-    assert main(["train", "--config", str(config)]) == 3
+    config = write_config(tmp_path / "c.yaml", tiny_config(Path(out), tmp_path / "run"))
+    assert main(["train", "--config", config]) == 3
     assert why in capsys.readouterr().err.splitlines()[-1]
 
 
