@@ -31,7 +31,8 @@ import numpy as np
 
 from rtl_dist.core.files import write_json
 from rtl_dist.core.tasks import SINGLE_LABEL
-from rtl_dist.data.format.dataset import DESCRIPTION, FORMAT, INDEX_FOLDER, fingerprint_of
+from rtl_dist.data.format.dataset import INDEX_FOLDER
+from rtl_dist.data.format.description import DESCRIPTION, FORMAT, fingerprint_of
 from rtl_dist.data.format.split import INDEX_DTYPE
 from rtl_dist.data.order.base import TrainingStream
 from rtl_dist.data.order.epochs import EpochOrder

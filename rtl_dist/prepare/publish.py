@@ -18,7 +18,8 @@ import numpy as np
 from rtl_dist.core.csv_cells import csv_text
 from rtl_dist.core.tasks import MULTI_LABEL
 from rtl_dist.core.text import and_more
-from rtl_dist.data.format.dataset import DESCRIPTION, FORMAT, INDEX_FOLDER, fingerprint_of
+from rtl_dist.data.format.dataset import INDEX_FOLDER
+from rtl_dist.data.format.description import DESCRIPTION, FORMAT, fingerprint_of
 from rtl_dist.data.format.sources import sources_path, sources_table
 from rtl_dist.data.storage.shard_files import Shard
 from rtl_dist.prepare.work_folder import publishing

@@ -17,7 +17,8 @@ from rtl_dist.config import Config, DataConfig, ResolvedStage
 from rtl_dist.config.resolved_stage import resolve_stages
 from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.core.urls import is_url
-from rtl_dist.data.format.dataset import DESCRIPTION, Dataset, check_split, open_dataset
+from rtl_dist.data.format.dataset import Dataset, check_split, open_dataset
+from rtl_dist.data.format.description import DESCRIPTION
 from rtl_dist.data.format.split import Split
 from rtl_dist.data.format.trainable import why_untrainable
 from rtl_dist.data.loading.workers import resolve_workers

@@ -13,7 +13,8 @@ from small_sets import flip_byte, order_of, packed
 from rtl_dist.config import AugmentConfig
 from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.data.format import dataset as dataset_module
-from rtl_dist.data.format.dataset import DESCRIPTION, check_split, fingerprint_of, open_dataset
+from rtl_dist.data.format.dataset import check_split, open_dataset
+from rtl_dist.data.format.description import DESCRIPTION, fingerprint_of
 from rtl_dist.data.format.reader import SampleReader
 from rtl_dist.data.images.augment import TrainTransform
 from rtl_dist.data.loading.loader import make_loader

@@ -225,7 +225,7 @@ values = st.sampled_from(
 @given(st.integers(0, 60), values)
 def test_a_changed_value_in_the_description(dataset, tmp_path, number, value):
     """Changed and fingerprinted anew, as by someone who edits it with care."""
-    from rtl_dist.data.format.dataset import fingerprint_of
+    from rtl_dist.data.format.description import fingerprint_of
 
     source = dataset / "one"
     copy = tmp_path / "copy"

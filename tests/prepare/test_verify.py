@@ -20,7 +20,8 @@ from small_sets import flip_byte, packed
 
 from rtl_dist.cli import main
 from rtl_dist.core.errors import DataError, RtlDistError, UserError
-from rtl_dist.data.format.dataset import fingerprint_of, open_dataset
+from rtl_dist.data.format.dataset import open_dataset
+from rtl_dist.data.format.description import fingerprint_of
 from rtl_dist.prepare.indexing.index import index
 from rtl_dist.prepare.packing.pack import pack
 from rtl_dist.prepare.verifying import verify as verify_module

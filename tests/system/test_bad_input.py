@@ -11,7 +11,8 @@ from sealed_sets import broken_png, put, reseal
 from tiny_runs import damage, make_dataset, tiny_config, write_config, write_images
 
 from rtl_dist.cli import main as cli
-from rtl_dist.data.format.dataset import DESCRIPTION, fingerprint_of, open_dataset
+from rtl_dist.data.format.dataset import open_dataset
+from rtl_dist.data.format.description import DESCRIPTION, fingerprint_of
 from rtl_dist.data.format.reader import SampleReader
 from rtl_dist.train import main
 

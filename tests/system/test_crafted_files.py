@@ -22,7 +22,8 @@ from tiny_runs import make_dataset, newest_checkpoint, tiny_config, train, write
 from rtl_dist.cli import main as cli
 from rtl_dist.core.errors import RtlDistError
 from rtl_dist.core.files import sha256_of
-from rtl_dist.data.format.dataset import DESCRIPTION, fingerprint_of, open_dataset
+from rtl_dist.data.format.dataset import open_dataset
+from rtl_dist.data.format.description import DESCRIPTION, fingerprint_of
 from rtl_dist.records.checkpoint import load_newest_checkpoint
 from rtl_dist.train import main
 

@@ -6,7 +6,8 @@ import zlib
 
 import numpy as np
 
-from rtl_dist.data.format.dataset import fingerprint_of, open_dataset
+from rtl_dist.data.format.dataset import open_dataset
+from rtl_dist.data.format.description import fingerprint_of
 
 
 def reseal(data, **entries):

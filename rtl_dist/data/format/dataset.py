@@ -9,11 +9,7 @@ bytes are, so any sample is one ``pread`` and no tar is ever walked while traini
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import mmap
-import os
-import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,20 +22,16 @@ import numpy as np
 from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.core.files import is_no_file, sha256_of
 from rtl_dist.core.tasks import MULTI_LABEL, SINGLE_LABEL, Task
-from rtl_dist.core.text import command, is_showable
 from rtl_dist.core.urls import Redirects, is_url, secret_in
+from rtl_dist.data.format.description import DESCRIPTION, INDEXER_KEY, read_description
 from rtl_dist.data.format.split import INDEX_DTYPE, DatasetPlace, Split
 from rtl_dist.data.storage.cache import RemoteFile
-from rtl_dist.data.storage.remote import read_url, size_of
+from rtl_dist.data.storage.remote import size_of
 from rtl_dist.data.storage.shard_files import ShardFiles, Shards
 
-FORMAT = "rtl_dist/1"
-DESCRIPTION = "dataset.json"
-PACKER_KEY, INDEXER_KEY = "packer", "indexer"  # in it: which command made it, and its settings
 INDEX_FOLDER = "index"
 
 _CHECKSUM_OF = {".npy": "index_sha256", ".labels.npy": "labels_sha256"}  # by the file's ending
-_MOST_DESCRIPTION = 100_000_000  # bytes; 10^5 shards take 20 million
 _MOST_HEADER = 4096  # bytes of an array's file before its values
 CHECKED_INDEX_BYTES = 2**30  # larger ones are neither read at every start nor read ahead
 # What numpy lets the damaged header of an array file out as.
@@ -287,54 +279,14 @@ def open_dataset(
     place = DatasetPlace(
         where=str(path), cache_dir=cache_dir, cache_gb=cache_gb, redirects=redirects
     )
-    where = place.path_of(DESCRIPTION)
-    if not place.is_remote and is_no_file(Path(where)):
-        raise DataError(f"{where} is not a plain file; pack or index again")
-    try:
-        content = _read_description(place, where)
-        description = json.loads(content)
-    except (FileNotFoundError, NotADirectoryError):
-        raise DataError(f"no data set at {path}: {_how_to_make(place)}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"cannot read {where}: {error}; pack again") from error
-    try:
-        if description["format"] != FORMAT:
-            raise DataError(
-                f"{where} is of format {description['format']!r}; this version reads"
-                f" {FORMAT!r}: pack again"
-            )
-        if description["fingerprint"] != fingerprint_of(description):
-            raise DataError(
-                f"{where} does not match its own fingerprint: it was edited or damaged; pack again"
-            )
-        if description["task"] not in list(Task):
-            raise DataError(f"{where} has an unknown task {description['task']!r}; pack again")
-        if not isinstance(description["splits"], dict):
-            raise TypeError("a table of splits")
-        for name in (*description["classes"], *description["splits"]):
-            if not is_showable(str(name)):  # it would be printed, and might say what we say
-                raise DataError(
-                    f"{where} names a class or split {str(name)!r}, which holds characters that"
-                    " cannot be shown: rename it and pack or index again"
-                )
-        return Dataset(
-            place=place,
-            task=Task(description["task"]),
-            classes=tuple(map(str, description["classes"])),
-            fingerprint=description["fingerprint"],
-            description=description,
-        )
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{where} lacks {error}; pack again") from error
-
-
-def _read_description(place: DatasetPlace, where: str) -> bytes:
-    if place.is_remote:
-        return read_url(where, _MOST_DESCRIPTION, place.redirects)
-    found = os.stat(where)  # a link may lead there; opening a pipe would not end
-    if not stat.S_ISREG(found.st_mode) or found.st_size > _MOST_DESCRIPTION:
-        raise ValueError(f"it is no file of up to {_MOST_DESCRIPTION:,} bytes")
-    return Path(where).read_bytes()
+    description = read_description(place)
+    return Dataset(
+        place=place,
+        task=Task(description["task"]),
+        classes=tuple(map(str, description["classes"])),
+        fingerprint=description["fingerprint"],
+        description=description,
+    )
 
 
 def _open_split(place: DatasetPlace, name: str) -> Split:
@@ -345,29 +297,3 @@ def _open_split(place: DatasetPlace, name: str) -> Split:
         redirects=place.redirects,
     )
     return dataset.split(name, trusts_cache=True)
-
-
-def fingerprint_of(description: dict[str, Any]) -> str:
-    """sha256 over the whole description but the fingerprint itself.
-
-    The description holds each shard's sha256 and each index file's, so equal fingerprints mean
-    equal classes, samples, labels and bytes.
-    """
-    content = {key: value for key, value in description.items() if key != "fingerprint"}
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _how_to_make(place: DatasetPlace) -> str:
-    if place.is_remote:
-        return f"{DESCRIPTION} is missing; correct the URL, or copy there what was packed"
-    if Path(place.where).is_file():
-        return f"it is a file; give the folder that {DESCRIPTION} is in"
-    if not Path(place.where).exists():
-        make = command("pack", "SOURCE", place.where)
-        return f"there is no such folder; correct the path, or make it with `{make}`"
-    make = command("pack", place.where, "OUT")
-    return (
-        f"{DESCRIPTION} is missing; if images are there, make one of them with `{make}`, of shards"
-        " with `rtl-dist index`"
-    )

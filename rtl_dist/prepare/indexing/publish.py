@@ -13,7 +13,7 @@ from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.core.files import read_object
 from rtl_dist.core.regular_files import open_regular
 from rtl_dist.core.urls import is_url
-from rtl_dist.data.format.dataset import DESCRIPTION, INDEXER_KEY, PACKER_KEY
+from rtl_dist.data.format.description import DESCRIPTION, INDEXER_KEY, PACKER_KEY
 from rtl_dist.data.storage.shard_files import Shard
 from rtl_dist.prepare.indexing.inputs import InputShard
 from rtl_dist.prepare.indexing.merge import Labelling, LeftOutSample

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import PIL
 
 from rtl_dist.core.errors import UserError
-from rtl_dist.data.format.dataset import FORMAT
+from rtl_dist.data.format.description import FORMAT
 from rtl_dist.prepare.holdout import check_val_fraction, held_out
 from rtl_dist.prepare.publish import published_files
 from rtl_dist.prepare.sources.items import Item, Source

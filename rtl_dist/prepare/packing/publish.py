@@ -10,7 +10,7 @@ import numpy as np
 
 from rtl_dist.core.errors import DataError
 from rtl_dist.core.text import shorten
-from rtl_dist.data.format.dataset import PACKER_KEY
+from rtl_dist.data.format.description import PACKER_KEY
 from rtl_dist.data.format.split import INDEX_DTYPE
 from rtl_dist.data.storage.shard_files import Shard
 from rtl_dist.prepare.conversion import cure_of

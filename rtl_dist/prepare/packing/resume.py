@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rtl_dist.core.errors import UserError
 from rtl_dist.core.files import read_object, sha256_of
-from rtl_dist.data.format.dataset import DESCRIPTION, PACKER_KEY
+from rtl_dist.data.format.description import DESCRIPTION, PACKER_KEY
 from rtl_dist.prepare.publish import published_files
 from rtl_dist.prepare.work_folder import LOCK_FILE, PLAN_FILE, WORK_FOLDER, publishing
 
