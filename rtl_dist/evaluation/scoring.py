@@ -29,6 +29,7 @@ from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.evaluation.metrics import compute_metrics
 from rtl_dist.evaluation.predictions import Outcomes, Predictions, outcomes_of
 from rtl_dist.features.view_files import View
+from rtl_dist.model.calibration import Calibration
 from rtl_dist.model.classifier import Classifier
 from rtl_dist.model.divided import Divided, divide
 
@@ -69,6 +70,7 @@ def score_split(
     view: View | None = None,
     kept: KeptImages | None = None,
     keep_scores: bool = True,
+    calibration: Calibration | None = None,
 ) -> Predictions | None:
     """Scores a split, blocks of it shared among the ranks; the model is left in eval mode.
 
@@ -78,6 +80,7 @@ def score_split(
         kept: images to score, or to be kept.
         keep_scores: where they take at most 1 GiB of rank 0's memory; those of multi-label data
             always are, as their metrics need them all.
+        calibration: how the scores are read; None: as they are.
 
     Returns:
         on rank 0 what was said of every sample in index order, elsewhere None.
@@ -91,6 +94,7 @@ def score_split(
     model.eval()
     if divided is None:
         divided = divide(model, "head", dtype=runtime.autocast_dtype)
+    calibration = calibration or Calibration()
     keep_scores = _keeps_scores(dataset, split, keep_scores, runtime)
     scored: list[_Block] = []
     with torch.inference_mode():
@@ -102,8 +106,7 @@ def score_split(
         else:
             blocks = logits_from_view(divided, split, view, runtime=runtime)
         for samples, logits in blocks:
-            scores = logits.float()
-            scores = scores.sigmoid() if dataset.task == MULTI_LABEL else scores.softmax(1)
+            scores = calibration.probabilities(logits, dataset.task)
             scored.append(_block(split, dataset.task, samples, scores.cpu().numpy(), keep_scores))
     gathered = runtime.gather_to_main(scored)
     assembled: list[Predictions] = []

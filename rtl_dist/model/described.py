@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,6 +12,7 @@ from rtl_dist.config import DataConfig, ModelConfig, Precision, parse_section
 from rtl_dist.core.errors import UserError
 from rtl_dist.core.tasks import Task
 from rtl_dist.core.text import brief
+from rtl_dist.model.calibration import Calibration
 
 _MOST_BYTES = 100_000_000  # the names of a million classes
 
@@ -34,6 +35,8 @@ class Described:
     """That it was trained in."""
     mean_std: tuple[tuple[float, ...], tuple[float, ...]]
     """Of values in 0 to 1, one number a channel each."""
+    calibration: Calibration
+    """How its scores are read; of a model that was not calibrated: as they are."""
 
 
 class _Foreign(ValueError):
@@ -57,6 +60,7 @@ def read_description(where: Path) -> Described:
         if len(set(classes)) != len(classes) or not classes:
             raise _Foreign("label_names must name each class once")
         looks = {"image_size": image_size, "crop_pct": view.get("crop_pct"), "channels": channels}
+        task = _one_of(ours.get("task"), tuple(Task), "rtl_dist.task")
         described = Described(
             model=parse_section(
                 ModelConfig, {**model, "weights": "none"}, origin=f"{where}: rtl_dist.model"
@@ -65,13 +69,14 @@ def read_description(where: Path) -> Described:
                 DataConfig, {"path": "", **looks}, origin=f"{where}: pretrained_cfg"
             ),
             classes=classes,
-            task=_one_of(ours.get("task"), tuple(Task), "rtl_dist.task"),
+            task=task,
             dataset_fingerprint=_text(ours.get("dataset_fingerprint"), "dataset_fingerprint"),
             precision=_one_of(ours.get("precision"), get_args(Precision), "rtl_dist.precision"),
             mean_std=(
                 _per_channel(view.get("mean"), channels, "mean"),
                 _per_channel(view.get("std"), channels, "std"),
             ),
+            calibration=_calibration(ours.get("calibration", {}), task, len(classes)),
         )
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -117,3 +122,49 @@ def _per_channel(value: Any, channels: int, name: str) -> tuple[float, ...]:
     if len(numbers) != channels or not is_right or not all(map(math.isfinite, numbers)):
         raise _Foreign(f"{name} is no number for each of {channels} channels but {brief(value)}")
     return tuple(map(float, numbers))
+
+
+# The bounds of what is fitted; of a temperature they are wider than the fit's own.
+_BOUNDS = {
+    "temperature": (1e-3, 1e3),
+    "num_samples": (0, 2**53),
+    **dict.fromkeys(
+        ("precision_target", "abstain_below", "accuracy_target", "set_quantile", "coverage"),
+        (0, 1),
+    ),
+}
+
+
+def _calibration(value: Any, task: Task, num_classes: int) -> Calibration:
+    """
+    Raises:
+        _Foreign: it is none that was fitted for such a model.
+    """
+    name = "rtl_dist.calibration"
+    values = dict(_section(value, name))
+    known = {field.name for field in fields(Calibration)}
+    if unknown := [key for key in values if key not in known]:
+        raise _Foreign(f"{name} has the unknown key {brief(unknown[0])}")
+    for key, (least, largest) in _BOUNDS.items():
+        if key in values:
+            values[key] = _number(values[key], least, largest, f"{name}.{key}")
+    if type(values.get("num_samples", 0)) is not int:
+        raise _Foreign(f"{name}.num_samples is no whole number but {values['num_samples']}")
+    for key in ("split", "dataset_fingerprint"):
+        _text(values.get(key, ""), f"{name}.{key}")
+    if "thresholds" in values:
+        found = values["thresholds"]
+        if not isinstance(found, list) or len(found) != num_classes:
+            raise _Foreign(f"{name}.thresholds is no number for each class but {brief(found)}")
+        values["thresholds"] = tuple(_number(each, 0, 1, f"{name}.thresholds") for each in found)
+    other = "abstain_below" if task == Task.MULTI_LABEL else "thresholds"
+    if other in values:
+        raise _Foreign(f"{name}.{other} goes with no {task} model")
+    return Calibration(**values)
+
+
+def _number(value: Any, least: float, largest: float, name: str) -> int | float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not least <= value <= largest:
+        raise _Foreign(f"{name} is no number in {least:g} to {largest:g} but {brief(value)}")
+    return value

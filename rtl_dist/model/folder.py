@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from rtl_dist.core.tasks import Task
 from rtl_dist.core.text import brief
 from rtl_dist.data.format.dataset import Dataset
 from rtl_dist.model.build import make_classifier
+from rtl_dist.model.calibration import Calibration
 from rtl_dist.model.classifier import Classifier
 from rtl_dist.model.described import read_description
 from rtl_dist.model.weights import read_state_dict
@@ -46,6 +47,9 @@ class LoadedModel:
     """That it was trained in."""
     source: Path
     """The folder that the weights are from."""
+    calibration: Calibration = field(default_factory=Calibration)
+    """How its scores are read; ``dataclasses.replace(loaded, calibration=Calibration())`` is the
+    model whose scores are read as they are."""
 
 
 def write_model_folder(
@@ -56,7 +60,8 @@ def write_model_folder(
     *,
     precision: Precision,
 ) -> None:
-    """Writes or replaces a model folder; each file is replaced whole."""
+    """Writes or replaces a model folder, not calibrated; each file is replaced whole. The
+    description comes first, so that no weights are ever read by the calibration of others."""
     folder.mkdir(parents=True, exist_ok=True)
     description = describe_model(model, config, dataset, precision=precision)
     write_json(folder / DESCRIPTION, description)
@@ -102,6 +107,22 @@ def describe_model(
     }
 
 
+def write_calibration(folder: Path, calibration: Calibration) -> None:
+    """Has a model folder say from now on how its scores are read; ``config.json`` is replaced
+    whole.
+
+    Raises:
+        UserError: it is no model folder.
+    """
+    where = folder / DESCRIPTION
+    read_description(where)
+    content = json.loads(where.read_text(encoding="utf-8"))
+    content["rtl_dist"].pop("calibration", None)
+    if found := calibration.to_dict():
+        content["rtl_dist"]["calibration"] = found
+    write_json(where, content)
+
+
 def load_model(path: str | Path) -> LoadedModel:
     """Loads a run folder (its best weights), a checkpoint folder or a model folder.
 
@@ -143,6 +164,7 @@ def _load_folder(folder: Path) -> LoadedModel:
         dataset_fingerprint=described.dataset_fingerprint,
         precision=described.precision,
         source=folder,
+        calibration=described.calibration,
     )
 
 

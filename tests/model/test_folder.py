@@ -14,7 +14,8 @@ from rtl_dist.core.errors import UserError
 from rtl_dist.data.format.dataset import Dataset
 from rtl_dist.data.format.split import DatasetPlace
 from rtl_dist.model.build import build_model
-from rtl_dist.model.folder import load_model, write_model_folder
+from rtl_dist.model.calibration import Calibration
+from rtl_dist.model.folder import load_model, write_calibration, write_model_folder
 from rtl_dist.model.freezing import digest
 from rtl_dist.model.weights import load_weights
 from rtl_dist.records.checkpoint import Snapshot, save_checkpoint
@@ -84,6 +85,38 @@ def test_timm_itself_loads_a_model_folder(tmp_path, name, channels):
     assert theirs.num_classes == 3
     assert settings["input_size"] == (channels, 32, 32)
     assert (settings["crop_pct"], settings["interpolation"]) == (0.9, "bilinear")
+
+
+CALIBRATION = Calibration(
+    temperature=0.37,
+    abstain_below=0.8,
+    accuracy_target=0.95,
+    set_quantile=0.1,
+    coverage=0.9,
+    num_samples=20,
+    split="val",
+    dataset_fingerprint="f" * 64,
+)
+OF_LABELS = Calibration(temperature=2.0, thresholds=(0.25, 0.5, 1.0), precision_target=0.9)
+
+
+@pytest.mark.parametrize(
+    ("task", "calibration"), [("single_label", CALIBRATION), ("multi_label", OF_LABELS)]
+)
+def test_a_calibration_comes_back_and_timm_still_loads_the_folder(tmp_path, task, calibration):
+    model, config = built("test_resnet")
+    data = dataset(task=task)
+    write_model_folder(tmp_path, model, config.model, data, precision=config.precision)
+    plain = (tmp_path / "config.json").read_bytes()
+    assert load_model(tmp_path).calibration == Calibration()
+    write_calibration(tmp_path, calibration)
+    assert load_model(tmp_path).calibration == calibration
+    timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    write_calibration(tmp_path, Calibration())
+    assert (tmp_path / "config.json").read_bytes() == plain
+    write_calibration(tmp_path, calibration)  # other weights make it void
+    write_model_folder(tmp_path, model, config.model, data, precision=config.precision)
+    assert (tmp_path / "config.json").read_bytes() == plain
 
 
 def test_writing_again_replaces(tmp_path):
@@ -221,6 +254,18 @@ def test_a_folder_that_is_no_model_is_refused_in_one_line(tmp_path, damage, mess
         ("rtl_dist.precision", "bf8", "rtl_dist.precision is none of auto, no, fp16, bf16, fp64 but 'bf8'"),
         ("rtl_dist.task", ["x"], "rtl_dist.task is none of single_label, multi_label but ['x']"),
         ("rtl_dist.dataset_fingerprint", 7, "dataset_fingerprint is no text but 7"),
+        ("rtl_dist.calibration", [], "rtl_dist.calibration is no section with keys but []"),
+        ("rtl_dist.calibration", {"bias": 1}, "rtl_dist.calibration has the unknown key 'bias'"),
+        ("rtl_dist.calibration", {"temperature": 0}, "temperature is no number in 0.001 to 1000 but 0"),
+        ("rtl_dist.calibration", {"temperature": float("nan")}, "temperature is no number in 0.001 to 1000"),
+        ("rtl_dist.calibration", {"temperature": True}, "temperature is no number in 0.001 to 1000 but True"),
+        ("rtl_dist.calibration", {"coverage": "0.9"}, "coverage is no number in 0 to 1 but '0.9'"),
+        ("rtl_dist.calibration", {"abstain_below": 9**4000}, "abstain_below is no number in 0 to 1 but a number of more"),
+        ("rtl_dist.calibration", {"num_samples": 1.5}, "num_samples is no whole number but 1.5"),
+        ("rtl_dist.calibration", {"split": 7}, "rtl_dist.calibration.split is no text but 7"),
+        ("rtl_dist.calibration", {"thresholds": [0.5]}, "thresholds is no number for each class but [0.5]"),
+        ("rtl_dist.calibration", {"thresholds": [0.5, None, 1]}, "thresholds is no number in 0 to 1 but None"),
+        ("rtl_dist.calibration", {"thresholds": [0.5, 0.5, 1]}, "thresholds goes with no single_label model"),
         ("rtl_dist", "x", "rtl_dist is no section with keys but 'x'"),
     ],
 )  # fmt: skip
