@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from PIL import Image, ImageOps
 
 from rtl_dist.core.errors import DataError
-from rtl_dist.data.images.foreign import require_allowed
+from rtl_dist.data.images.foreign import require_allowed, suffix_of
 
 _BY_PILLOW = {"GIF": "GIF", "BMP": "BMP", "TIFF": "TIFF"}
 _BY_HEIF = ("HEIC", "AVIF")
@@ -41,6 +41,22 @@ def cure_of(reasons: Iterable[str]) -> str:
     return f"{', '.join(kinds)} files can be converted: give --convert" + (
         f", after {_INSTALL}" if needs_more else ""
     )
+
+
+def kind_to_convert(head: bytes) -> str | None:
+    """What a file is, by its first 16 bytes, that must be converted; None: it need not be, or
+    cannot."""
+    try:
+        suffix_of(head)
+    except DataError as error:
+        return convertible(str(error))
+    return None
+
+
+def as_readable(content: bytes) -> bytes:
+    """An image file as it is, or converted where it must be. Raises as ``converted``."""
+    kind = kind_to_convert(content[:16])
+    return content if kind is None else converted(content, kind)
 
 
 def converted(content: bytes, kind: str) -> bytes:

@@ -24,6 +24,7 @@ from rtl_dist.distributed.stopping import StopRequests
 from rtl_dist.distributed.terminal import configure_logging
 from rtl_dist.evaluation.predictions import Predictions
 from rtl_dist.evaluation.scoring import metrics_on_every_rank, score_split
+from rtl_dist.inference.predictor import precision_of
 from rtl_dist.model.classifier import Classifier, place
 from rtl_dist.model.folder import LoadedModel, load_model
 
@@ -107,7 +108,7 @@ def evaluate(
         DataError: no such data or split, or a damaged sample.
     """
     loaded = load_model(model_path)
-    with StopRequests() as stops, Runtime(precision or _precision_of(loaded), stops) as runtime:
+    with StopRequests() as stops, Runtime(precision or precision_of(loaded), stops) as runtime:
         configure_logging(is_main=runtime.is_main)
         dataset = runtime.on_every_rank(
             lambda: open_dataset(
@@ -169,11 +170,6 @@ def _refresh_page(run: Path, out: Path) -> None:
         return
     with tolerated(f"{run / REPORT} could not be drawn again"):
         draw_run(run)
-
-
-def _precision_of(loaded: LoadedModel) -> Precision:
-    """That of the training, so that its figures come out again, where this machine can."""
-    return "auto" if loaded.precision == "fp16" else loaded.precision
 
 
 def _require_same_classes(loaded: LoadedModel, dataset: Dataset) -> None:

@@ -126,7 +126,10 @@ class EvalTransform:
 
     def __call__(self, content: bytes, key: int) -> torch.Tensor:
         """See ``Transform``; ``key`` changes nothing."""
-        image = decode(content, self.channels)
+        return self.of_pixels(decode(content, self.channels))
+
+    def of_pixels(self, image: torch.Tensor) -> torch.Tensor:
+        """uint8 (channels, height, width) to uint8 (channels, image_size, image_size)."""
         height, width = image.shape[1:]
         short = min(height, width)
         size = [int(self._short_side * side / short) for side in (height, width)]

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 import re
-import stat
 import zlib
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
@@ -21,8 +19,7 @@ from rtl_dist.core.errors import DataError, RtlDistError
 from rtl_dist.core.processes import map_in_order, num_workers
 from rtl_dist.core.tasks import MULTI_LABEL
 from rtl_dist.data.format.tar import TarWriter
-from rtl_dist.data.images.foreign import MAX_FILE_BYTES, suffix_of
-from rtl_dist.prepare.conversion import converted, convertible
+from rtl_dist.prepare.image_file import read_image_file
 from rtl_dist.prepare.images import checked_image
 from rtl_dist.prepare.packing.plan import Plan, ShardPlan
 from rtl_dist.prepare.packing.resume import ShardRecord, is_finished, record_shard
@@ -145,31 +142,7 @@ def _read(item: Item, context: PackContext) -> bytes | np.ndarray:
     """The item's content. Raises DataError: unreadable, or not worth reading whole."""
     if item.content is not None:
         return item.content
-    try:
-        # without O_NONBLOCK a named pipe would be waited for, for ever
-        with open(os.open(context.root / item.name, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise DataError("is not a plain file")
-            head = file.read(16)
-            kind = _kind_to_convert(head) if context.convert else None
-            if kind is None:
-                suffix_of(head)
-            if status.st_size > MAX_FILE_BYTES:
-                raise DataError(f"is larger than the {MAX_FILE_BYTES >> 20} MiB allowed")
-            content = head + file.read()
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}") from error
-    return content if kind is None else converted(content, kind)
-
-
-def _kind_to_convert(head: bytes) -> str | None:
-    """What a file is that must be converted; None: it need not be, or cannot."""
-    try:
-        suffix_of(head)
-    except DataError as error:
-        return convertible(str(error))
-    return None
+    return read_image_file(context.root / item.name, convert=context.convert)
 
 
 def _label_member(key: str, item: Item, context: PackContext) -> tuple[str, bytes]:

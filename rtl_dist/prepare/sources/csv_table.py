@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
-import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.core.text import did_you_mean, shorten, shown
@@ -64,24 +65,45 @@ def read_table(path: Path) -> tuple[list[str], list[Row]]:
     Raises:
         DataError: names the file, the line and the cure.
     """
+    with open_table(path) as (header, rows):
+        return header, list(rows)
+
+
+@contextmanager
+def open_table(path: Path) -> Iterator[tuple[list[str], Iterator[Row]]]:
+    """As ``read_table``, the rows one at a time."""
     if path.exists() and not path.is_file():
         raise DataError(f"{shown(str(path))} is not a plain file: name a table on disk")
-    try:
+    with _named(path):
         if (size := path.stat().st_size) > _LARGEST:
             raise DataError(
                 f"{shown(str(path))} has {size:,} bytes, and no table of images more than"
                 f" {_LARGEST:,}: name the table, or pack it in parts"
             )
-        content = path.read_bytes()
-        text = content.decode("utf-16" if content[:2] in _UTF_16 else "utf-8-sig")
-        lines = list(io.StringIO(text, newline=""))
-        told = _SAID_SEPARATOR.fullmatch(lines[0].strip()) if lines else None
-        separator = told[1] if told else _separator(lines[0] if lines else "")
-        reader = csv.reader(lines[1:] if told else lines, delimiter=separator, strict=True)
-        header = [cell.strip() for cell in next(reader, [])]
-        rows = []
+        with open(path, "rb") as file:
+            encoding = "utf-16" if file.read(2) in _UTF_16 else "utf-8-sig"
+        lines = open(path, encoding=encoding, newline="")  # noqa: SIM115 - what follows closes it
+    with lines:
+        with _named(path):
+            first = lines.readline()
+            told = _SAID_SEPARATOR.fullmatch(first.strip())
+            separator = told[1] if told else _separator(first)
+            if not told:
+                lines.seek(0)
+            reader = csv.reader(lines, delimiter=separator, strict=True)
+            header = [cell.strip() for cell in next(reader, [])]
+        repeated = next((name for name in header if name and header.count(name) > 1), None)
+        if repeated is not None:
+            raise DataError(
+                f"{shown(str(path))} has two columns {repeated!r}: rename or remove one"
+            )
+        yield header, _rows(path, header, reader, lines_before=bool(told))
+
+
+def _rows(path: Path, header: list[str], reader: Any, *, lines_before: int) -> Iterator[Row]:
+    with _named(path):
         for cells in reader:
-            where = f"{shown(str(path))} line {reader.line_num + bool(told)}"
+            where = f"{shown(str(path))} line {reader.line_num + lines_before}"
             if not any(cells):
                 continue
             if len(cells) != len(header):
@@ -89,15 +111,17 @@ def read_table(path: Path) -> tuple[list[str], list[Row]]:
                     f"{where} has {len(cells)} cells where the header has {len(header)}: give it"
                     " one cell a column (quote a cell that holds a comma)"
                 )
-            rows.append(Row(where, {k: v.strip() for k, v in zip(header, cells, strict=True)}))
+            yield Row(where, {k: v.strip() for k, v in zip(header, cells, strict=True)})
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, UnicodeError, csv.Error) as error:
         raise DataError(
             f"cannot read {shown(str(path))}: {error}; save it as a CSV in UTF-8"
         ) from error
-    repeated = next((name for name in header if name and header.count(name) > 1), None)
-    if repeated is not None:
-        raise DataError(f"{shown(str(path))} has two columns {repeated!r}: rename or remove one")
-    return header, rows
 
 
 def _separator(header: str) -> str:
@@ -129,7 +153,7 @@ def choose_columns(
     """
     notes: list[str] = []
     named = [name for name in header if name and not name.startswith("Unnamed:")]
-    file = _file_column(path, named, rows, file_column, is_file)
+    file = file_column_of(path, named, rows, file_column, is_file)
     if file != FILE and file_column is None:
         notes.append(f"column {file!r} of {path.name} is taken for the images' files")
     split = _split_column([name for name in named if name != file], rows)
@@ -167,7 +191,7 @@ def split_of(row: Row, column: str | None) -> str:
     return split
 
 
-def _file_column(
+def file_column_of(
     path: Path,
     named: Sequence[str],
     rows: Sequence[Row],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,30 +65,40 @@ def list_folder(folder: Path) -> Listing:
 
 
 def walk(folder: Path, root: Path) -> Walked:
-    """Everything visible below ``folder``.
+    """Everything visible below ``folder``; see ``walk_files``."""
+    found = Walked()
+    found.files.extend(walk_files(folder, root, found.odd))
+    return found
+
+
+def walk_files(folder: Path, root: Path, odd: list[tuple[Path, str]]) -> Iterator[Path]:
+    """Every visible file below ``folder``: a folder's own by name, then those of the folders in it,
+    by theirs; no more is remembered than the names of one folder on each level, and of all folders.
 
     A folder is entered once, however many links lead to it; and a link that leads to ``root`` or
     above it is not followed, or all of the source would be of one class.
+
+    Args:
+        odd: what is left out, and why, is added to it.
     """
-    found = Walked()
     real_root = _resolved(root)
     entered: set[Path] = set()
     waiting, links = [folder], list[Path]()
     while waiting or links:  # links last, so that a folder counts by its own name
         path = waiting.pop() if waiting else links.pop(0)
         real = _resolved(path)
-        if real == real_root or real in real_root.parents:
-            found.odd.append((path, "is a link to a folder above itself"))
+        if path != folder and (real == real_root or real in real_root.parents):
+            odd.append((path, "is a link to a folder above itself"))
         elif real in entered:
-            found.odd.append((path, "is a link to a folder that is here already"))
+            odd.append((path, "is a link to a folder that is here already"))
         else:
             entered.add(real)
             listing = list_folder(path)
-            found.odd.extend((path / name, what) for name, what in listing.odd)
-            found.files.extend(path / name for name in listing.files)
-            for below in (path / name for name in listing.folders):
-                (links if below.is_symlink() else waiting).append(below)
-    return found
+            odd.extend((path / name, what) for name, what in listing.odd)
+            yield from (path / name for name in listing.files)
+            below = [path / name for name in listing.folders]
+            links += [one for one in below if one.is_symlink()]
+            waiting += [one for one in reversed(below) if not one.is_symlink()]
 
 
 def _resolved(folder: Path) -> Path:
