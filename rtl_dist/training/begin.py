@@ -32,6 +32,7 @@ from rtl_dist.model.classifier import Classifier, place
 from rtl_dist.model.freezing import batchnorm_learns
 from rtl_dist.model.parts import trainable_parts
 from rtl_dist.model.probe import require_takes
+from rtl_dist.model.sync_batchnorm import synchronize_batchnorm
 from rtl_dist.records.checkpoint import Snapshot
 from rtl_dist.records.checkpoint_writer import CheckpointWriter
 from rtl_dist.records.environment import describe_run
@@ -203,7 +204,7 @@ def _place_on_device(
 ) -> Average | None:
     """Moves the model to the device; returns its average, if it is to have one."""
     if config.batch.sync_batchnorm:
-        model.trunk = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model.trunk)
+        synchronize_batchnorm(model)
     place(model, runtime.device, runtime.dtype)
     average = Average(model, config.optim.ema) if config.optim.ema else None
     if average and restored is not None:
