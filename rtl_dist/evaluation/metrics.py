@@ -21,16 +21,16 @@ import numpy as np
 
 from rtl_dist.core.errors import DataError
 from rtl_dist.core.tasks import MULTI_LABEL
+from rtl_dist.evaluation.calibrated import calibrated_figures
 from rtl_dist.evaluation.confusion import Confusion, confusion_of
 from rtl_dist.evaluation.predictions import (
     SCORES_AT_ONCE,
-    THRESHOLD,
     Predictions,
     blocks_of_rows,
 )
+from rtl_dist.evaluation.reliability import reliability
 
 TOP_K = 5
-NUM_BINS = 15
 
 _Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
 # A float32 probability that rounded to 0 was below the first, one that rounded to 1 was within the
@@ -58,24 +58,16 @@ class ClassScores:
     kept."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Calibration:
-    """A reliability diagram of B bins."""
-
-    edges: np.ndarray
-    """float64 (B + 1,): the bounds of the bins, 0 to 1."""
-    counts: np.ndarray
-    """int64 (B,): how many predictions fell into each bin."""
-    confidence: np.ndarray
-    """float64 (B,): their mean stated probability; NaN in empty bins."""
-    accuracy: np.ndarray
-    """float64 (B,): the share of them that came true; NaN in empty bins."""
-    ece: float
-    """Expected calibration error: the mean distance of the two over all predictions, 0 to 1."""
-
-
 def compute_metrics(predictions: Predictions) -> dict[str, float]:
-    """The figures that fit the task: ``single_label_metrics`` or ``multi_label_metrics``."""
+    """The figures that fit the task, ``single_label_metrics`` or ``multi_label_metrics``, and what
+    there is to say of a calibration, ``calibrated_figures``."""
+    figures = _of_task(predictions)
+    if predictions.uncalibrated is None:
+        return figures
+    return figures | calibrated_figures(predictions, raw=_of_task(predictions.uncalibrated))
+
+
+def _of_task(predictions: Predictions) -> dict[str, float]:
     if predictions.task == MULTI_LABEL:
         return multi_label_metrics(predictions)
     return single_label_metrics(predictions)
@@ -91,15 +83,16 @@ def single_label_metrics(predictions: Predictions) -> dict[str, float]:
     return figures | {
         "loss": float(-np.log(np.clip(truth, _TINY, 1.0)).mean()),
         "top5": float((outcomes.truth_rank < min(TOP_K, len(predictions.classes))).mean()),
-        "ece": calibration(predictions).ece,
+        "ece": reliability(predictions).ece,
     }
 
 
-def multi_label_metrics(predictions: Predictions, threshold: float = THRESHOLD) -> dict[str, float]:
+def multi_label_metrics(predictions: Predictions) -> dict[str, float]:
     """``loss`` (binary cross entropy, nats, mean over samples and classes), ``map`` (0 when no
-    class has positives), and at score >= threshold ``micro_f1``, ``macro_f1``, ``exact_match``."""
+    class has positives), ``micro_f1``, ``macro_f1`` and ``exact_match`` of the labels that are
+    said, and ``ece`` (15 bins, over samples and classes)."""
     labels, scores = predictions.labels, predictions.of_multi_label
-    counts = multi_label_confusion(predictions, threshold)
+    counts = multi_label_confusion(predictions)
     precisions = [p for p in average_precisions(predictions) if p is not None]
     occurs = counts[:, 1, :].sum(axis=1) + counts[:, :, 1].sum(axis=1) > 0
     f1 = _precision_recall_f1(counts)[2]
@@ -111,11 +104,12 @@ def multi_label_metrics(predictions: Predictions, threshold: float = THRESHOLD) 
         "exact_match": float(
             np.concatenate(
                 [
-                    ((scores[rows] >= threshold) == labels[rows]).all(axis=1)
+                    (predictions.calibration.said(scores[rows]) == labels[rows]).all(axis=1)
                     for rows in blocks_of_rows(scores.shape)
                 ]
             ).mean()
         ),
+        "ece": reliability(predictions).ece,
     }
 
 
@@ -168,13 +162,13 @@ def metrics_from_confusion(confusion: Confusion) -> dict[str, Any]:
     }
 
 
-def multi_label_confusion(predictions: Predictions, threshold: float = THRESHOLD) -> np.ndarray:
+def multi_label_confusion(predictions: Predictions) -> np.ndarray:
     """Per-class counts, int64 (C, 2, 2): ``[c, truth, decision]``, laid out as scikit-learn's
     ``multilabel_confusion_matrix`` ([[tn, fp], [fn, tp]])."""
     labels, scores = predictions.labels, predictions.of_multi_label
     hits = true = decided = np.zeros(len(predictions.classes), dtype=np.int64)
     for rows in blocks_of_rows(scores.shape):
-        truth, said = labels[rows] == 1, scores[rows] >= threshold
+        truth, said = labels[rows] == 1, predictions.calibration.said(scores[rows])
         hits = hits + (truth & said).sum(axis=0)
         true, decided = true + truth.sum(axis=0), decided + said.sum(axis=0)
     absent = predictions.num_samples - true - decided + hits
@@ -227,33 +221,6 @@ def per_class_table(predictions: Predictions) -> list[ClassScores]:
         )
         for i, name in enumerate(predictions.classes)
     ]
-
-
-def calibration(predictions: Predictions, num_bins: int = NUM_BINS) -> Calibration:
-    """Confidence against accuracy in equal bins ``(low, high]`` (Guo et al. 2017).
-
-    Single-label: the predicted class's probability against whether it is right, over samples.
-    Multi-label: each class's probability against its presence, over samples and classes.
-    """
-    if predictions.task == MULTI_LABEL:
-        confidence, right = predictions.of_multi_label.ravel(), predictions.labels.ravel()
-    else:
-        confidence = predictions.of_single_label.confidence
-        right = predictions.predicted == predictions.labels
-    edges = np.linspace(0.0, 1.0, num_bins + 1)
-    counts = np.zeros(num_bins, dtype=np.int64)
-    sums, hits = np.zeros(num_bins), np.zeros(num_bins)
-    for rows in blocks_of_rows((len(confidence), 1)):
-        exact = confidence[rows].astype(np.float64)
-        bins = np.searchsorted(edges[1:-1], exact, side="left")
-        counts += np.bincount(bins, minlength=num_bins)
-        np.add.at(sums, bins, exact)  # one after the other, so that blocks change no bit
-        np.add.at(hits, bins, right[rows])
-    some = counts > 0
-    mean = np.divide(sums, counts, out=np.full(num_bins, np.nan), where=some)
-    accuracy = np.divide(hits, counts, out=np.full(num_bins, np.nan), where=some)
-    ece = float(np.abs(sums - hits).sum() / counts.sum())
-    return Calibration(edges=edges, counts=counts, confidence=mean, accuracy=accuracy, ece=ece)
 
 
 def wilson_interval(hits: int, total: int) -> tuple[float, float]:

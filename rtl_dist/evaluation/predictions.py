@@ -10,8 +10,8 @@ import numpy as np
 
 from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.core.tasks import MULTI_LABEL, SINGLE_LABEL, Task
+from rtl_dist.model.calibration import UNCALIBRATED, Calibration
 
-THRESHOLD = 0.5
 SCORES_AT_ONCE = 2**22  # that are looked at together
 
 
@@ -27,17 +27,24 @@ class Outcomes:
     """float32 (N,): that of the true class."""
     truth_rank: np.ndarray
     """int64 (N,): how many classes come before the true one."""
+    set_size: np.ndarray
+    """int64 (N,): how many classes are in the conformal set; 1 where there are no such sets."""
 
 
-def outcomes_of(labels: np.ndarray, scores: np.ndarray) -> Outcomes:
-    """The outcomes of labels int64 (N,) and scores float32 (N, C)."""
-    parts = [_outcomes(labels[rows], scores[rows]) for rows in blocks_of_rows(scores.shape)]
+def outcomes_of(
+    labels: np.ndarray, scores: np.ndarray, calibration: Calibration = UNCALIBRATED
+) -> Outcomes:
+    """The outcomes of labels int64 (N,) and scores float32 (N, C), by whose calibration there are
+    conformal sets."""
+    parts = [
+        _outcomes(labels[rows], scores[rows], calibration) for rows in blocks_of_rows(scores.shape)
+    ]
     return Outcomes(
         **{name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])}
     )
 
 
-def _outcomes(labels: np.ndarray, scores: np.ndarray) -> Outcomes:
+def _outcomes(labels: np.ndarray, scores: np.ndarray, calibration: Calibration) -> Outcomes:
     truth = np.take_along_axis(scores, labels[:, None], axis=1)
     before = np.arange(scores.shape[1]) < labels[:, None]
     return Outcomes(
@@ -45,6 +52,7 @@ def _outcomes(labels: np.ndarray, scores: np.ndarray) -> Outcomes:
         confidence=scores.max(axis=1),
         truth_score=truth[:, 0],
         truth_rank=(scores > truth).sum(axis=1) + ((scores == truth) & before).sum(axis=1),
+        set_size=calibration.sets_of(scores).sum(axis=1),
     )
 
 
@@ -76,19 +84,26 @@ class Predictions:
     not kept, but their ``outcomes`` (single-label only)."""
     outcomes: Outcomes | None = None
     """Single-label: of the scores; made of them where they are given alone."""
+    calibration: Calibration = UNCALIBRATED
+    """By which the scores were made of logits, and by which it is decided what they say."""
+    uncalibrated: Predictions | None = None
+    """What the same logits say as they are; None where these are no others."""
 
     def __post_init__(self) -> None:
         self._check_labels()
         if self.scores is not None:
             self._check_scores(self.scores)
             if self.task == SINGLE_LABEL and self.outcomes is None:
-                object.__setattr__(self, "outcomes", outcomes_of(self.labels, self.scores))
+                object.__setattr__(self, "outcomes", self._outcomes(self.scores))
         elif self.outcomes is None:
             raise ValueError("neither scores nor outcomes")
         if self.outcomes is not None:
             if len(self.outcomes.predicted) != self.num_samples:
                 raise ValueError(f"{len(self.outcomes.predicted)} outcomes")
             _require_finite(np.isfinite(self.outcomes.confidence))
+
+    def _outcomes(self, scores: np.ndarray) -> Outcomes:
+        return outcomes_of(self.labels, scores, self.calibration)
 
     def _check_labels(self) -> None:
         if not len(self.labels):
@@ -136,7 +151,7 @@ class Predictions:
     def predicted(self) -> np.ndarray:
         """The predicted class, int64 (N,); for multi-label data the decisions, bool (N, C)."""
         if self.task == MULTI_LABEL:
-            return self.of_multi_label >= THRESHOLD
+            return self.calibration.said(self.of_multi_label)
         return self.of_single_label.predicted
 
 

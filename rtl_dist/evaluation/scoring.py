@@ -3,60 +3,26 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from rtl_dist.core.errors import DataError
-from rtl_dist.core.tasks import MULTI_LABEL, Task
+from rtl_dist.core.tasks import MULTI_LABEL
 from rtl_dist.core.text import readable_size
 from rtl_dist.data.format.dataset import Dataset
 from rtl_dist.data.format.split import Split
-from rtl_dist.data.images.augment import EvalTransform
-from rtl_dist.data.loading.batch import Batch, to_device
-from rtl_dist.data.loading.blocks import (
-    EVAL_BLOCK,
-    blocks_of_rank,
-    cannot_evaluate,
-    num_rounds,
-)
-from rtl_dist.data.loading.loader import make_loader
-from rtl_dist.data.loading.microbatches import SplitMicrobatches
 from rtl_dist.distributed.runtime import Runtime
+from rtl_dist.evaluation.logits import KeptImages, logits_of_split
 from rtl_dist.evaluation.metrics import compute_metrics
 from rtl_dist.evaluation.predictions import Outcomes, Predictions, outcomes_of
 from rtl_dist.features.view_files import View
-from rtl_dist.model.calibration import Calibration
+from rtl_dist.model.calibration import UNCALIBRATED, Calibration
 from rtl_dist.model.classifier import Classifier
-from rtl_dist.model.divided import Divided, divide
+from rtl_dist.model.divided import Divided
 
 LOG = logging.getLogger("rtl_dist")
-KEPT_BYTES = 2**30
 SCORES_BYTES = 2**30
-
-
-@dataclass(kw_only=True)
-class KeptImages:
-    """This rank's share of a split as an evaluation looks at it, kept by the first one if it takes
-    at most 1 GiB of the host's memory: later ones then wait for no loader."""
-
-    batches: list[Batch] = field(default_factory=list)
-    """``inputs`` uint8 (images, channels, height, width), in the host's memory."""
-    is_whole: bool = False
-    """Whether every batch is there; until then they are of no use."""
-
-
-def eval_transform(model: Classifier) -> EvalTransform:
-    """How an evaluation looks at an image."""
-    preprocessing = model.preprocessing
-    return EvalTransform(
-        image_size=preprocessing.image_size,
-        crop_pct=preprocessing.crop_pct,
-        channels=preprocessing.channels,
-    )
 
 
 def score_split(
@@ -70,7 +36,7 @@ def score_split(
     view: View | None = None,
     kept: KeptImages | None = None,
     keep_scores: bool = True,
-    calibration: Calibration | None = None,
+    calibration: Calibration = UNCALIBRATED,
 ) -> Predictions | None:
     """Scores a split, blocks of it shared among the ranks; the model is left in eval mode.
 
@@ -80,34 +46,44 @@ def score_split(
         kept: images to score, or to be kept.
         keep_scores: where they take at most 1 GiB of rank 0's memory; those of multi-label data
             always are, as their metrics need them all.
-        calibration: how the scores are read; None: as they are.
+        calibration: how the logits are read; they are read as they are, too, if that is another
+            way.
 
     Returns:
         on rank 0 what was said of every sample in index order, elsewhere None.
 
     Raises:
-        DataError: on every rank, if a sample is damaged.
-        RtlDistError: on every rank, if the loader of one failed.
-        StopRequested: on every rank, if one was asked to stop.
-        RuntimeError: a sample was not counted exactly once.
+        RuntimeError: a sample was not counted exactly once; else as ``logits_of_split``.
     """
-    model.eval()
-    if divided is None:
-        divided = divide(model, "head", dtype=runtime.autocast_dtype)
-    calibration = calibration or Calibration()
-    keep_scores = _keeps_scores(dataset, split, keep_scores, runtime)
-    scored: list[_Block] = []
+    readings = [_Reading(calibration, _keeps_scores(dataset, split, keep_scores, runtime))]
+    if calibration != UNCALIBRATED:
+        readings.append(_Reading(UNCALIBRATED, dataset.task == MULTI_LABEL))
+    scored: list[list[_Block]] = [[] for _ in readings]
     with torch.inference_mode():
-        if view is None:
-            transform = eval_transform(model)
-            blocks = logits_from_images(
-                divided, split, transform, kept, runtime=runtime, workers=workers
-            )
-        else:
-            blocks = logits_from_view(divided, split, view, runtime=runtime)
-        for samples, logits in blocks:
-            scores = calibration.probabilities(logits, dataset.task)
-            scored.append(_block(split, dataset.task, samples, scores.cpu().numpy(), keep_scores))
+        for samples, logits in logits_of_split(
+            model,
+            split,
+            runtime=runtime,
+            workers=workers,
+            divided=divided,
+            view=view,
+            kept=kept,
+        ):
+            for reading, blocks in zip(readings, scored, strict=True):
+                blocks.append(_block(split, dataset, samples, logits, reading))
+    told, *others = [
+        _gather(dataset, split, reading, blocks, runtime)
+        for reading, blocks in zip(readings, scored, strict=True)
+    ]
+    if told is None or not others:
+        return told
+    return replace(told, uncalibrated=others[0])
+
+
+def _gather(
+    dataset: Dataset, split: Split, reading: _Reading, scored: list[_Block], runtime: Runtime
+) -> Predictions | None:
+    """What all ranks scored, on rank 0; each rank's blocks are let go."""
     gathered = runtime.gather_to_main(scored)
     assembled: list[Predictions] = []
 
@@ -116,7 +92,7 @@ def score_split(
         scored.clear()  # the list, so that ``blocks`` alone holds them
         if gathered:
             gathered.clear()
-        assembled.append(_assemble(dataset, split, blocks, keep_scores))
+        assembled.append(_assemble(dataset, split, blocks, reading))
 
     runtime.from_main(assemble)  # so that what is wrong there ends every rank
     return assembled[0] if assembled else None
@@ -134,91 +110,14 @@ def metrics_on_every_rank(predictions: Predictions | None, runtime: Runtime) -> 
     return metrics
 
 
-def logits_from_view(
-    divided: Divided, split: Split, view: View, *, runtime: Runtime
-) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-    """Sample numbers and logits of this rank's blocks, from what the frozen part made of them."""
-    blocks = blocks_of(split, runtime)
-    for first in runtime.in_rounds(
-        blocks, rounds_of(split, runtime), what=f"evaluating {split.name}"
-    ):
-        if first is None:
-            continue
-        samples = np.arange(first, min(first + EVAL_BLOCK, split.num_samples))
-        inputs = view.features[first : first + len(samples)].to(runtime.device)
-        with runtime.accelerator.autocast():
-            yield samples, divided.trained(inputs)
+@dataclass(frozen=True)
+class _Reading:
+    """One way in which logits are read."""
 
-
-def blocks_of(split: Split, runtime: Runtime) -> range:
-    """The first samples of this rank's blocks."""
-    return blocks_of_rank(
-        split.num_samples, EVAL_BLOCK, rank=runtime.rank, world_size=runtime.world_size
-    )
-
-
-def rounds_of(split: Split, runtime: Runtime) -> int:
-    """How many blocks the rank with the most of them has."""
-    return num_rounds(split.num_samples, EVAL_BLOCK, world_size=runtime.world_size)
-
-
-def logits_from_images(
-    divided: Divided,
-    split: Split,
-    transform: EvalTransform,
-    kept: KeptImages | None,
-    *,
-    runtime: Runtime,
-    workers: int,
-) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-    """Sample numbers and logits of this rank's blocks, from the evaluation's view of each image."""
-    assert divided.frozen is not None
-    blocks = blocks_of(split, runtime)
-    microbatches = SplitMicrobatches(split, transform, size=EVAL_BLOCK)
-    batches: Iterable[Batch]
-    if kept is not None and kept.is_whole:
-        batches = (to_device(batch, runtime.device) for batch in kept.batches)
-    else:
-        batches = make_loader(
-            microbatches,
-            blocks,
-            workers=workers,
-            device=runtime.device,
-            give_up=runtime.is_asked,
-        )
-        if kept is not None and len(blocks) * math.prod(microbatches.shape) <= KEPT_BYTES:
-            batches = _keeping(kept, batches)
-    bad: list[str] = []
-    what = f"evaluating {split.name}"
-    images = EVAL_BLOCK * runtime.world_size
-    with runtime.progress(total=len(blocks), what=what, unit="batch", images=images) as bar:
-        batches = runtime.heartbeat.while_fetching(batches, are_remote=split.is_remote)
-        for batch in runtime.in_rounds(batches, rounds_of(split, runtime), what=what):
-            if batch is None:
-                continue
-            bar.update()
-            if batch.bad:
-                bad += batch.bad
-                continue
-            with runtime.accelerator.autocast():
-                logits = divided.trained(divided.frozen(batch.inputs))
-            yield batch.samples.numpy(), logits
-    _refuse_bad(runtime, bad)
-
-
-def _keeping(kept: KeptImages, batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches, which are kept once all of them have come."""
-    copies = []
-    for batch in batches:
-        copies.append(batch._replace(inputs=batch.inputs.to("cpu", copy=True)))
-        yield batch
-    kept.batches, kept.is_whole = copies, True
-
-
-def _refuse_bad(runtime: Runtime, bad: list[str]) -> None:
-    every = [name for names in runtime.gather(bad) for name in names]
-    if every:
-        raise DataError(cannot_evaluate(every))
+    calibration: Calibration
+    """Of them."""
+    keeps_scores: bool
+    """Or the outcomes alone."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -234,12 +133,15 @@ class _Block:
 
 
 def _block(
-    split: Split, task: Task, samples: np.ndarray, scores: np.ndarray, keep_scores: bool
+    split: Split, dataset: Dataset, samples: np.ndarray, logits: torch.Tensor, reading: _Reading
 ) -> _Block:
+    calibration, task = reading.calibration, dataset.task
+    scores = calibration.probabilities(logits, task).cpu().numpy()
+    is_multi = task == MULTI_LABEL
     return _Block(
         samples=samples,
-        outcomes=None if task == MULTI_LABEL else outcomes_of(split.labels(samples), scores),
-        scores=scores if keep_scores else None,
+        outcomes=None if is_multi else outcomes_of(split.labels(samples), scores, calibration),
+        scores=scores if reading.keeps_scores else None,
     )
 
 
@@ -260,12 +162,12 @@ def _keeps_scores(dataset: Dataset, split: Split, wanted: bool, runtime: Runtime
 
 
 def _assemble(
-    dataset: Dataset, split: Split, blocks: list[_Block], keep_scores: bool
+    dataset: Dataset, split: Split, blocks: list[_Block], reading: _Reading
 ) -> Predictions:
     """Puts the blocks together, each of which is let go."""
     times_seen = np.zeros(split.num_samples, dtype=np.int64)
     scores = None
-    if keep_scores:
+    if reading.keeps_scores:
         scores = np.zeros((split.num_samples, dataset.num_classes), dtype=np.float32)
     columns: dict[str, np.ndarray] = {}
     while blocks:
@@ -290,4 +192,5 @@ def _assemble(
         labels=labels,
         scores=scores,
         outcomes=Outcomes(**columns) if columns else None,
+        calibration=reading.calibration,
     )

@@ -19,7 +19,7 @@ from rtl_dist.core.files import sha256_of
 from rtl_dist.core.tasks import Task
 from rtl_dist.data.images.augment import EvalTransform
 from rtl_dist.distributed.runtime import Runtime, resolve_precision
-from rtl_dist.evaluation.scoring import eval_transform
+from rtl_dist.evaluation.logits import eval_transform
 from rtl_dist.model.calibration import Calibration
 from rtl_dist.model.classifier import place
 from rtl_dist.model.divided import divide

@@ -40,13 +40,18 @@ class Calibration:
     """A class is in an image's conformal set if 1 - probability is at most this; None: there are no
     sets."""
     coverage: float | None = None
-    """The share of images whose set holds all that is true of them, as stated."""
+    """The share of images whose set holds all that is true of them, as stated; what is reached is
+    what ``evaluate`` measures."""
     num_samples: int = 0
     """Images that this was fitted on; 0: it was not fitted."""
     split: str = ""
     """Name of the split that they are of."""
     dataset_fingerprint: str = ""
     """Of the data set that they are of."""
+
+    @property
+    def was_fitted(self) -> bool:
+        return self.num_samples > 0
 
     def probabilities(self, logits: torch.Tensor, task: Task) -> torch.Tensor:
         """Of logits (N, C), float32 (N, C): of a softmax over classes; multi-label: of a sigmoid
@@ -96,11 +101,11 @@ class Calibration:
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in values.items()
-            if value != getattr(_NONE, name)
+            if value != getattr(UNCALIBRATED, name)
         }
 
 
-_NONE = Calibration()
+UNCALIBRATED = Calibration()
 
 
 def _with_first_of(plain: torch.Tensor, scaled: torch.Tensor) -> torch.Tensor:

@@ -22,12 +22,12 @@ from rtl_dist.evaluation.confusion import Confusion, confusion_of
 from rtl_dist.evaluation.metrics import (
     TOP_K,
     ClassScores,
-    calibration,
     multi_label_confusion,
     per_class_table,
     wilson_interval,
 )
 from rtl_dist.evaluation.predictions import Predictions, blocks_of_rows
+from rtl_dist.evaluation.reliability import reliability
 from rtl_dist.report import evaluation_plots as plots
 from rtl_dist.report.figure import draw
 from rtl_dist.report.html import Cell, Page, percent
@@ -130,7 +130,7 @@ def write_evaluation(
         "confusion_matrix.png": confusion_figure,
         "precision_recall.png": lambda: plots.precision_recall_figure(predictions, table),
         "calibration.png": lambda: plots.calibration_figure(
-            calibration(predictions), predictions.task
+            reliability(predictions), predictions.task
         ),
         "mistakes.png": lambda: plots.mistakes_figure(shown),
     }

@@ -15,8 +15,9 @@ import numpy as np
 
 from rtl_dist.core.tasks import MULTI_LABEL, Task
 from rtl_dist.evaluation.confusion import Confusion
-from rtl_dist.evaluation.metrics import Calibration, ClassScores, positives
+from rtl_dist.evaluation.metrics import ClassScores, positives
 from rtl_dist.evaluation.predictions import Predictions
+from rtl_dist.evaluation.reliability import Reliability
 from rtl_dist.report.figure import (
     BLUE,
     CYCLE,
@@ -190,7 +191,7 @@ def precision_recall_figure(predictions: Predictions, table: Sequence[ClassScore
     return figure
 
 
-def calibration_figure(result: Calibration, task: Task) -> Figure:
+def calibration_figure(result: Reliability, task: Task) -> Figure:
     """A reliability diagram above the histogram of confidences."""
     multi = task == MULTI_LABEL
     figure = new_figure(7.8, 6.4)

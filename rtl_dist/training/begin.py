@@ -25,7 +25,7 @@ from rtl_dist.data.loading.workers import resolve_workers
 from rtl_dist.data.order.training import training_order
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.distributed.terminal import configure_logging
-from rtl_dist.evaluation.scoring import KeptImages
+from rtl_dist.evaluation.logits import KeptImages
 from rtl_dist.model.average import Average
 from rtl_dist.model.build import build_model
 from rtl_dist.model.classifier import Classifier, place

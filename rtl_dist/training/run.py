@@ -11,7 +11,7 @@ from rtl_dist.config import Config
 from rtl_dist.data.format.dataset import Dataset
 from rtl_dist.data.format.split import Split
 from rtl_dist.distributed.runtime import Runtime
-from rtl_dist.evaluation.scoring import KeptImages
+from rtl_dist.evaluation.logits import KeptImages
 from rtl_dist.model.average import Average
 from rtl_dist.model.classifier import Classifier
 from rtl_dist.records.checkpoint_writer import CheckpointWriter

@@ -13,7 +13,8 @@ from rtl_dist.data.images.augment import training_transform
 from rtl_dist.data.loading.loader import make_loader
 from rtl_dist.data.loading.microbatches import TrainingMicrobatches
 from rtl_dist.data.order.training import training_order
-from rtl_dist.evaluation.scoring import eval_transform, metrics_on_every_rank, score_split
+from rtl_dist.evaluation.logits import eval_transform
+from rtl_dist.evaluation.scoring import metrics_on_every_rank, score_split
 from rtl_dist.features.maker import FeatureMaker
 from rtl_dist.features.view_files import View
 from rtl_dist.model.batchnorm import learning_layers

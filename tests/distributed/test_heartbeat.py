@@ -20,7 +20,7 @@ from rtl_dist.core.errors import DataError
 from rtl_dist.distributed import watch
 from rtl_dist.distributed.heartbeat import Heartbeat
 from rtl_dist.distributed.watch import Watch, clear_heartbeats
-from rtl_dist.evaluation.scoring import logits_from_images
+from rtl_dist.evaluation.logits import logits_from_images
 from rtl_dist.model.batchnorm import StepStatistics
 from rtl_dist.model.build import build_model
 from rtl_dist.model.folder import write_model_folder

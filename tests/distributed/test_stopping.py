@@ -14,7 +14,7 @@ from killed_runs import At, Exit, require_done, run_ranks
 from tiny_runs import make_dataset, require_equal_runs, results, tiny_config, write_config
 
 from rtl_dist.distributed.stopping import StopRequests
-from rtl_dist.evaluation.scoring import logits_from_images
+from rtl_dist.evaluation.logits import logits_from_images
 from rtl_dist.training.begin import open_data
 from rtl_dist.training.stage_trainer import StageTrainer
 

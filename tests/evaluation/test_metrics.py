@@ -1,5 +1,7 @@
 """Every figure of rtl_dist.evaluation.metrics against scikit-learn's own (scipy's for the interval)."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import sklearn.metrics as reference
@@ -12,7 +14,6 @@ from rtl_dist.evaluation import metrics, predictions
 from rtl_dist.evaluation.confusion import Confusion, confusion_of
 from rtl_dist.evaluation.metrics import (
     average_precisions,
-    calibration,
     compute_metrics,
     metrics_from_confusion,
     multi_label_confusion,
@@ -22,6 +23,8 @@ from rtl_dist.evaluation.metrics import (
     wilson_interval,
 )
 from rtl_dist.evaluation.predictions import Predictions
+from rtl_dist.evaluation.reliability import reliability
+from rtl_dist.model.calibration import Calibration
 
 
 def single(num_samples=211, num_classes=7, *, absent=(), decimals=None, seed=0):
@@ -167,7 +170,7 @@ def test_ece_equals_sklearns_calibration_curve(shape):
     right = predictions.predicted == predictions.labels
     confidence = predictions.scores.max(axis=1).astype(np.float64)
     accuracy, mean = calibration_curve(right, confidence, n_bins=15, pos_label=True)
-    result = calibration(predictions)
+    result = reliability(predictions)
     some = result.counts > 0
     np.testing.assert_allclose(result.accuracy[some], accuracy)
     np.testing.assert_allclose(result.confidence[some], mean)
@@ -217,7 +220,8 @@ def test_the_threshold_is_inclusive_and_can_be_set():
     predictions = multi(101, 3, decimals=1)
     for threshold in (0.3, 0.5, 0.8):
         said = predictions.scores >= threshold
-        assert multi_label_metrics(predictions, threshold)["micro_f1"] == pytest.approx(
+        own = replace(predictions, calibration=Calibration(thresholds=(threshold,) * 3))
+        assert multi_label_metrics(own)["micro_f1"] == pytest.approx(
             reference.f1_score(predictions.labels, said, average="micro")
         )
 
@@ -301,11 +305,11 @@ def test_what_a_task_is_said_to_measure_is_measured(make):
 @pytest.mark.parametrize("make", [single, multi])
 def test_figures_do_not_depend_on_how_many_scores_are_looked_at_together(make, monkeypatch):
     whole = make()
-    expected, ece = compute_metrics(whole), calibration(whole).ece
+    expected, ece = compute_metrics(whole), reliability(whole).ece
     monkeypatch.setattr(predictions, "SCORES_AT_ONCE", 100)
     monkeypatch.setattr(metrics, "SCORES_AT_ONCE", 736)  # as large a part as numpy's sum makes
     assert compute_metrics(make()) == expected
-    assert calibration(make()).ece == ece
+    assert reliability(make()).ece == ece
 
 
 def test_figures_need_no_scores_of_single_labels():

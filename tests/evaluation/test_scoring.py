@@ -5,8 +5,10 @@ import pytest
 import torch
 from tiny_runs import make_dataset
 
+import rtl_dist.evaluation.logits as of_logits
 import rtl_dist.evaluation.scoring as room
 from rtl_dist.data.format.dataset import open_dataset
+from rtl_dist.data.loading.blocks import EVAL_BLOCK
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.evaluation.metrics import compute_metrics
 from rtl_dist.model.classifier import Preprocessing
@@ -43,7 +45,7 @@ def score(dataset, runtime, **options):
 
 def test_the_scores_are_in_the_order_of_the_index(dataset, runtime):
     split = dataset.split("val")
-    assert split.num_samples > room.EVAL_BLOCK
+    assert split.num_samples > EVAL_BLOCK
     predictions = score(dataset, runtime)
     assert predictions.labels.tolist() == split.labels(np.arange(split.num_samples)).tolist()
     assert (predictions.predicted == predictions.labels).all()
@@ -52,14 +54,14 @@ def test_the_scores_are_in_the_order_of_the_index(dataset, runtime):
 
 @pytest.mark.parametrize("change", ["left out", "twice"])
 def test_a_block_that_does_not_come_once_is_no_result(dataset, runtime, monkeypatch, change):
-    blocks_of = room.blocks_of
+    blocks_of = of_logits.blocks_of
 
     def other_blocks(*given):
         blocks = list(blocks_of(*given))
         return blocks[1:] if change == "left out" else [*blocks, blocks[0]]
 
-    monkeypatch.setattr(room, "blocks_of", other_blocks)
-    monkeypatch.setattr(room, "rounds_of", lambda *given: len(other_blocks(*given)))
+    monkeypatch.setattr(of_logits, "blocks_of", other_blocks)
+    monkeypatch.setattr(of_logits, "rounds_of", lambda *given: len(other_blocks(*given)))
     with pytest.raises(RuntimeError, match=r"split 'val': \d+ of 300 samples were not counted"):
         score(dataset, runtime)
 

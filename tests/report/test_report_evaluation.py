@@ -160,7 +160,13 @@ def test_many_classes_are_listed_and_not_squared(tmp_path):
     labels = np.arange(50)
     said = np.where(labels % 5 == 0, labels + 30_000, labels)
     sure = np.full(50, 0.5, dtype=np.float32)
-    outcomes = Outcomes(predicted=said, confidence=sure, truth_score=sure, truth_rank=0 * said)
+    outcomes = Outcomes(
+        predicted=said,
+        confidence=sure,
+        truth_score=sure,
+        truth_rank=0 * said,
+        set_size=1 + 0 * said,
+    )
     predictions = Predictions(
         task=SINGLE_LABEL, classes=classes, labels=labels, scores=None, outcomes=outcomes
     )

@@ -27,7 +27,7 @@ from tiny_runs import (
 
 from rtl_dist.core.errors import OutOfMemory
 from rtl_dist.data.format.dataset import open_dataset
-from rtl_dist.evaluation.scoring import eval_transform
+from rtl_dist.evaluation.logits import eval_transform
 from rtl_dist.model.folder import load_model
 from rtl_dist.model.head import Head
 from rtl_dist.training.stage_network import StageNetwork

@@ -44,7 +44,7 @@ def evaluate(model: Path, dataset: Path, out: Path, *options: str) -> dict[str, 
 
 
 def test_validation_images_are_decoded_once(tmp_path, dataset, monkeypatch):
-    import rtl_dist.evaluation.scoring as room
+    import rtl_dist.evaluation.logits as room
 
     stages = [{"name": "all", "steps": 6, "trainable": "all", "lr": 1e-2, "batchnorm": "train"}]
     opened = []

@@ -21,7 +21,7 @@ from kills import (
 )
 from tiny_runs import require_equal_runs, results, tiny_config, write_config
 
-from rtl_dist.evaluation.scoring import logits_from_images, logits_from_view
+from rtl_dist.evaluation.logits import logits_from_images, logits_from_view
 from rtl_dist.model.freezing import freeze_for
 from rtl_dist.records.state import TrainState
 from rtl_dist.report.evaluation import write_evaluation

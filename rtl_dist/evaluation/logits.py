@@ -1,0 +1,169 @@
+"""A model's logits on a split: every sample's once, blocks of them shared among the ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from rtl_dist.core.errors import DataError
+from rtl_dist.data.format.split import Split
+from rtl_dist.data.images.augment import EvalTransform
+from rtl_dist.data.loading.batch import Batch, to_device
+from rtl_dist.data.loading.blocks import (
+    EVAL_BLOCK,
+    blocks_of_rank,
+    cannot_evaluate,
+    num_rounds,
+)
+from rtl_dist.data.loading.loader import make_loader
+from rtl_dist.data.loading.microbatches import SplitMicrobatches
+from rtl_dist.distributed.runtime import Runtime
+from rtl_dist.features.view_files import View
+from rtl_dist.model.classifier import Classifier
+from rtl_dist.model.divided import Divided, divide
+
+KEPT_BYTES = 2**30
+
+
+@dataclass(kw_only=True)
+class KeptImages:
+    """This rank's share of a split as an evaluation looks at it, kept by the first one if it takes
+    at most 1 GiB of the host's memory: later ones then wait for no loader."""
+
+    batches: list[Batch] = field(default_factory=list)
+    """``inputs`` uint8 (images, channels, height, width), in the host's memory."""
+    is_whole: bool = False
+    """Whether every batch is there; until then they are of no use."""
+
+
+def eval_transform(model: Classifier) -> EvalTransform:
+    """How an evaluation looks at an image."""
+    preprocessing = model.preprocessing
+    return EvalTransform(
+        image_size=preprocessing.image_size,
+        crop_pct=preprocessing.crop_pct,
+        channels=preprocessing.channels,
+    )
+
+
+def logits_of_split(
+    model: Classifier,
+    split: Split,
+    *,
+    runtime: Runtime,
+    workers: int,
+    divided: Divided | None = None,
+    view: View | None = None,
+    kept: KeptImages | None = None,
+) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    """Sample numbers, int64 (n,), and logits (n, C) on the device of this rank's blocks; the model
+    is left in eval mode. Every rank comes to the end of it, within ``torch.inference_mode``.
+
+    Args:
+        divided: the model, cut; None: it is cut below its head.
+        view: what the frozen part makes of this split, to score from.
+        kept: images to score, or to be kept.
+
+    Raises:
+        DataError: on every rank, if a sample is damaged.
+        RtlDistError: on every rank, if the loader of one failed.
+        StopRequested: on every rank, if one was asked to stop.
+    """
+    model.eval()
+    if divided is None:
+        divided = divide(model, "head", dtype=runtime.autocast_dtype)
+    if view is not None:
+        return logits_from_view(divided, split, view, runtime=runtime)
+    transform = eval_transform(model)
+    return logits_from_images(divided, split, transform, kept, runtime=runtime, workers=workers)
+
+
+def logits_from_view(
+    divided: Divided, split: Split, view: View, *, runtime: Runtime
+) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    """Sample numbers and logits of this rank's blocks, from what the frozen part made of them."""
+    blocks = blocks_of(split, runtime)
+    for first in runtime.in_rounds(
+        blocks, rounds_of(split, runtime), what=f"evaluating {split.name}"
+    ):
+        if first is None:
+            continue
+        samples = np.arange(first, min(first + EVAL_BLOCK, split.num_samples))
+        inputs = view.features[first : first + len(samples)].to(runtime.device)
+        with runtime.accelerator.autocast():
+            yield samples, divided.trained(inputs)
+
+
+def blocks_of(split: Split, runtime: Runtime) -> range:
+    """The first samples of this rank's blocks."""
+    return blocks_of_rank(
+        split.num_samples, EVAL_BLOCK, rank=runtime.rank, world_size=runtime.world_size
+    )
+
+
+def rounds_of(split: Split, runtime: Runtime) -> int:
+    """How many blocks the rank with the most of them has."""
+    return num_rounds(split.num_samples, EVAL_BLOCK, world_size=runtime.world_size)
+
+
+def logits_from_images(
+    divided: Divided,
+    split: Split,
+    transform: EvalTransform,
+    kept: KeptImages | None,
+    *,
+    runtime: Runtime,
+    workers: int,
+) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    """Sample numbers and logits of this rank's blocks, from the evaluation's view of each image."""
+    assert divided.frozen is not None
+    blocks = blocks_of(split, runtime)
+    microbatches = SplitMicrobatches(split, transform, size=EVAL_BLOCK)
+    batches: Iterable[Batch]
+    if kept is not None and kept.is_whole:
+        batches = (to_device(batch, runtime.device) for batch in kept.batches)
+    else:
+        batches = make_loader(
+            microbatches,
+            blocks,
+            workers=workers,
+            device=runtime.device,
+            give_up=runtime.is_asked,
+        )
+        if kept is not None and len(blocks) * math.prod(microbatches.shape) <= KEPT_BYTES:
+            batches = _keeping(kept, batches)
+    bad: list[str] = []
+    what = f"evaluating {split.name}"
+    images = EVAL_BLOCK * runtime.world_size
+    with runtime.progress(total=len(blocks), what=what, unit="batch", images=images) as bar:
+        batches = runtime.heartbeat.while_fetching(batches, are_remote=split.is_remote)
+        for batch in runtime.in_rounds(batches, rounds_of(split, runtime), what=what):
+            if batch is None:
+                continue
+            bar.update()
+            if batch.bad:
+                bad += batch.bad
+                continue
+            with runtime.accelerator.autocast():
+                logits = divided.trained(divided.frozen(batch.inputs))
+            yield batch.samples.numpy(), logits
+    _refuse_bad(runtime, bad)
+
+
+def _keeping(kept: KeptImages, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches, which are kept once all of them have come."""
+    copies = []
+    for batch in batches:
+        copies.append(batch._replace(inputs=batch.inputs.to("cpu", copy=True)))
+        yield batch
+    kept.batches, kept.is_whole = copies, True
+
+
+def _refuse_bad(runtime: Runtime, bad: list[str]) -> None:
+    every = [name for names in runtime.gather(bad) for name in names]
+    if every:
+        raise DataError(cannot_evaluate(every))
