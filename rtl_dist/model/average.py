@@ -11,6 +11,7 @@ import torch
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.model.batchnorm import StepStatistics
 from rtl_dist.model.classifier import Classifier
+from rtl_dist.model.side_by_side import SideBySide
 
 
 class Average:
@@ -24,21 +25,17 @@ class Average:
     @torch.no_grad()
     def update(self, model: Classifier, *, taken: torch.Tensor) -> None:
         """taken: a bool on the device; without effect if the step was not taken."""
-        averaged, weights = [], []
-        for mine, theirs in zip(
-            self.model.state_dict().values(), model.state_dict().values(), strict=True
-        ):
-            if mine.is_floating_point():
-                averaged.append(mine)
-                weights.append(theirs)
-            else:
-                mine.copy_(torch.where(taken, theirs, mine))
-        moved = torch._foreach_sub(weights, averaged)
-        torch._foreach_mul_(moved, 1 - self._decay)
-        torch._foreach_add_(moved, averaged)
-        # chosen, not multiplied by 0: what overflowed times 0 is not 0
-        kept = [torch.where(taken, new, old) for new, old in zip(moved, averaged, strict=True)]
-        torch._foreach_copy_(averaged, kept)
+        mine, theirs = (list(m.state_dict().values()) for m in (self.model, model))
+        for dtype in dict.fromkeys(value.dtype for value in mine):
+            averaged = [value for value in mine if value.dtype == dtype]
+            weights = [value for value in theirs if value.dtype == dtype]
+            before, moved = SideBySide(averaged), SideBySide(averaged)
+            old, new = before.take(averaged), moved.take(weights)
+            if dtype.is_floating_point:
+                new.sub_(old).mul_(1 - self._decay).add_(old)
+            # chosen, not multiplied by 0: what overflowed times 0 is not 0
+            torch.where(taken, new, old, out=new)
+            moved.give(averaged)
 
     @contextmanager
     def with_statistics_of(

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rtl_dist.model.side_by_side import SideBySide
+
 
 def learning_layers(model: nn.Module) -> dict[str, _BatchNorm]:
     """The BatchNorm layers whose running statistics follow the data now, by name."""
@@ -41,25 +43,33 @@ class StepStatistics:
         self._counts = [c for c in counts if c is not None]
         own = [0.1 if m is None else m for m in self._momenta]
         weights = own if momentum is None else [momentum] * len(self._layers)
-        self._weights = [w for w in weights for _ in range(2)]
-        self._before: list[torch.Tensor] = []
-        self._sums: list[torch.Tensor] = []
-        self._counts_before: list[torch.Tensor] = []
         self._num_added = 0
+        if self._layers:  # all of their buffers at once: hundreds of small ones cost a GPU's time
+            self._before, self._sums = SideBySide(self._buffers), SideBySide(self._buffers)
+            self._counts_before = SideBySide(self._counts)
+            self._counts_after = SideBySide(self._counts)
+            self._weights = torch.cat(
+                [b.new_full((b.numel(),), weights[i // 2]) for i, b in enumerate(self._buffers)]
+            )
         for layer in self._layers:
             layer.momentum = 1.0
 
+    @torch.no_grad()
     def begin(self) -> None:
-        self._before = [b.clone() for b in self._buffers]
-        self._counts_before = [c.clone() for c in self._counts]
-        self._sums = [torch.zeros_like(b) for b in self._buffers]
+        if not self._layers:
+            return
+        self._before.take(self._buffers)
+        self._counts_before.take(self._counts)
+        self._sums.flat.zero_()
         self._num_added = 0
 
+    @torch.no_grad()
     def add(self) -> None:
-        if self._buffers:
-            torch._foreach_add_(self._sums, self._buffers)
+        if self._layers:
+            torch._foreach_add_(self._sums.parts, self._buffers)
             self._num_added += 1
 
+    @torch.no_grad()
     def fold(
         self, mean_over_ranks: Callable[[torch.Tensor], torch.Tensor], *, taken: torch.Tensor
     ) -> None:
@@ -68,25 +78,20 @@ class StepStatistics:
         taken: a bool on the device. If the step is not taken the statistics are put back, or what
         overflowed would stay in them (pytorch #88474).
         """
-        if not self._buffers:
+        if not self._layers:
             return
-        flat = torch.cat([s.reshape(-1) for s in self._sums]) / max(1, self._num_added)
-        flat = mean_over_ranks(flat)
-        step = flat.split([b.numel() for b in self._buffers])
-        for buffer, before, now, weight in zip(
-            self._buffers, self._before, step, self._weights, strict=True
-        ):
-            moved = before.lerp(now.view_as(before), weight)
-            buffer.copy_(torch.where(taken, moved, before))
-        for count, before in zip(self._counts, self._counts_before, strict=True):
-            count.copy_(before + taken)
+        before = self._before.flat
+        step = mean_over_ranks(self._sums.flat / max(1, self._num_added))
+        torch.where(taken, before.lerp(step, self._weights), before, out=self._sums.flat)
+        self._sums.give(self._buffers)
+        torch.add(self._counts_before.flat, taken, out=self._counts_after.flat)
+        self._counts_after.give(self._counts)
 
     def put_back(self) -> None:
         """As if this step had not begun."""
-        for buffer, before in zip(
-            self._buffers + self._counts, self._before + self._counts_before, strict=True
-        ):
-            buffer.copy_(before)
+        if self._layers:
+            self._before.give(self._buffers)
+            self._counts_before.give(self._counts)
 
     def close(self) -> None:
         for layer, momentum in zip(self._layers, self._momenta, strict=True):

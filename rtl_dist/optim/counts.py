@@ -34,20 +34,18 @@ class TrainTotals:
     @torch.no_grad()
     def add(self, losses: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor) -> None:
         """losses: (n,). scores: logits (n, C). labels: int64 (n,) or 0/1 float (n, C)."""
-        finite = torch.isfinite(losses)
-        clean = torch.where(finite, losses.double(), 0.0).clamp(-_LOSS_LIMIT, _LOSS_LIMIT)
+        clean = losses.double().nan_to_num(0.0, 0.0, 0.0).clamp_(-_LOSS_LIMIT, _LOSS_LIMIT)
         counts = [
-            torch.full((), len(losses), dtype=torch.int64, device=losses.device),
-            (clean * _LOSS_UNIT).round().to(torch.int64).sum(),
-            (~finite).sum(),
+            clean.mul_(_LOSS_UNIT).round_().to(torch.int64).sum(),
+            (losses - losses != 0).sum(),  # not a number is none; isfinite is four operations
         ]
         if self._task == SINGLE_LABEL:
-            zero = torch.zeros_like(counts[0])
-            counts += [(scores.argmax(1) == labels).sum(), zero, zero]
+            counts += [(scores.argmax(1) == labels).sum()]
         else:
             said, true = scores > 0, labels > 0.5
             counts += [(said & true).sum(), (said & ~true).sum(), (~said & true).sum()]
-        self._of_step += torch.stack(counts)
+        self._of_step[_SAMPLES] += len(losses)
+        self._of_step[_LOSS : _LOSS + len(counts)] += torch.stack(counts)
 
     def accept(self) -> None:
         self._counts += self._of_step

@@ -17,28 +17,25 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """A fresh optimizer over the stage's trainable parameters, each in one group.
 
-    Groups carry ``part``, ``base_lr`` (the head's ``lr``, times ``layer_decay`` for each part
-    further down) and ``weight_decay``, which is 0 for biases and norms, told by module type.
+    Groups carry ``parts``, ``base_lr`` (the head's ``lr``, times ``layer_decay`` for each part
+    further down) and ``weight_decay``, which is 0 for biases and norms, told by module type. Parts
+    with equal ones share a group: a GPU is asked for each group's step by itself.
 
     It is a fused one, which can be told by a tensor, ``found_inf``, not to take a step: nobody has
     to wait for the device to know whether the gradient was finite.
     """
-    groups: list[dict[str, Any]] = []
+    by_rule: dict[tuple[float, float], dict[str, Any]] = {}
     parts = parts_of(model)
     for depth, (part, modules) in enumerate(reversed(list(parts.items()))):
         base_lr = lr * stage.layer_decay**depth
         decayed, plain = _split_by_decay(modules)
         for parameters, decay in ((decayed, config.weight_decay), (plain, 0.0)):
             if parameters:
-                groups.append(
-                    {
-                        "params": parameters,
-                        "weight_decay": decay,
-                        "lr": base_lr,
-                        "base_lr": base_lr,
-                        "part": part,
-                    }
-                )
+                rule = {"weight_decay": decay, "lr": base_lr, "base_lr": base_lr}
+                group = by_rule.setdefault((base_lr, decay), {"params": [], "parts": [], **rule})
+                group["params"] += parameters
+                group["parts"] += [part] if part not in group["parts"] else []
+    groups = list(by_rule.values())
     covered = [p for group in groups for p in group["params"]]
     wanted = [p for p in model.parameters() if p.requires_grad]
     if {id(p) for p in covered} != {id(p) for p in wanted} or len(covered) != len(wanted):
@@ -56,10 +53,10 @@ def build_optimizer(
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:
     """Sets every group's rate to ``base_lr * factor``; returns ``lr/<part>`` of each part."""
-    rates = {}
+    rates: dict[str, float] = {}
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
-        rates[f"lr/{group['part']}"] = group["lr"]
+        rates |= {f"lr/{part}": group["lr"] for part in group["parts"]}
     return rates
 
 
@@ -72,7 +69,7 @@ def require_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> N
     for group in optimizer.param_groups:
         if group["lr"] != group["base_lr"] * factor:
             raise RuntimeError(
-                f"the learning rate of {group['part']} is {group['lr']} and was to be"
+                f"the learning rate of {', '.join(group['parts'])} is {group['lr']} and was to be"
                 f" {group['base_lr'] * factor}"
             )
 

@@ -15,6 +15,7 @@ class SkippedSteps:
 
     def __init__(self, device: torch.device, *, total: int, in_a_row: int) -> None:
         self._counts = torch.tensor([total, in_a_row], device=device)
+        self._if_taken = torch.tensor([1, 0], device=device)
         self._lags = device.type == "cuda"
         self._known = [torch.tensor([total, in_a_row]) for _ in range(2)]
         if self._lags:
@@ -24,8 +25,7 @@ class SkippedSteps:
 
     def note(self, taken: torch.Tensor) -> None:
         """taken: a bool on the device."""
-        skipped = (~taken).to(self._counts.dtype)
-        self._counts = torch.stack([self._counts[0] + skipped, (self._counts[1] + 1) * skipped])
+        self._counts = torch.where(taken, self._counts * self._if_taken, self._counts + 1)
         self._turn ^= 1
         self._known[self._turn].copy_(self._counts, non_blocking=self._lags)
         if self._lags:

@@ -53,17 +53,18 @@ def test_a_rate_that_something_else_has_set_is_noticed():
     set_learning_rates(optimizer, 0.3)
     require_learning_rates(optimizer, 0.3)
     optimizer.param_groups[2]["lr"] *= 1.0001
-    part = optimizer.param_groups[2]["part"]
+    (part,) = optimizer.param_groups[2]["parts"]
     with pytest.raises(RuntimeError, match=f"the learning rate of {part} is .* was to be"):
         require_learning_rates(optimizer, 0.3)
 
 
 def test_a_frozen_part_is_in_no_group():
     model = resnet()
-    stage = StageConfig(name="top", epochs=1, lr=0.1, trainable=["layer4", "head"])
+    stage = StageConfig(name="top", epochs=1, lr=0.1, trainable=["layer4", "head"], layer_decay=1.0)
     freeze_for(model, stage)
     optimizer = build_optimizer(model, stage, OptimConfig(name="sgd"), lr=0.1)
-    assert {group["part"] for group in optimizer.param_groups} == {"layer4", "head"}
+    assert [group["parts"] for group in optimizer.param_groups] == [["head", "layer4"], ["head"]]
+    assert set_learning_rates(optimizer, 0.5) == {"lr/head": 0.05, "lr/layer4": 0.05}
 
 
 def test_mixing_follows_the_generator_alone():

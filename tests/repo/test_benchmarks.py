@@ -15,8 +15,9 @@ SMALLEST = {
     "loader.py": "--images {images} --sides ours --repeats 1 --batches 1 --workers 1",
     "scale.py": "--shards 5000",
     "shuffle.py": "",
+    "step_operations.py": "--network resnet18 --most 3",
 }
-SLOW = {"loader.py"}
+SLOW = {"loader.py", "step_operations.py"}
 # They start others, are of others, or train for minutes.
 TOO_LONG = {
     "accuracy.py",
@@ -39,11 +40,13 @@ IMPORTED = {
     "accuracy_sets.py",
     "accuracy_sources.py",
     "accuracy_table.py",
+    "device_operations.py",
     "loop_data.py",
     "near_copies.py",
     "processes.py",
     "scores.py",
     "sides.py",
+    "step_sides.py",
 }
 OF_OTHERS = {"fastai_loop.py": "fastai", "lightning_loop.py": "lightning"}
 
