@@ -12,11 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rtl_dist.core.errors import DataError
 from rtl_dist.core.files import read_object, write_csv, write_json, write_text
 from rtl_dist.core.tasks import METRICS, MULTI_LABEL, Metric
 from rtl_dist.core.text import shown as shown_name
-from rtl_dist.data.format.reader import SampleReader
 from rtl_dist.data.format.split import Split
 from rtl_dist.evaluation.confusion import Confusion, confusion_of
 from rtl_dist.evaluation.metrics import (
@@ -28,9 +26,11 @@ from rtl_dist.evaluation.metrics import (
 )
 from rtl_dist.evaluation.predictions import Predictions, blocks_of_rows
 from rtl_dist.evaluation.reliability import reliability
+from rtl_dist.model.classifier import Classifier
 from rtl_dist.report import evaluation_plots as plots
 from rtl_dist.report.figure import draw
 from rtl_dist.report.html import Cell, Page, percent
+from rtl_dist.report.mistakes import MISTAKES_SHOWN, Mistake, mistakes_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +40,8 @@ PICTURES = {
     "confusion_matrix.png": "Which classes are taken for which.",
     "precision_recall.png": "Precision against recall of each class against all others.",
     "calibration.png": "How far a stated confidence can be believed.",
-    "mistakes.png": "The most confident mistakes: what the picture is, and what the model said.",
+    "mistakes.png": "The most confident mistakes: what the model said, and what the picture is."
+    " Beside each is what the network saw of it: orange speaks for its answer, blue against it.",
 }
 
 # Up to this many classes the confusion matrix is written as a matrix.
@@ -50,7 +51,6 @@ MATRIX_CLASSES = 2000
 PHOTOS = ("mistakes.png",)
 
 _ROWS_SHOWN = 40
-_PICTURE_SIDE = 224
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,6 +66,8 @@ class _Verdicts:
     decision, or where all are right of the least sure one."""
     right: np.ndarray
     """bool (N,); multi-label: whether all labels are."""
+    label: np.ndarray
+    """int64 (N,): the class that ``confidence`` is of."""
 
 
 def write_evaluation(
@@ -75,6 +77,7 @@ def write_evaluation(
     split: Split,
     metrics: dict[str, float],
     title: str,
+    model: Classifier | None = None,
 ) -> None:
     """Writes an evaluation's files into ``out``, the page ``report.html`` last.
 
@@ -84,6 +87,9 @@ def write_evaluation(
     ``mistakes.csv`` (most confident first; both with the file that was packed, if known), one
     picture for each of ``PICTURES`` (one that cannot be drawn is left out, which is said),
     ``report.html``. Several labels of a sample are joined by ``|``.
+
+    Args:
+        model: that was evaluated, for the heatmaps of its mistakes; None: there are none.
 
     Raises:
         DataError: a shard of the split cannot be opened.
@@ -125,14 +131,16 @@ def write_evaluation(
         )
 
     pairs, confusion_figure = _write_confusion(predictions, out)
-    shown = _load_pictures(split, wrong[: plots.MISTAKES_SHOWN], verdicts)
-    figures = {
+    surest = wrong[:MISTAKES_SHOWN].tolist()
+    figures: dict[str, Callable[[], Figure | bytes]] = {
         "confusion_matrix.png": confusion_figure,
         "precision_recall.png": lambda: plots.precision_recall_figure(predictions, table),
         "calibration.png": lambda: plots.calibration_figure(
             reliability(predictions), predictions.task
         ),
-        "mistakes.png": lambda: plots.mistakes_figure(shown),
+        "mistakes.png": lambda: mistakes_picture(
+            split, [_mistake(verdicts, sample) for sample in surest], model
+        ),
     }
     drawn = {name: draw(out / name, make) for name, make in figures.items()}
 
@@ -146,7 +154,7 @@ def write_evaluation(
         if name == "precision_recall.png":
             _add_class_table(page, table)
         if name == "mistakes.png":
-            _add_mistakes(page, verdicts, files, wrong[: plots.MISTAKES_SHOWN].tolist())
+            _add_mistakes(page, verdicts, files, surest)
     page.heading("Files beside this page")
     page.paragraph(
         "metrics.json, per_class.csv, confusion_matrix.csv, predictions.csv (every sample) and"
@@ -198,19 +206,32 @@ def _judge(predictions: Predictions) -> _Verdicts:
             predicted=[classes[i] for i in said],
             confidence=predictions.of_single_label.confidence.astype(np.float64),
             right=said == labels,
+            label=said,
         )
-    scores, confidence, right = predictions.of_multi_label, [], []
+    scores, confidence, right, label = predictions.of_multi_label, [], [], []
     for rows in blocks_of_rows(scores.shape):
         sure = np.where(said[rows], scores[rows], 1 - scores[rows]).astype(np.float64)
         wrong = said[rows] != (labels[rows] == 1)
         right.append(~wrong.any(axis=1))
-        surest_wrong = np.where(wrong, sure, 0.0).max(axis=1)
-        confidence.append(np.where(right[-1], sure.min(axis=1), surest_wrong))
+        surest_wrong = np.where(wrong, sure, 0.0).argmax(axis=1)
+        label.append(np.where(right[-1], sure.argmin(axis=1), surest_wrong))
+        confidence.append(np.take_along_axis(sure, label[-1][:, None], axis=1)[:, 0])
     return _Verdicts(
         truth=["|".join(classes[i] for i in np.flatnonzero(row)) for row in labels],
         predicted=["|".join(classes[i] for i in np.flatnonzero(row)) for row in said],
         confidence=np.concatenate(confidence),
         right=np.concatenate(right),
+        label=np.concatenate(label),
+    )
+
+
+def _mistake(verdicts: _Verdicts, sample: int) -> Mistake:
+    return Mistake(
+        sample=sample,
+        truth=verdicts.truth[sample],
+        predicted=verdicts.predicted[sample],
+        confidence=float(verdicts.confidence[sample]),
+        label=int(verdicts.label[sample]),
     )
 
 
@@ -250,39 +271,6 @@ def _write_counts(confusion: Confusion, classes: Sequence[str], path: Path) -> N
     cells = zip(confusion.truth, confusion.predicted, confusion.counts, strict=True)
     listed = ((classes[truth], classes[said], count) for truth, said, count in cells)
     write_csv(path, ("truth", "predicted", "samples"), listed)
-
-
-def _load_pictures(
-    split: Split, samples: np.ndarray, verdicts: _Verdicts
-) -> list[plots.MistakePicture]:
-    reader = SampleReader(split)
-    try:
-        return [
-            plots.MistakePicture(
-                image=_load_picture(reader, i),
-                truth=verdicts.truth[i] or "none",
-                predicted=verdicts.predicted[i] or "none",
-                confidence=float(verdicts.confidence[i]),
-            )
-            for i in samples.tolist()
-        ]
-    finally:
-        reader.close()
-
-
-def _load_picture(reader: SampleReader, sample: int) -> np.ndarray | None:
-    """The sample's picture, uint8 (h, w, 3), no side above 224; None when it cannot be read."""
-    from PIL import Image
-
-    from rtl_dist.data.images.decode import decode
-
-    try:
-        pixels = decode(reader.read(sample), 3).permute(1, 2, 0).numpy()
-    except DataError:
-        return None
-    picture = Image.fromarray(np.ascontiguousarray(pixels))
-    picture.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
-    return np.asarray(picture)
 
 
 def _add_mistakes(

@@ -1,4 +1,4 @@
-"""The figures of one evaluation: confusion, precision against recall, calibration, mistakes.
+"""The figures of one evaluation: confusion, precision against recall, calibration.
 
 Each function takes arrays and returns a figure; nothing here touches a file. All stay readable
 from 2 classes to tens of thousands: with many, the figure shows the whole and names only the worst.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,14 +20,11 @@ from rtl_dist.evaluation.reliability import Reliability
 from rtl_dist.report.figure import (
     BLUE,
     CYCLE,
-    GREEN_TEXT,
     GREY,
     INK,
     LINE_STYLES,
     ORANGE,
-    PALE,
     VERMILLION,
-    VERMILLION_TEXT,
     dress,
     new_figure,
     outside_legend,
@@ -44,28 +40,12 @@ COUNTS_SHOWN = 20
 NAMES_SHOWN = 60
 # Up to this many classes each has its own precision-recall curve.
 CURVES_SHOWN = 12
-MISTAKES_SHOWN = 24
 # Why there is no average precision: it needs every score of a class at once.
 TOO_MANY_SCORES = "left out: samples x classes are too many scores to keep"
 
 # More classes than this are drawn in blocks, else their cells would be smaller than a pixel.
 _CELLS_SHOWN = 250
 _WORST = 5
-_COLUMNS = 6
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class MistakePicture:
-    """A mistake to draw."""
-
-    image: np.ndarray | None
-    """uint8 (height, width, 3), RGB; None when it cannot be read."""
-    truth: str
-    """What it is: the class's name, or the names of several."""
-    predicted: str
-    """What the model said."""
-    confidence: float
-    """How sure it was, 0 to 1."""
 
 
 def confusion_figure(confusion: Confusion, classes: Sequence[str]) -> Figure:
@@ -224,53 +204,6 @@ def calibration_figure(result: Reliability, task: Task) -> Figure:
         x="probability of each class" if multi else "confidence of the prediction",
         y="share",
     )
-    return figure
-
-
-def mistakes_figure(mistakes: Sequence[MistakePicture]) -> Figure:
-    """A grid of at most 24 pictures, each with its truth, prediction and confidence."""
-    mistakes = mistakes[:MISTAKES_SHOWN]
-    if not mistakes:
-        figure = new_figure(6.0, 1.6)
-        axes = figure.add_subplot()
-        axes.axis("off")
-        say(axes, "No mistakes: every sample was predicted right.")
-        return figure
-    columns = min(_COLUMNS, len(mistakes))
-    rows = math.ceil(len(mistakes) / columns)
-    figure = new_figure(max(2.1 * columns, 2.6), 2.75 * rows)
-    for place, mistake in enumerate(mistakes):
-        axes = figure.add_subplot(rows, columns, place + 1, facecolor="#F2F2F2")
-        axes.set_xticks([])
-        axes.set_yticks([])
-        for spine in axes.spines.values():
-            spine.set_color(PALE)
-        if mistake.image is None:
-            axes.set_box_aspect(1)
-            say(axes, "cannot be read")
-        else:
-            height, width = mistake.image.shape[:2]
-            tiny = max(height, width) < 128
-            axes.imshow(mistake.image, interpolation="nearest" if tiny else "antialiased")
-            # A square window around the picture, so that all cells of the grid are alike.
-            half = max(height, width) / 2
-            axes.set_xlim((width - 1) / 2 - half, (width - 1) / 2 + half)
-            axes.set_ylim((height - 1) / 2 + half, (height - 1) / 2 - half)
-        for points, text, color in (
-            (16, f"is {plain(mistake.truth, 20)}", GREEN_TEXT),
-            (4, f"said {plain(mistake.predicted, 18)}", VERMILLION_TEXT),
-        ):
-            axes.annotate(
-                text,
-                (0.0, 1.0),
-                xytext=(0, points),
-                xycoords="axes fraction",
-                textcoords="offset points",
-                fontsize=9,
-                color=color,
-                fontweight="bold",
-            )
-        axes.set_xlabel(f"{100 * mistake.confidence:.1f} % sure", fontsize=9, color=GREY)
     return figure
 
 

@@ -33,9 +33,8 @@ PURPLE = "#CC79A7"
 INK = "#222222"
 GREY = "#6E6E6E"
 PALE = "#DDDDDD"
-# The same two hues, dark enough for small text on white.
+# The same hue, dark enough for small text on white.
 GREEN_TEXT = "#00694C"
-VERMILLION_TEXT = "#B04A00"
 
 CYCLE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, INK, GREY)
 LINE_STYLES = ("-", "--", "-.", ":")
@@ -93,11 +92,13 @@ def plain(text: str, length: int = 28) -> str:
     return text.replace("$", r"\$")
 
 
-def draw(path: Path, make: Callable[[], Figure]) -> bytes | None:
-    """Writes a figure as a PNG file and returns its bytes; where that fails, for want of disk or by
-    a fault in the drawing, it says so, and no older picture is left there."""
+def draw(path: Path, make: Callable[[], Figure | bytes]) -> bytes | None:
+    """Writes a figure, or the PNG that a picture was made, as a file and returns its bytes; where
+    that fails, for want of disk or by a fault in the drawing, it says so, and no older picture is
+    left there."""
     with tolerated(f"{path.name} could not be drawn"), _matplotlib_as_it_comes():
-        picture = png(make())
+        made = make()
+        picture = made if isinstance(made, bytes) else png(made)
         write_bytes(path, picture)
         return picture
     with suppress(OSError):

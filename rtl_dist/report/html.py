@@ -49,6 +49,7 @@ pre { background: var(--card); border: 1px solid var(--line); border-radius: .4r
   padding: .8rem; overflow-x: auto; font: .85rem/1.45 ui-monospace, Menlo, Consolas, monospace; }
 @media screen and (max-width: 40rem) {
   img.plot { max-width: none; width: 44rem; }
+  img.photo { max-width: none; }
   thead { display: none; }
   table, tbody, tr, td { display: block; max-width: none; }
   tr { padding: .4rem 0; border-bottom: 1px solid var(--line); }
@@ -128,7 +129,7 @@ class Page:
             return
         data = base64.b64encode(png).decode("ascii")
         self._blocks.append(
-            f"<figure><div class=wide><img{'' if is_photo else ' class=plot'}"
+            f"<figure><div class=wide><img class={'photo' if is_photo else 'plot'}"
             f' alt="{escape(caption)}" src="data:image/png;base64,{data}"></div>'
             f"<figcaption>{escape(caption)}</figcaption></figure>"
         )

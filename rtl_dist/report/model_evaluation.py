@@ -46,6 +46,8 @@ class ScoredSplit:
     """That was scored."""
     predictions: Predictions | None
     """Of every sample, on rank 0."""
+    model: Classifier
+    """That scored it."""
 
     def write(self, out: Path, *, title: str) -> None:
         """Writes what ``write_evaluation`` does, and raises as it; on rank 0 alone."""
@@ -53,7 +55,14 @@ class ScoredSplit:
 
         assert self.predictions is not None
         metrics = {name: value for name, value in self.metrics.items() if name != "num_samples"}
-        write_evaluation(self.predictions, out, split=self.split, metrics=metrics, title=title)
+        write_evaluation(
+            self.predictions,
+            out,
+            split=self.split,
+            metrics=metrics,
+            title=title,
+            model=self.model,
+        )
 
 
 def score_with(
@@ -76,7 +85,7 @@ def score_with(
     with runtime.heartbeat.phase(f"evaluating {split_name}"):
         predictions = score_split(model, dataset, split, runtime=runtime, workers=workers)
     metrics = metrics_on_every_rank(predictions, runtime) | {"num_samples": split.num_samples}
-    return ScoredSplit(metrics=metrics, split=split, predictions=predictions)
+    return ScoredSplit(metrics=metrics, split=split, predictions=predictions, model=model)
 
 
 def evaluate(

@@ -321,7 +321,7 @@ def test_plots_are_turned_dark_and_photographs_are_not():
     page.picture(b"", "a photograph", is_photo=True)
     text = page.render()
     assert '<img class=plot alt="a plot"' in text
-    assert '<img alt="a photograph"' in text
+    assert '<img class=photo alt="a photograph"' in text
 
 
 def test_five_classes_have_no_top_five():
