@@ -28,6 +28,7 @@ COMMANDS = {
         "rtl_dist.commands.evaluate",
         "exact metrics, confusion matrix, precision-recall, calibration, mistakes",
     ),
+    "predict": ("rtl_dist.commands.predict", "what a model says of images, folders, tars, URLs"),
     "report": ("rtl_dist.commands.report", "(re)draw a run's plots and report.html"),
 }
 

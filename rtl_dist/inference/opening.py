@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rtl_dist.config import Precision
+from rtl_dist.core.tasks import MULTI_LABEL
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.inference.predictor import Flips, Predicting, Predictor, precision_of
 from rtl_dist.model.calibration import Calibration
@@ -28,6 +29,14 @@ class Opened:
         loaded = load_model(path)
         self._loaded: LoadedModel = replace(loaded, calibration=Calibration()) if raw else loaded
         self.precision: Precision = precision_of(loaded)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self._loaded.classes)
+
+    @property
+    def is_multi_label(self) -> bool:
+        return self._loaded.task == MULTI_LABEL
 
     def predictor(self, *, runtime: Runtime | None = None, tta: Flips | None = None) -> Predicting:
         """See ``Predictor``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -47,8 +48,7 @@ class Prediction:
         model's order. Empty where the image could not be read."""
         if self.probabilities is None:
             return []
-        order = np.argsort(-self._values, kind="stable")[:k]
-        return [(self.classes[i], float(self._values[i])) for i in order.tolist()]
+        return [(self.classes[i], float(self._values[i])) for i in self._order[:k].tolist()]
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -109,6 +109,11 @@ class Prediction:
         """The probability of a class. Raises ValueError: there is no such class."""
         place = self.classes.index(label)
         return None if self.probabilities is None else float(self._values[place])
+
+    @cached_property
+    def _order(self) -> np.ndarray:
+        """The classes' numbers, the most probable first."""
+        return np.argsort(-self._values, kind="stable")
 
     @property
     def _values(self) -> np.ndarray:

@@ -137,6 +137,27 @@ def size_of(url: str, redirects: Redirects = "origin") -> int:
     return _retried(lambda: _size(system, path), url)
 
 
+def files_of(url: str) -> list[str]:
+    """The URLs of all files below a folder, or that fit a pattern (``*``), sorted.
+
+    Raises:
+        UserError: the server does not list its files.
+        ShardError: they may not be listed. RemoteError: the place cannot be reached.
+    """
+    if _is_http(url):
+        raise UserError(f"{url}: what a web server holds cannot be listed; name each file")
+    system, path = _system_of(url, "origin")
+
+    def ask() -> list[str]:
+        system.invalidate_cache()  # an earlier answer may be of before
+        if "*" not in path:
+            return list(_call(system, system.find, path))
+        found = _call(system, system.glob, path, detail=True)
+        return [name for name, entry in found.items() if entry["type"] == "file"]
+
+    return sorted(map(system.unstrip_protocol, _retried(ask, url)))
+
+
 def _size_or_none(url: str, redirects: Redirects) -> int | None:
     system, path = _system_of(url, redirects)
 

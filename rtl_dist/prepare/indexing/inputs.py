@@ -7,17 +7,15 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from math import prod
 from pathlib import Path, PurePosixPath
 
 from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.core.text import shorten, shown
 from rtl_dist.core.urls import is_url, secret_in
+from rtl_dist.prepare.patterns import without_braces
 from rtl_dist.prepare.splits import SPLIT_ORDER, TRAIN, split_named, splits_in
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
-_MAX_SHARDS = 1_000_000
 _ASSIGNED = re.compile(r"([A-Za-z]+)=(.+)", re.DOTALL)
 
 
@@ -99,19 +97,7 @@ def _shards_of(text: str) -> list[InputShard]:
 
 
 def _expanded(pattern: str) -> list[str]:
-    if Path(pattern).exists():  # a name may hold braces
-        return [pattern]
-    from braceexpand import braceexpand
-
-    ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern)
-    most = prod(abs(int(first) - int(last)) + 1 for first, last in ranges)
-    if most <= _MAX_SHARDS:  # looked at beforehand, since a range is expanded as a whole
-        try:
-            names = list(islice(braceexpand(pattern, escape=False), _MAX_SHARDS + 1))
-        except ValueError as error:
-            raise UserError(f"{pattern}: a brace has no partner") from error
-    if most > _MAX_SHARDS or len(names) > _MAX_SHARDS:
-        raise UserError(f"{pattern} names more than {_MAX_SHARDS:,} shards: correct the pattern")
+    names = without_braces(pattern, what="shards")
     found = []
     for name in names:
         if name.startswith(("file://", "local://")):

@@ -22,7 +22,7 @@ _UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # how Excel saves "Unicode text"
 FILE, SPLIT = "file", "split"
 _FILE_NAMES = (
     *("file", "filename", "filepath", "image", "imagename", "imagepath", "imagefile", "img"),
-    *("imgpath", "path", "imageid", "id", "photo", "picture", "name"),
+    *("imgpath", "path", "imageid", "id", "photo", "picture", "name", "input"),
 )
 _LABEL_NAMES = (
     *("label", "labels", "class", "classname", "category", "species", "target", "labelname"),

@@ -17,7 +17,10 @@ from rtl_dist.core.text import did_you_mean, is_showable, shorten
 from rtl_dist.prepare.class_names import in_order, one_spelling
 from rtl_dist.prepare.splits import SPLIT_ORDER
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp"),
+    *(".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif"),  # to be converted
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ class ListedFiles:
     """
 
     def __init__(self, root: Path) -> None:
-        self._root = root
+        self.root = root
         self._listings: dict[Path, dict[str, list[str]]] = {}
         self._odd = Counter[str]()
         self._examples: dict[str, str] = {}
@@ -51,7 +51,7 @@ class ListedFiles:
         if _URL.match(written):
             raise DataError("which is a URL: download the images, and list the files")
         plain = posixpath.normpath(written)
-        if not _is_absolute(plain) and (self._root / plain).is_file():
+        if not _is_absolute(plain) and (self.root / plain).is_file():
             return plain
         readings = list(_readings(written))
         for path in readings:
@@ -76,10 +76,10 @@ class ListedFiles:
                 "which is an absolute path, and there is no such file below the table: write it"
                 " relative to the CSV's folder, or the data set depends on this machine"
             )
-        if (self._root / plain).exists():
+        if (self.root / plain).exists():
             raise DataError("which is not a plain file: correct the path or remove the line")
         raise DataError(
-            f"but there is no such file in {shown(str(self._root))}{self._nearest(readings[0])}:"
+            f"but there is no such file in {shown(str(self.root))}{self._nearest(readings[0])}:"
             " correct the path or remove the line"
         )
 
@@ -97,7 +97,7 @@ class ListedFiles:
 
     def _folded(self, path: PurePosixPath) -> str | None:
         """The only file of this path but for case and spelling; itself, if it is there."""
-        if (self._root / path).is_file():
+        if (self.root / path).is_file():
             return path.as_posix()
         here = [PurePosixPath()]
         for part in path.parts:
@@ -106,13 +106,13 @@ class ListedFiles:
             here = [
                 one / name
                 for one in here
-                for name in self._listing(self._root / one).get(_fold(part), [])
+                for name in self._listing(self.root / one).get(_fold(part), [])
             ]
-        files = [one.as_posix() for one in here if (self._root / one).is_file()]
+        files = [one.as_posix() for one in here if (self.root / one).is_file()]
         return files[0] if len(files) == 1 else None
 
     def _without_extension(self, path: PurePosixPath) -> str | None:
-        folder = self._root / path.parent
+        folder = self.root / path.parent
         if ".." in path.parts or not folder.is_dir():
             return None
         found = [
@@ -140,20 +140,20 @@ class ListedFiles:
         """Every file below the root by its name, with extension and without, as compared."""
         found: dict[str, list[str]] = {}
         count = 0
-        for where, folders, files in os.walk(self._root):
+        for where, folders, files in os.walk(self.root):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             count += len(files)
             if count > _MOST_BELOW:  # a home folder, say: too much to look through
                 return {}
             for name in files:
                 if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
-                    path = (Path(where) / name).relative_to(self._root).as_posix()
+                    path = (Path(where) / name).relative_to(self.root).as_posix()
                     for one in (name, Path(name).stem):
                         found.setdefault(_fold(one), []).append(path)
         return found
 
     def _nearest(self, path: PurePosixPath) -> str:
-        folder = self._root / path.parent
+        folder = self.root / path.parent
         if ".." not in path.parts and folder.is_dir() and path.parent.parts:
             known = [(path.parent / name).as_posix() for name in list_folder(folder).files]
         else:

@@ -1,0 +1,105 @@
+"""``rtl-dist predict``: what a trained model says of images, each once and in order."""
+
+from __future__ import annotations
+
+import argparse
+
+from rtl_dist.commands.common import (
+    add_cache,
+    add_debug,
+    add_out,
+    add_overwrite,
+    add_workers,
+    place,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Predicts images by a trained model, with the preprocessing that it was trained with. Each"
+        " input is a row of OUT, in order; what cannot be read, with its reason. Without --out the"
+        " rows are printed. Several processes (torchrun -m rtl_dist predict ...) write the same"
+        " bytes; a predict that was stopped or killed goes on by the same command."
+    )
+    parser.add_argument(
+        "model", type=place, help="a run folder (its best weights), checkpoint or model folder"
+    )
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        type=place,
+        metavar="INPUT",
+        help="image files, folders (all below them), 'patterns*', .csv tables with a file column,"
+        " .tar files, URLs, - for a list on stdin; with --split, data sets",
+    )
+    add_out(parser, "a .csv, .jsonl or .parquet file (this with pip install 'rtl_dist[parquet]')")
+    parser.add_argument("--split", metavar="S", help="INPUTs are data sets: predict this split")
+    parser.add_argument(
+        "--top", type=int, metavar="K", help="tell the K most probable classes (default: 1)"
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        metavar="P",
+        help="several labels an image: give those of at least this probability (default: the"
+        " model's own)",
+    )
+    parser.add_argument(
+        "--tta", choices=("hflip",), help="average over each image and its mirror image"
+    )
+    parser.add_argument(
+        "--raw", action="store_true", help="without the calibration that the model comes with"
+    )
+    parser.add_argument(
+        "--allow-errors",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave with 0 although up to N inputs cannot be read",
+    )
+    parser.add_argument(
+        "--file-column",
+        metavar="NAME",
+        help="tables: the column of the images' paths (default: 'file', or it is found)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON: without --out the rows, else what was done"
+    )
+    add_overwrite(parser, "replace OUT whatever it is, and begin anew what was begun")
+    add_workers(parser, "processes that read and decode")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "no", "fp16", "bf16", "fp64"),
+        help="default: that of the training",
+    )
+    add_cache(parser)
+    add_debug(parser)
+
+
+def run(arguments: argparse.Namespace) -> str:
+    from rtl_dist.commands.running import first_imports
+
+    with first_imports():
+        from rtl_dist.inference.predict import Request, predict
+
+    return predict(
+        Request(
+            model=arguments.model,
+            inputs=arguments.inputs,
+            out=arguments.out,
+            split=arguments.split,
+            top=arguments.top,
+            threshold=arguments.threshold,
+            tta=arguments.tta,
+            raw=arguments.raw,
+            allow_errors=arguments.allow_errors,
+            workers="auto" if arguments.workers is None else arguments.workers,
+            precision=arguments.precision,
+            file_column=arguments.file_column,
+            overwrite=arguments.overwrite,
+            as_json=arguments.json,
+            cache_dir=arguments.cache_dir,
+            cache_gb=arguments.cache_gb,
+            redirects=arguments.redirects,
+        )
+    )
