@@ -93,6 +93,26 @@ def add_workers(
     parser.add_argument("--workers", type=int, metavar="N", help=what)
 
 
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "no", "fp16", "bf16", "fp64"),
+        help="default: that of the training",
+    )
+
+
+def add_split(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--split", help=what)
+
+
+def add_file_column(parser: argparse.ArgumentParser, tables: str) -> None:
+    parser.add_argument(
+        "--file-column",
+        metavar="NAME",
+        help=f"{tables}: the column of the images' paths (default: 'file', or it is found)",
+    )
+
+
 def add_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache-dir", type=place, help="remote data: where shards are kept, on a local disk"

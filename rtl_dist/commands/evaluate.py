@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from rtl_dist.commands.common import add_cache, add_debug, add_out, add_workers, place
+from rtl_dist.commands.common import (
+    add_cache,
+    add_debug,
+    add_out,
+    add_precision,
+    add_split,
+    add_workers,
+    place,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,14 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", type=place, help="a run folder (its best weights), checkpoint or model folder"
     )
     parser.add_argument("--data", required=True, type=place, help="folder or URL of a data set")
-    parser.add_argument("--split", help="default: test where there is one, else val")
+    add_split(parser, "default: test where there is one, else val")
     add_out(parser, "default: MODEL/evaluation/SPLIT")
     add_workers(parser, "loader processes")
-    parser.add_argument(
-        "--precision",
-        choices=("auto", "no", "fp16", "bf16", "fp64"),
-        help="default: that of the training",
-    )
+    add_precision(parser)
     add_cache(parser)
     add_debug(parser)
 

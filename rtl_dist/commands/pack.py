@@ -7,6 +7,7 @@ import argparse
 from rtl_dist.commands.common import (
     add_allow_missing_classes,
     add_debug,
+    add_file_column,
     add_overwrite,
     add_val_fraction,
     add_workers,
@@ -39,11 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A,B,...",
         help="CSV: the label column(s); class folders: the classes, in this order",
     )
-    parser.add_argument(
-        "--file-column",
-        metavar="NAME",
-        help="CSV: the column of the images' paths (default: 'file', or it is found)",
-    )
+    add_file_column(parser, "CSV")
     parser.add_argument(
         "--convert",
         action="store_true",

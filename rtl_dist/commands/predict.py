@@ -7,8 +7,11 @@ import argparse
 from rtl_dist.commands.common import (
     add_cache,
     add_debug,
+    add_file_column,
     add_out,
     add_overwrite,
+    add_precision,
+    add_split,
     add_workers,
     place,
 )
@@ -33,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " .tar files, URLs, - for a list on stdin; with --split, data sets",
     )
     add_out(parser, "a .csv, .jsonl or .parquet file (this with pip install 'rtl_dist[parquet]')")
-    parser.add_argument("--split", metavar="S", help="INPUTs are data sets: predict this split")
+    add_split(parser, "INPUTs are data sets: predict this split of them")
     parser.add_argument(
         "--top", type=int, metavar="K", help="tell the K most probable classes (default: 1)"
     )
@@ -57,21 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="leave with 0 although up to N inputs cannot be read",
     )
-    parser.add_argument(
-        "--file-column",
-        metavar="NAME",
-        help="tables: the column of the images' paths (default: 'file', or it is found)",
-    )
+    add_file_column(parser, "tables")
     parser.add_argument(
         "--json", action="store_true", help="print JSON: without --out the rows, else what was done"
     )
     add_overwrite(parser, "replace OUT whatever it is, and begin anew what was begun")
     add_workers(parser, "processes that read and decode")
-    parser.add_argument(
-        "--precision",
-        choices=("auto", "no", "fp16", "bf16", "fp64"),
-        help="default: that of the training",
-    )
+    add_precision(parser)
     add_cache(parser)
     add_debug(parser)
 
