@@ -51,7 +51,24 @@ def read_description(where: Path) -> Described:
     try:
         if where.stat().st_size > _MOST_BYTES:
             raise _Foreign(f"it has more than {_MOST_BYTES:,} bytes")
-        content = _section(json.loads(where.read_text(encoding="utf-8")), "it")
+        text = where.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{where} was not written by rtl-dist ({reason})") from error
+    return parse_description(text, where)
+
+
+def parse_description(text: str, where: Path) -> Described:
+    """
+    Args:
+        text: JSON, as ``describe_model`` makes it.
+        where: it is from, for errors.
+
+    Raises:
+        UserError: it was not written by rtl-dist or is damaged.
+    """
+    try:
+        content = _section(json.loads(text), "it")
         ours = _section(content.get("rtl_dist"), "rtl_dist")
         view = _section(content.get("pretrained_cfg"), "pretrained_cfg")
         model = _section(ours.get("model"), "rtl_dist.model")
@@ -78,9 +95,8 @@ def read_description(where: Path) -> Described:
             ),
             calibration=_calibration(ours.get("calibration", {}), task, len(classes)),
         )
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{where} was not written by rtl-dist ({reason})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} was not written by rtl-dist ({error})") from error
     if min(described.mean_std[1]) <= 0:
         raise UserError(f"{where} was not written by rtl-dist (std must be above 0)")
     return described

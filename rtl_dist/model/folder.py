@@ -47,6 +47,8 @@ class LoadedModel:
     """That it was trained in."""
     source: Path
     """The folder that the weights are from."""
+    network: ModelConfig
+    """Which network it is, and what was changed of it."""
     calibration: Calibration = field(default_factory=Calibration)
     """How its scores are read; ``dataclasses.replace(loaded, calibration=Calibration())`` is the
     model whose scores are read as they are."""
@@ -63,16 +65,28 @@ def write_model_folder(
     """Writes or replaces a model folder, not calibrated; each file is replaced whole. The
     description comes first, so that no weights are ever read by the calibration of others."""
     folder.mkdir(parents=True, exist_ok=True)
-    description = describe_model(model, config, dataset, precision=precision)
-    write_json(folder / DESCRIPTION, description)
+    loaded = LoadedModel(
+        model=model,
+        classes=tuple(dataset.classes),
+        task=dataset.task,
+        dataset_fingerprint=dataset.fingerprint,
+        precision=precision,
+        source=folder,
+        network=config,
+    )
+    write_loaded(folder, loaded)
+
+
+def write_loaded(folder: Path, loaded: LoadedModel) -> None:
+    """Writes or replaces the files of a model folder, each whole."""
+    write_json(folder / DESCRIPTION, describe_model(loaded))
     with replacing(folder / WEIGHTS) as path:
-        save_tensors(model.native_state_dict(), path, metadata={"format": "pt"})
+        save_tensors(loaded.model.native_state_dict(), path, metadata={"format": "pt"})
 
 
-def describe_model(
-    model: Classifier, config: ModelConfig, dataset: Dataset, *, precision: Precision
-) -> dict[str, Any]:
+def describe_model(loaded: LoadedModel) -> dict[str, Any]:
     """The content of ``config.json``: timm's keys, and ours under ``rtl_dist``."""
+    model, config, num_classes = loaded.model, loaded.network, len(loaded.classes)
     view = model.preprocessing
     first_conv = next(
         name for name, m in model.trunk.named_modules() if isinstance(m, torch.nn.Conv2d)
@@ -81,9 +95,9 @@ def describe_model(
     return {
         # without the tag of the weights that it began from: these are others now
         "architecture": config.name.removeprefix("torchvision:").partition(".")[0],
-        "num_classes": dataset.num_classes,
+        "num_classes": num_classes,
         "num_features": model.head.in_features,
-        "label_names": list(dataset.classes),
+        "label_names": list(loaded.classes),
         "model_args": {"in_chans": view.channels},
         "pretrained_cfg": {
             "input_size": [view.channels, view.image_size, view.image_size],
@@ -93,17 +107,18 @@ def describe_model(
             "crop_mode": "center",
             "mean": list(view.mean),
             "std": list(view.std),
-            "num_classes": dataset.num_classes,
+            "num_classes": num_classes,
             "first_conv": first_conv,
             "classifier": model.native_head,
         },
         "rtl_dist": {
             "version": __version__,
             "model": {"name": config.name, "dropout": config.dropout} | stem,
-            "precision": precision,
-            "task": dataset.task,
-            "dataset_fingerprint": dataset.fingerprint,
-        },
+            "precision": loaded.precision,
+            "task": loaded.task,
+            "dataset_fingerprint": loaded.dataset_fingerprint,
+        }
+        | ({"calibration": fitted} if (fitted := loaded.calibration.to_dict()) else {}),
     }
 
 
@@ -164,6 +179,7 @@ def _load_folder(folder: Path) -> LoadedModel:
         dataset_fingerprint=described.dataset_fingerprint,
         precision=described.precision,
         source=folder,
+        network=described.model,
         calibration=described.calibration,
     )
 
@@ -198,6 +214,7 @@ def _load_checkpoint(folder: Path) -> LoadedModel:
         dataset_fingerprint=fingerprint,
         precision=config.precision,
         source=folder,
+        network=config.model,
     )
 
 
