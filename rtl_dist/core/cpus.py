@@ -6,6 +6,8 @@ import math
 import os
 from pathlib import Path
 
+from rtl_dist.core.cgroups import groups_of, read_text
+
 
 def available_cpus() -> int:
     """The CPUs of its affinity, because the count of all lies under SLURM; fewer where the time
@@ -23,34 +25,17 @@ def container_cpus(root: Path = Path("/")) -> float | None:
     Args:
         root: of the file system.
     """
-    limits: list[float | None] = []
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        _, controllers, group = [*line.split(":", 2), "", ""][:3]
-        names = controllers.split(",")
-        if controllers and "cpu" not in names:
-            continue
-        hierarchy = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
-        folder = hierarchy / group.lstrip("/")
-        # in a container the group may be told as the host names it: then only the root is there
-        groups = [one for one in (folder, *folder.parents) if one.is_relative_to(hierarchy)]
-        limits += map(_limit, groups)
+    limits = map(_limit, groups_of("cpu", root))
     return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _limit(folder: Path) -> float | None:
     """Of one cgroup: ``quota period``, of version 2 in a file, of version 1 in two."""
-    words = _read(folder / "cpu.max").split() or [
-        _read(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")
+    words = read_text(folder / "cpu.max").split() or [
+        read_text(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")
     ]
     try:
         quota, period = map(int, words)
     except ValueError:  # max, or there is no such file
         return None
     return quota / period if quota > 0 and period > 0 else None
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return ""

@@ -22,6 +22,7 @@ from torch.distributed import distributed_c10d as c10d
 from rtl_dist.config import Precision
 from rtl_dist.core.cpus import available_cpus
 from rtl_dist.core.errors import RtlDistError, StopRequested, UserError
+from rtl_dist.core.memory import available_memory
 from rtl_dist.distributed.accelerate_settings import (
     only_where_to_compute,
     overruled,
@@ -33,6 +34,7 @@ from rtl_dist.distributed.stopping import StopRequests, was_launched
 from rtl_dist.distributed.terminal import Progress, progress
 
 LOG = logging.getLogger("rtl_dist")
+_SHARE_FOR_DATA = 0.25  # of the host's memory, of all ranks on it together
 # Words in the RuntimeError that an exchange raises when another process is gone. Gloo says, among
 # others, "Connection closed by peer", "connection reset by peer", "Timed out waiting 1800000ms for
 # recv operation to complete" and "Gloo connectFullMesh failed"; NCCL's errors name it.
@@ -141,6 +143,21 @@ class Runtime(Ranks):
                 + ", ".join(f"{precision} on {host}" for precision, host in found)
                 + "); set one that all of them can do, such as precision: no"
             )
+
+    @property
+    def loader_bytes(self) -> int:
+        """Of the host's memory, for the microbatches that one loader of this rank has ready. Two
+        may work at a time, one of them for an evaluation."""
+        return self._data_bytes // 4
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of the host's memory, for the images that this rank keeps decoded."""
+        return self._data_bytes // 2
+
+    @property
+    def _data_bytes(self) -> int:
+        return int(available_memory() * _SHARE_FOR_DATA) // self.local_world_size
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:

@@ -26,14 +26,14 @@ from rtl_dist.features.view_files import View
 from rtl_dist.model.classifier import Classifier
 from rtl_dist.model.divided import Divided, divide
 
-KEPT_BYTES = 2**30
-
 
 @dataclass(kw_only=True)
 class KeptImages:
-    """This rank's share of a split as an evaluation looks at it, kept by the first one if it takes
-    at most 1 GiB of the host's memory: later ones then wait for no loader."""
+    """This rank's share of a split as an evaluation looks at it, kept by the first one where there
+    is room: later ones then wait for no loader."""
 
+    limit_bytes: int
+    """That the images may take."""
     batches: list[Batch] = field(default_factory=list)
     """``inputs`` uint8 (images, channels, height, width), in the host's memory."""
     is_whole: bool = False
@@ -132,9 +132,11 @@ def logits_from_images(
             blocks,
             workers=workers,
             device=runtime.device,
+            ring_bytes=runtime.loader_bytes,
             give_up=runtime.is_asked,
         )
-        if kept is not None and len(blocks) * math.prod(microbatches.shape) <= KEPT_BYTES:
+        num_bytes = len(blocks) * math.prod(microbatches.shape)
+        if kept is not None and num_bytes <= kept.limit_bytes:
             batches = _keeping(kept, batches)
     bad: list[str] = []
     what = f"evaluating {split.name}"

@@ -206,6 +206,7 @@ def _batches(plan: ViewPlan, blocks: range, *, runtime: Runtime, workers: int) -
         blocks,
         workers=workers,
         device=runtime.device,
+        ring_bytes=runtime.loader_bytes,
         give_up=runtime.is_asked,
     )
     return runtime.heartbeat.while_fetching(loader, are_remote=plan.split.is_remote)

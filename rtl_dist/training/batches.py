@@ -131,6 +131,7 @@ def _images_at(
         positions,
         workers=reading.workers,
         device=reading.runtime.device,
+        ring_bytes=reading.runtime.loader_bytes,
         give_up=reading.runtime.is_asked,
     )
 

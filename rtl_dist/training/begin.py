@@ -152,7 +152,7 @@ def open_run(
         tracker=build_tracker(folder, config, state, runtime),
         state=state,
         stage_best=restored.stage_best if restored else {},
-        val_images=KeptImages(),
+        val_images=KeptImages(limit_bytes=runtime.kept_bytes),
         writer=CheckpointWriter(),
         workers=resolve_workers(config.data.workers, local_world_size=runtime.local_world_size),
     )

@@ -135,6 +135,7 @@ class StageEvaluator:
             positions,
             workers=run.workers,
             device=run.runtime.device,
+            ring_bytes=run.runtime.loader_bytes,
             give_up=run.runtime.is_asked,
         )
         heartbeat = run.runtime.heartbeat

@@ -19,6 +19,7 @@ import webdataset as wds
 from pack_images import encoded, image_bytes, picture, png_16bit
 from PIL import Image
 from small_sets import Canary, flip_byte, order_of, packed
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rtl_dist.config import AugmentConfig
 from rtl_dist.core.cpus import available_cpus
@@ -27,12 +28,14 @@ from rtl_dist.data.format.dataset import check_split, open_dataset
 from rtl_dist.data.format.reader import SampleReader
 from rtl_dist.data.images.augment import EvalTransform, TrainTransform
 from rtl_dist.data.images.decode import decode
+from rtl_dist.data.loading import loader as loading
 from rtl_dist.data.loading.loader import make_loader
 from rtl_dist.data.loading.microbatches import (
     SplitMicrobatches,
     TrainingMicrobatches,
     microbatch_positions,
 )
+from rtl_dist.data.loading.ring import Request, Ring, slot_bytes
 from rtl_dist.data.loading.workers import resolve_workers
 from rtl_dist.data.order.epochs import EpochOrder
 from rtl_dist.distributed.runtime import Runtime
@@ -547,16 +550,70 @@ def test_a_gpu_gets_the_same_batches(train, side):
         assert torch.equal(labels.cpu(), source[position].labels)
 
 
-def test_no_worker_starts_without_a_microbatch_to_make(train):
+@pytest.mark.parametrize(("count", "workers"), [(1, 1), (2, 1), (3, 2), (100, 2)])
+def test_few_workers_start_for_few_microbatches(train, count, workers):
     cpu = torch.device("cpu")
-    loader = iter(make_loader(microbatches(train), range(1), workers=2, device=cpu))
+    loader = iter(make_loader(microbatches(train), range(count), workers=2, device=cpu))
     next(loader)
-    assert len(multiprocessing.active_children()) == 1
+    assert len(multiprocessing.active_children()) == workers
     loader.close()
+
+
+def test_all_workers_start_where_nobody_knows_how_many_microbatches_come(train):
+    cpu = torch.device("cpu")
     loader = iter(make_loader(microbatches(train), positions(100), workers=2, device=cpu))
-    next(loader)  # nobody knows how many positions come
+    next(loader)
     assert len(multiprocessing.active_children()) == 2
     loader.close()
+
+
+@pytest.mark.parametrize(
+    ("room", "workers", "slots"),
+    [(1000, 2, 9), (8, 2, 7), (7, 2, 5), (5, 2, 5), (4, 2, 3), (3, 2, 3), (2, 1, 2), (0, 1, 2)],
+)
+def test_what_is_ready_stays_within_its_memory(train, monkeypatch, room, workers, slots):
+    """room: in microbatches."""
+    made = []
+
+    class Noted(loading.Ring):
+        def __init__(self, source, num_slots, **options):
+            made.append(num_slots)
+            super().__init__(source, num_slots, **options)
+
+    monkeypatch.setattr(loading, "Ring", Noted)
+    source = microbatches(train)
+    ring_bytes = room * slot_bytes(source)
+    options = {"workers": 2, "device": torch.device("cpu"), "ring_bytes": ring_bytes}
+    loader = iter(make_loader(source, positions(20), **options))
+    expected = [microbatches(train)[position] for position in positions(20)]
+    read = [batch._replace(inputs=batch.inputs.clone()) for batch in [next(loader)]]
+    assert (made, len(multiprocessing.active_children())) == ([slots], workers)
+    read += [batch._replace(inputs=batch.inputs.clone()) for batch in loader]
+    assert all(same(*pair) for pair in zip(read, expected, strict=True))
+
+
+def test_labels_and_pixels_go_to_a_device_in_one_copy_of_the_ring(train):
+    ring = Ring(microbatches(train), 2)
+    reply = ring[Request(1, 0)]
+    copied = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default:
+                copied.append(args[0])
+            return func(*args, **(kwargs or {}))
+
+    with Copies():
+        batch = ring.batch(reply, torch.device("meta"))
+    (content,) = copied
+    assert content.untyped_storage().data_ptr() == ring.slots.untyped_storage().data_ptr()
+    expected = microbatches(train)[0]
+    for found, wanted in ((batch.inputs, expected.inputs), (batch.labels, expected.labels)):
+        assert (found.shape, found.dtype, found.device.type) == (wanted.shape, wanted.dtype, "meta")
+    here = ring.batch(reply, torch.device("cpu"))
+    assert same(here, expected)
+    ring.slots.zero_()  # as the worker that has the slot next may
+    assert torch.equal(here.labels, expected.labels), "labels are not lent"
 
 
 def test_workers_share_the_cpus_this_process_may_use():

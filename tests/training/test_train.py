@@ -23,6 +23,7 @@ from tiny_runs import (
 
 from rtl_dist.cli import main as cli
 from rtl_dist.data.format.dataset import open_dataset
+from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.model.folder import load_model
 from rtl_dist.prepare.packing.pack import pack
 from rtl_dist.train import main
@@ -52,7 +53,7 @@ def test_validation_images_are_decoded_once(tmp_path, dataset, monkeypatch):
     monkeypatch.setattr(room, "make_loader", lambda *a, **k: opened.append(True) or make(*a, **k))
     kept = train(tmp_path, dataset, "kept", stages=stages, eval={"every": "2 steps"})
     assert len(opened) == 1
-    monkeypatch.setattr(room, "KEPT_BYTES", 0)
+    monkeypatch.setattr(Runtime, "kept_bytes", 0)
     again = train(tmp_path, dataset, "again", stages=stages, eval={"every": "2 steps"})
     assert len(opened) == 1 + 3
     assert metric_rows(kept) == metric_rows(again)

@@ -113,6 +113,11 @@ class Split:
             )
         return labels
 
+    @property
+    def label_bytes(self) -> int:
+        """Of one sample's, as ``labels`` returns it."""
+        return 8 if self.label_matrix is None else 4 * self.label_matrix.shape[1]
+
     def row(self, sample: int) -> tuple[int, int, int, int]:
         """(shard, offset, size, crc32) of a sample's image.
 

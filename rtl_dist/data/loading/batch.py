@@ -29,6 +29,8 @@ class Microbatches(Protocol):
 
     shape: tuple[int, int, int, int]
     """(n, C, S, S), the most that one holds."""
+    label_bytes: int
+    """Of one sample's label."""
 
     def fill(self, position: int, out: torch.Tensor) -> Batch:
         """The microbatch at ``position``, its inputs being the first part of ``out``, uint8 of

@@ -36,6 +36,7 @@ class TrainingMicrobatches(TorchDataset[Batch]):
         self._reader, self._transform = BatchReader(split), transform
         self._order, self._size, self._views = order, size, views
         self.shape = (size, transform.channels, transform.image_size, transform.image_size)
+        self.label_bytes = split.label_bytes
 
     def __getitem__(self, position: int) -> Batch:
         return self.fill(position, torch.empty(self.shape, dtype=torch.uint8))
@@ -91,6 +92,7 @@ class SplitMicrobatches(TorchDataset[Batch]):
         self._substitute = substitute
         self._split, self._size, self._seed, self._view = split, size, seed, view
         self.shape = (size, transform.channels, transform.image_size, transform.image_size)
+        self.label_bytes = split.label_bytes
 
     def __getitem__(self, first: int) -> Batch:
         return self.fill(first, torch.empty(self.shape, dtype=torch.uint8))

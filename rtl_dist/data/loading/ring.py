@@ -1,8 +1,9 @@
 """Microbatches travel from workers to the training process through a ring of shared slots.
 
-A worker writes pixels straight into the slot that its request names; what goes through the queue is
-a few numbers. So the training process neither copies nor unpickles an image. The slots are
-anonymous shared memory, not files in ``/dev/shm``, which containers often keep at 64 MB.
+A worker writes labels and pixels straight into the slot that its request names; what goes through
+the queue is a few numbers. So the training process neither copies nor unpickles an image, and both
+go to a GPU in one copy, from memory that it may be pinned for. The slots are anonymous shared
+memory, not files in ``/dev/shm``, which containers often keep at 64 MB.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from torch.utils.data import Dataset, Sampler
 from rtl_dist.data.images.tiny import TinyBatch, enlarge
 from rtl_dist.data.loading.batch import Batch, Microbatches
 
+_ALIGNED = 64  # bytes, of which pixels begin at a multiple
+
 
 class Request(NamedTuple):
     """What a worker is asked for."""
@@ -33,16 +36,16 @@ class Request(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """A batch of n samples without its pixels, which are in the ring."""
+    """A batch of n samples without its pixels and labels, which are in the ring."""
 
     slot: int
-    """Where: the first bytes of this slot."""
+    """Where."""
     shape: tuple[int, ...]
     """(n, C, H, W) of the pixels."""
     tiny_shapes: np.ndarray | None
     """``shapes`` of the ``TinyBatch`` that the pixels are; None: they are what the network sees."""
-    labels: np.ndarray
-    """int64 (n,) class numbers, or float32 (n, num_classes) of 0 and 1."""
+    label_shape: tuple[int, ...]
+    """(n,) of int64 class numbers, or (n, num_classes) of float32 0 and 1."""
     samples: np.ndarray
     """int64 (n,): numbers within the split of what is really in the slot."""
     bad: list[str]
@@ -57,7 +60,8 @@ class Ring(Dataset[Reply]):
         enlarge_here: tiny images are enlarged where the batch is used, not by the workers.
 
     Attributes:
-        slots: uint8 (num_slots, n, C, S, S), in memory that workers share.
+        slots: uint8 (num_slots, bytes), in memory that workers share; each has room for labels,
+            and for pixels behind it.
     """
 
     def __init__(
@@ -65,10 +69,12 @@ class Ring(Dataset[Reply]):
     ) -> None:
         self._microbatches, self._enlarge_here = microbatches, enlarge_here
         self._is_pinned = False
-        self.slots = _shared_uint8((num_slots, *microbatches.shape))
+        self._label_room = label_room(microbatches)
+        self.slots = _shared_uint8((num_slots, slot_bytes(microbatches)))
 
     def __getitem__(self, request: Request) -> Reply:
-        slot, tiny = self.slots[request.slot], None
+        room, tiny = self.slots[request.slot], None
+        slot = room[self._label_room :].view(self._microbatches.shape)
         if self._enlarge_here:
             tiny = self._microbatches.fill_tiny(request.position, slot)
             self._enlarge_here = tiny is not None  # where one image is not tiny, more are not
@@ -78,23 +84,30 @@ class Ring(Dataset[Reply]):
         else:
             batch, tiny_shapes = self._microbatches.fill(request.position, slot), None
             shape = tuple(batch.inputs.shape)
+        labels = batch.labels.contiguous().view(-1).view(torch.uint8)
+        room[: len(labels)] = labels
         return Reply(
             request.slot,
             shape,
             tiny_shapes,
-            batch.labels.numpy(),
+            tuple(batch.labels.shape),
             batch.samples.numpy(),
             batch.bad,
         )
 
     def batch(self, reply: Reply, device: torch.device) -> Batch:
         """The batch of a reply on ``device``, in the process that asked; on a CPU its inputs are
-        the slot itself."""
-        pixels = self.slots[reply.slot].view(-1)[: math.prod(reply.shape)].view(reply.shape)
-        pixels = pixels.to(device, non_blocking=True)
+        in the slot itself."""
+        num_bytes = self._label_room + math.prod(reply.shape)
+        filled = self.slots[reply.slot, :num_bytes].to(device, non_blocking=True)
+        pixels = filled[self._label_room :].view(reply.shape)
         if reply.tiny_shapes is not None:
-            pixels = enlarge(TinyBatch(pixels, reply.tiny_shapes), self.slots.shape[-1])
-        labels = torch.from_numpy(reply.labels).to(device, non_blocking=True)
+            pixels = enlarge(TinyBatch(pixels, reply.tiny_shapes), self._microbatches.shape[-1])
+        dtype = torch.int64 if len(reply.label_shape) == 1 else torch.float32
+        of_labels = math.prod(reply.label_shape) * dtype.itemsize
+        labels = filled[:of_labels].view(dtype).view(reply.label_shape)
+        if filled.device == self.slots.device:
+            labels = labels.clone()  # the slot is only lent
         return Batch(pixels, labels, torch.from_numpy(reply.samples), reply.bad)
 
     def pin(self) -> None:
@@ -121,6 +134,17 @@ class Requests(Sampler[Request]):
     def __iter__(self) -> Iterator[Request]:
         for number, position in zip(count(), self._positions):
             yield Request(number % self._num_slots, position)
+
+
+def label_room(microbatches: Microbatches) -> int:
+    """Bytes of a slot before its pixels."""
+    needed = microbatches.shape[0] * microbatches.label_bytes
+    return math.ceil(needed / _ALIGNED) * _ALIGNED
+
+
+def slot_bytes(microbatches: Microbatches) -> int:
+    """How large a slot is that holds any of these."""
+    return label_room(microbatches) + math.prod(microbatches.shape)
 
 
 def as_it_is(reply: Any) -> Any:
