@@ -56,6 +56,7 @@ def predicted_blocks(
         mine,
         workers=workers if len(mine) > 1 else 0,
         device=runtime.device,
+        ring_bytes=runtime.loader_bytes,
         give_up=runtime.is_asked,
     )
     batches = runtime.heartbeat.while_fetching(batches, are_remote=inputs.is_remote)

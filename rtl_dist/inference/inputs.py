@@ -108,6 +108,7 @@ class InputMicrobatches(TorchDataset[Batch]):
     def __init__(self, inputs: Inputs, transform: EvalTransform, *, size: int) -> None:
         self._inputs, self._transform, self._size = inputs, transform, size
         self.shape = (size, transform.channels, transform.image_size, transform.image_size)
+        self.label_bytes = 8
 
     def __getitem__(self, first: int) -> Batch:
         return self.fill(first, torch.empty(self.shape, dtype=torch.uint8))
