@@ -68,7 +68,7 @@ class TrainState:
     skipped_steps: int = 0
     """Steps not taken so far, as their gradient was not finite."""
     skipped_in_a_row: int = 0
-    """How many of them came last, one after the other."""
+    """How many of them came last, one after the other; of the current stage."""
     micro_batch_size: int | None = None
     """Images of a microbatch since memory did not hold the config's; None: the config's."""
     halvings: list[list[int]] = field(default_factory=list)
@@ -104,4 +104,5 @@ class TrainState:
         self.stage_first_step = self.step
         self.stage_best = self.is_compiled = None
         self.evals_without_best = self.evals_at_rate = self.times_lowered = 0
+        self.skipped_in_a_row = 0
         self.stopped_early = False

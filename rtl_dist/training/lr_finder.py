@@ -12,7 +12,7 @@ import math
 from dataclasses import replace
 
 from rtl_dist.config import ResolvedStage
-from rtl_dist.core.errors import RtlDistError, StopRequested
+from rtl_dist.core.errors import OutOfMemory, RtlDistError, StopRequested, UserError
 from rtl_dist.core.files import write_json
 from rtl_dist.optim.counts import non_finite, train_metrics
 from rtl_dist.records.lr_finder import FOLDER, holds_up_to, smoothed
@@ -31,15 +31,22 @@ def measure_rates(stage: ResolvedStage, run: Run) -> float:
     ``lr_finder/<stage>.json``. What the steps did to the model stays.
 
     Raises:
-        StopRequested: on every rank. RtlDistError: a rank's loader failed, or the loss is never a
-            number.
+        StopRequested: on every rank. UserError: memory does not hold a microbatch.
+        RtlDistError: a rank's loader failed, or the loss is never a number.
     """
     LOG.info("stage %s: a range test of its learning rate, up to %d steps", stage.name, STEPS)
-    trainer = StageTrainer(replace(stage, lr=1.0), run, num_steps=STEPS)
+    # in fp16 some are taken again, as the loss had another scale
+    num_steps = STEPS + (stage.optim.skip_limit if run.runtime.precision == "fp16" else 0)
+    trainer = StageTrainer(replace(stage, lr=1.0), run, num_steps=num_steps)
     try:
         if stage.solve:
             solve_head(stage, run, trainer)
-        rates, losses = _measure(trainer, run, stage)
+        rates, losses = _measure(trainer, run, stage, num_steps=num_steps)
+    except OutOfMemory as error:
+        raise UserError(
+            f"{error}: set batch.micro={max(1, run.micro_batch_size // 2)}, or use a smaller model"
+            " or data.image_size"
+        ) from error
     finally:
         trainer.close()
     found = holds_up_to(rates, losses)
@@ -51,9 +58,13 @@ def measure_rates(stage: ResolvedStage, run: Run) -> float:
 
 
 def _measure(
-    trainer: StageTrainer, run: Run, stage: ResolvedStage
+    trainer: StageTrainer, run: Run, stage: ResolvedStage, *, num_steps: int
 ) -> tuple[list[float], list[float]]:
-    """Rates and the loss of each step before it was taken."""
+    """Rates and the loss of each step before it was taken.
+
+    Args:
+        num_steps: the most that are tried.
+    """
     runtime = run.runtime
     rates: list[float] = []
     losses: list[float] = []
@@ -63,8 +74,8 @@ def _measure(
         runtime.heartbeat.phase("looking for a learning rate"),
         runtime.progress(total=STEPS, what=f"lr of {stage.name}", unit="step") as bar,
     ):
-        for number in range(STEPS):
-            rate = _LOWEST * math.exp(growth * number)
+        for _ in range(num_steps):
+            rate = _LOWEST * math.exp(growth * len(rates))
             outcome = trainer.step(rate)
             stop = outcome.abandoned
             if stop or runtime.agree(bad_samples=0, failure=outcome.failure)[0]:
@@ -72,11 +83,17 @@ def _measure(
             trainer.accept(outcome)
             counts = trainer.totals.flush(runtime.sum_over_ranks)
             loss = train_metrics(counts, task=run.dataset.task)["train/loss"]
-            if non_finite(counts) or trainer.skipped.exact()[1]:
+            in_a_row = trainer.skipped.exact()[1]
+            finds_scale = trainer.optimizer.scales_loss and in_a_row < stage.optim.skip_limit
+            if non_finite(counts) or (in_a_row and not finds_scale):
                 break
+            if in_a_row:
+                continue  # it says nothing of the rate, which is tried again on other images
             rates.append(rate)
             losses.append(loss)
             if smoothed(losses)[-1] > _HOPELESS * min(smoothed(losses)):
                 break
             bar.update()
+            if len(rates) == STEPS:
+                break
     return rates, losses

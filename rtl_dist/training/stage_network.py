@@ -160,6 +160,11 @@ class StageNetwork:
         """Takes the wrapping off the model."""
         self.statistics.close()
         self._run.runtime.accelerator.unwrap_model(self._wrapped, keep_fp32_wrapper=False)
+        # what it was marked with: another stage that trains the same would get it back as it is,
+        # in float32 (accelerate 1.15)
+        vars(self.trained).pop("_is_accelerate_prepared", None)
+        # what it was marked with: another stage that trains the same would get it back as it is,
+        # in float32 (accelerate 1.15)
 
     def _require_agreement(self) -> None:
         model, runtime, average = self._run.model, self._run.runtime, self._run.average

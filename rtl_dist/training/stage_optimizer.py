@@ -15,6 +15,11 @@ from rtl_dist.optim.schedule import stage_rate_factor
 from rtl_dist.training.run import Run
 from rtl_dist.training.stage_network import StageNetwork
 
+FIRST_SCALE = 2.0**16  # of the loss in fp16, as torch's GradScaler begins
+# A head on cached features takes thousands of steps in which nothing overflows, and each 2,000
+# double the scale. From here the first that does would be skipped fewer times than skip_limit.
+MOST_SCALE = 2.0**24
+
 
 @dataclass(frozen=True)
 class OptimizerState:
@@ -57,9 +62,17 @@ class StageOptimizer:
         # restored state is where it belongs already
         self._stepper = accelerator.prepare_optimizer(self._optimizer, device_placement=False)
         self._scaler = accelerator.scaler
-        if self._kept is not None and self._kept.scaler and self._scaler is not None:
-            self._scaler.load_state_dict(self._kept.scaler)
+        if self._scaler is not None:
+            if self._kept is not None and self._kept.scaler:
+                self._scaler.load_state_dict(self._kept.scaler)
+            else:
+                begin_scale(self._scaler)
         self._kept = None
+
+    @property
+    def scales_loss(self) -> bool:
+        """In fp16: a step that is skipped may only say that the scale has yet to be found."""
+        return self._scaler is not None
 
     def planned_factor(self, step_in_stage: int) -> float:
         """What the schedule multiplies all rates by at a step of the stage, counted from 0."""
@@ -88,12 +101,14 @@ class StageOptimizer:
             self._scale_before = self._scaler._scale.clone(), self._scaler._growth_tracker.clone()
             if limit is not None:
                 accelerator.clip_grad_norm_(parameters, limit)
-            return take_scaled_step(self._stepper, self._scaler)
+            taken = take_scaled_step(self._stepper, self._scaler)
+            self._scaler._scale.clamp_(max=MOST_SCALE)
+            return taken
         if limit is not None:
             norm = accelerator.clip_grad_norm_(parameters, limit)
         else:
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        taken: torch.Tensor = norm.isfinite()
+        taken = norm.isfinite()
         # fused optimizers look for this by name (torch 2.11)
         self._optimizer.found_inf = (~taken).to(torch.float32)  # type: ignore[attr-defined]
         self._stepper.step()
@@ -109,6 +124,14 @@ class StageOptimizer:
     def state(self) -> OptimizerState:
         tensors = optimizer_tensors(self._optimizer, self._network.names)
         return OptimizerState(tensors, self._scaler.state_dict() if self._scaler else {})
+
+
+def begin_scale(scaler: torch.amp.GradScaler) -> None:
+    """Of a stage, whose gradients are of another size than those of the stage before (there is one
+    scaler for all): what the scale was brought down to holds on, what it grew to does not."""
+    known = scaler.state_dict()
+    first = {"scale": min(known["scale"], FIRST_SCALE), "_growth_tracker": 0}
+    scaler.load_state_dict(known | first)
 
 
 def take_scaled_step(stepper: AcceleratedOptimizer, scaler: torch.amp.GradScaler) -> torch.Tensor:

@@ -149,16 +149,26 @@ class StepBoundary:
         )
 
     def _stop_if_lost(self) -> None:
-        """Ends a run of which no step is taken any more."""
-        in_a_row = self._trainer.skipped.in_a_row
-        limit = min(self._stage.optim.skip_limit, max(1, self._stage.num_steps // 2))
-        if in_a_row >= limit:
+        """Ends a run of which no step is taken any more: after half of a stage's steps, or in fp16,
+        where the first steps may go into finding the loss scale, after all of them."""
+        stage, skipped = self._stage, self._trainer.skipped
+        in_a_row = skipped.exact()[1] if self.at_stage_end else skipped.in_a_row
+        cure = "lower its lr or set optim.clip_grad_norm"
+        few = max(1, stage.num_steps // 2)
+        if self._trainer.optimizer.scales_loss:
+            few = stage.num_steps
+            if few < stage.optim.skip_limit:
+                cure = (
+                    "give the stage more steps, in which fp16 finds the scale of the loss, set"
+                    " precision to bf16 or no, or lower its lr"
+                )
+        if in_a_row >= min(stage.optim.skip_limit, few):
             self._trainer.fold_totals()
             raise RtlDistError(
                 f"{in_a_row} steps in a row up to step {self._run.state.step} (stage"
-                f" {self._stage.name}) were not taken, as their gradient was infinite or not a"
-                " number; lower its lr or set optim.clip_grad_norm, and use another run.dir; the"
-                f" last checkpoint here is of step {self._run.state.last_checkpoint}"
+                f" {stage.name}) were not taken, as their gradient was infinite or not a number;"
+                f" {cure}, and use another run.dir; the last checkpoint here is of step"
+                f" {self._run.state.last_checkpoint}"
             )
 
     def _log_training(self) -> None:
