@@ -40,6 +40,9 @@ class Inputs(Protocol):
             RtlDistError: a whole shard is damaged, or cannot be had.
         """
 
+    def close(self) -> None:
+        """Closes all files."""
+
 
 class SplitInputs:
     """The samples of splits, one split after the other, each called by its key."""
@@ -76,6 +79,11 @@ class SplitInputs:
                 raise  # no fault of this sample's
             except DataError as error:
                 yield DataError(_without_name(str(error)))
+
+    def close(self) -> None:
+        """See ``Inputs``."""
+        for reader in self._readers:
+            reader.close()
 
     def _at(self, number: int) -> tuple[int, int]:
         """(which split, which of its samples)."""

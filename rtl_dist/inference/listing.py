@@ -152,6 +152,13 @@ class Listing:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def close(self) -> None:
+        """Closes all files."""
+        self._names.close()
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
     def name(self, number: int) -> str:
         row = self._rows[number]
         return self._text(int(row["at"]), int(row["name"]))

@@ -23,7 +23,7 @@ from rtl_dist.core.text import brief
 RECORD, ROWS, LOCK = "record.json", "rows", "lock"
 LISTED = ("index", "names", "about.json")
 _OURS = {RECORD, ROWS, LOCK, *LISTED, "table"}
-_RECORDED_EVERY_S = 2.0
+RECORDED_EVERY_S = 2.0
 _NAMED = 3  # of the inputs that have no prediction
 
 
@@ -80,7 +80,7 @@ class Part:
         self.blocks += len(texts)
         self.failed += len(failed)
         self.first_failed = [*self.first_failed, *failed][:_NAMED]
-        if time.monotonic() - self._recorded_at >= _RECORDED_EVERY_S:
+        if time.monotonic() - self._recorded_at >= RECORDED_EVERY_S:
             self.record()
 
     def record(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,17 +54,17 @@ def predict(request: Request) -> str:
         predictor = opened.predictor(runtime=runtime, tta=request.tta)
         with _results(request, runtime) as results:
             folder = Path(runtime.from_main(lambda: results[0].folder))
-            inputs = open_inputs(request, folder, runtime)
-            columns = columns_of(predictor.task, predictor.calibration, top=top)
-            asked = _asked(request, predictor, inputs, top=top, precision=runtime.precision)
-            done = runtime.from_main(lambda: _begin(results[0], asked, columns))
-            with stops.deferred():
-                blocks = predicted_blocks(
-                    request, predictor, inputs, columns, top=top, done=done, runtime=runtime
-                )
-                for texts, failed in blocks:
-                    runtime.from_main(partial(_append, results, texts, failed))
-            return _finished(request, results, len(inputs), runtime)
+            with closing(open_inputs(request, folder, runtime)) as inputs:
+                columns = columns_of(predictor.task, predictor.calibration, top=top)
+                asked = _asked(request, predictor, inputs, top=top, precision=runtime.precision)
+                done = runtime.from_main(lambda: _begin(results[0], asked, columns))
+                with stops.deferred():
+                    blocks = predicted_blocks(
+                        request, predictor, inputs, columns, top=top, done=done, runtime=runtime
+                    )
+                    for texts, failed in blocks:
+                        runtime.from_main(partial(_append, results, texts, failed))
+                return _finished(request, results, len(inputs), runtime)
 
 
 @contextmanager
