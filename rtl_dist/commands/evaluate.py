@@ -29,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_out(parser, "default: MODEL/evaluation/SPLIT")
     add_workers(parser, "loader processes")
     add_precision(parser)
+    parser.add_argument(
+        "--raw", action="store_true", help="read the model's scores as they are, not calibrated"
+    )
     add_cache(parser)
     add_debug(parser)
 
@@ -49,4 +52,5 @@ def run(arguments: argparse.Namespace) -> str:
         cache_dir=arguments.cache_dir,
         cache_gb=arguments.cache_gb,
         redirects=arguments.redirects,
+        raw=arguments.raw,
     )

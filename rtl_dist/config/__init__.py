@@ -1,5 +1,6 @@
 """Every key of a config, its type and meaning, and the strict loader."""
 
+from rtl_dist.config.calibrate import CalibrateConfig
 from rtl_dist.config.convert import to_dict
 from rtl_dist.config.data import DataConfig
 from rtl_dist.config.loader import (
@@ -27,6 +28,7 @@ from rtl_dist.config.stage import AugmentConfig, EarlyStopConfig, StageConfig
 __all__ = [
     "AugmentConfig",
     "BatchConfig",
+    "CalibrateConfig",
     "CheckpointConfig",
     "Config",
     "DataConfig",

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rtl_dist.config.calibrate import CalibrateConfig
 from rtl_dist.config.checks import Checks
 from rtl_dist.config.data import DataConfig
 from rtl_dist.config.optim import OptimConfig
@@ -193,6 +194,8 @@ class Config:
     """What the best weights are, and when a stage ends early; a stage may say otherwise."""
     eval: EvalConfig = EvalConfig()
     """When the run is evaluated."""
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    """What ``best/`` promises of its probabilities when the run ends, fitted on ``data.val``."""
     track: TrackConfig = TrackConfig()
     """The copy of the metrics in W&B."""
 

@@ -28,14 +28,11 @@ class Calibration:
     thresholds: tuple[float, ...] | None = None
     """Multi-label: a label is said from this probability on, one a label, in the order of the
     classes; None: from 0.5 on."""
-    precision_target: float | None = None
-    """The share of right ones among the samples said to have a label, for which its threshold was
-    chosen; None: it was chosen for the best F1."""
     abstain_below: float | None = None
     """Single-label: with a top-1 probability below this the model abstains; None: it never does."""
-    accuracy_target: float | None = None
-    """The share of right ones among the samples on which it does not abstain, for which
-    ``abstain_below`` was chosen."""
+    precision_target: float | None = None
+    """The share of right ones among what is said, for which ``abstain_below`` or each of
+    ``thresholds`` was chosen; None: these for the best F1."""
     set_quantile: float | None = None
     """A class is in an image's conformal set if 1 - probability is at most this; None: there are no
     sets."""
@@ -94,6 +91,23 @@ class Calibration:
             return np.zeros(np.shape(confidence), dtype=bool)
         abstains: np.ndarray = np.asarray(confidence) < self.abstain_below
         return abstains
+
+    def told(self) -> str:
+        """All of it in words, for a line or a page."""
+        if not self.was_fitted:
+            return "not calibrated"
+        told = [f"temperature {self.temperature:.4g}"]
+        if self.thresholds is not None:
+            aim = "the best F1"
+            if self.precision_target is not None:
+                aim = f"a precision of {100 * self.precision_target:g} %"
+            told.append(f"a threshold for each label, for {aim}")
+        if self.abstain_below is not None and self.precision_target is not None:
+            aim = f"{100 * self.precision_target:g} % right"
+            told.append(f"abstains below {self.abstain_below:.3f}, for {aim}")
+        if self.coverage is not None:
+            told.append(f"sets that hold the truth of {100 * self.coverage:g} %")
+        return f"{', '.join(told)}; fitted on {self.num_samples:,} images of {self.split}"
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types; what is as by default is left out."""

@@ -145,7 +145,7 @@ _BOUNDS = {
     "temperature": (1e-3, 1e3),
     "num_samples": (0, 2**53),
     **dict.fromkeys(
-        ("precision_target", "abstain_below", "accuracy_target", "set_quantile", "coverage"),
+        ("precision_target", "abstain_below", "set_quantile", "coverage"),
         (0, 1),
     ),
 }

@@ -22,9 +22,11 @@ from rtl_dist.data.loading.workers import resolve_workers
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.distributed.stopping import StopRequests
 from rtl_dist.distributed.terminal import configure_logging
+from rtl_dist.evaluation.calibrated import RAW
 from rtl_dist.evaluation.predictions import Predictions
 from rtl_dist.evaluation.scoring import metrics_on_every_rank, score_split
 from rtl_dist.inference.predictor import precision_of
+from rtl_dist.model.calibration import UNCALIBRATED, Calibration
 from rtl_dist.model.classifier import Classifier, place
 from rtl_dist.model.folder import LoadedModel, load_model
 
@@ -66,7 +68,13 @@ class ScoredSplit:
 
 
 def score_with(
-    model: Classifier, dataset: Dataset, split_name: str, *, runtime: Runtime, workers: int
+    model: Classifier,
+    dataset: Dataset,
+    split_name: str,
+    *,
+    runtime: Runtime,
+    workers: int,
+    calibration: Calibration,
 ) -> ScoredSplit:
     """Scores a split; called by all ranks.
 
@@ -83,7 +91,9 @@ def score_with(
     runtime.from_main(lambda: check_split(dataset, split))
     place(model, runtime.device, runtime.dtype)
     with runtime.heartbeat.phase(f"evaluating {split_name}"):
-        predictions = score_split(model, dataset, split, runtime=runtime, workers=workers)
+        predictions = score_split(
+            model, dataset, split, runtime=runtime, workers=workers, calibration=calibration
+        )
     metrics = metrics_on_every_rank(predictions, runtime) | {"num_samples": split.num_samples}
     return ScoredSplit(metrics=metrics, split=split, predictions=predictions, model=model)
 
@@ -99,6 +109,7 @@ def evaluate(
     cache_dir: str | None = None,
     cache_gb: float | None = None,
     redirects: Redirects = "origin",
+    raw: bool = False,
 ) -> str:
     """Evaluates a model and writes tables and pictures into ``out``.
 
@@ -106,6 +117,7 @@ def evaluate(
         split_name: None takes test where there is one, else val.
         out: None takes ``evaluation/<split>`` in the model's folder.
         cache_dir, cache_gb, redirects: of remote data; see ``Cache``.
+        raw: whether the model's calibration is left out.
 
     Works on one process or, under a launcher, on many, with the same figures.
 
@@ -134,6 +146,7 @@ def evaluate(
             name,
             runtime=runtime,
             workers=resolve_workers(workers, local_world_size=runtime.local_world_size),
+            calibration=UNCALIBRATED if raw else loaded.calibration,
         )
         with runtime.heartbeat.phase("drawing", open_ended=runtime.is_main):
             runtime.from_main(lambda: scored.write(out, title=f"{model_path} on {name}"))
@@ -142,6 +155,8 @@ def evaluate(
         if not runtime.is_main:
             return ""
         figures = ", ".join(f"{key} {metrics[key]:.4f}" for key in dataset.task.shown)
+        if f"ece{RAW}" in metrics:
+            figures += f", ece {metrics['ece']:.4f} (raw {metrics[f'ece{RAW}']:.4f})"
         return f"{name}: {figures} on {metrics['num_samples']:,} images. See {out}/report.html"
 
 

@@ -1,4 +1,4 @@
-"""The end of a run: the test split, results.json, the report, the last word."""
+"""The end of a run: calibration, the test split, results.json, the report, the last word."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from rtl_dist.core.text import command
 from rtl_dist.core.tolerated import tolerated
 from rtl_dist.data.format.dataset import Dataset
 from rtl_dist.distributed.runtime import Runtime
-from rtl_dist.model.folder import WEIGHTS, load_model
+from rtl_dist.evaluation.calibrate import calibrate_on, too_few
+from rtl_dist.model.folder import WEIGHTS, LoadedModel, load_model, write_calibration
 from rtl_dist.model.freezing import digest
 from rtl_dist.records.checkpoint import load_newest_checkpoint
 from rtl_dist.records.identity import how_to_train_on, run_identity
@@ -79,8 +81,8 @@ def left_in_order(run: Run) -> Iterator[None]:
 
 
 def finish(run: Run) -> str:
-    """Evaluates the best weights on the test split, writes ``results.json``, draws the report.
-    What is only to be looked at may fail, which is said: the run is done.
+    """Calibrates the best weights, evaluates them on the test split, writes ``results.json``, draws
+    the report. What is only to be looked at may fail, which is said: the run is done.
 
     Returns:
         one line: what was reached and what to type next.
@@ -89,8 +91,10 @@ def finish(run: Run) -> str:
     run.wait_for_checkpoint()
     # rank 0's final write of best/ must be there before the others read it
     weights_sha256 = run.runtime.from_main(lambda: sha256_of(best / WEIGHTS))
-    test = _evaluate_test(run, best)
+    loaded = _calibrated(run, best)
+    test = _evaluate_test(run, loaded)
     results = results_of(run.state, status="done", dataset_fingerprint=run.dataset.fingerprint) | {
+        "calibration": loaded.calibration.to_dict() or None,
         "test": test,
         "frozen_ok": True,  # a frozen weight that moved would have ended the run
         "weights_sha256": digest(run.model.state_dict()),
@@ -135,13 +139,44 @@ def _done_all_the_same(folder: Path) -> str:
     return f"the run is done all the same, and `{command('report', folder)}` tries again"
 
 
-def _evaluate_test(run: Run, best: Path) -> dict[str, float] | None:
+def _calibrated(run: Run, best: Path) -> LoadedModel:
+    """The best weights, whose folder says from now on how their scores are read. A run that was
+    killed after it had written that finds the same again."""
+    loaded, data = load_model(best), run.config.data
+    why = too_few(run.val)
+    if data.val == data.train:
+        why = f"data.val is {data.train}, which it was trained on"
+    if why:
+        LOG.info("best/ is not calibrated: %s", why)
+        return loaded
+    LOG.info("calibrating the best weights on %s", data.val)
+    calibration = calibrate_on(
+        loaded.model,
+        run.dataset,
+        run.val,
+        run.config.calibrate,
+        runtime=run.runtime,
+        workers=run.workers,
+        kept=run.val_images,
+    )
+    run.runtime.from_main(lambda: write_calibration(best, calibration))
+    LOG.info("calibrated: %s", calibration.told())
+    return replace(loaded, calibration=calibration)
+
+
+def _evaluate_test(run: Run, best: LoadedModel) -> dict[str, float] | None:
     name = run.config.data.test
     if name is None or name not in run.dataset.split_names:
         return None
-    model = load_model(best).model
     LOG.info("evaluating the best weights on %s", name)
-    scored = score_with(model, run.dataset, name, runtime=run.runtime, workers=run.workers)
+    scored = score_with(
+        best.model,
+        run.dataset,
+        name,
+        runtime=run.runtime,
+        workers=run.workers,
+        calibration=best.calibration,
+    )
     out = run.folder / "evaluation" / name
     again = command("evaluate", run.folder, "--data", run.config.data.path, "--split", name)
 

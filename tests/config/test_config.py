@@ -502,6 +502,7 @@ def everything_set():
             "checkpoint": {"every": "0.00001 epochs", "keep": 5},
             "early_stop": {"metric": "val/loss", "patience": 2},
             "eval": {"every": "1.25 epochs"},
+            "calibrate": {"coverage": 0.8, "precision_target": 0.7},
             "track": {"wandb": "off", "project": "q"},
         }
     )

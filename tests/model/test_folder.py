@@ -90,7 +90,7 @@ def test_timm_itself_loads_a_model_folder(tmp_path, name, channels):
 CALIBRATION = Calibration(
     temperature=0.37,
     abstain_below=0.8,
-    accuracy_target=0.95,
+    precision_target=0.95,
     set_quantile=0.1,
     coverage=0.9,
     num_samples=20,
