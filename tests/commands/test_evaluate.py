@@ -42,7 +42,8 @@ def test_it_writes_what_the_end_of_the_run_wrote(run, dataset, tmp_path, capsys)
     assert of_the_run == {name: metrics[name] for name in of_the_run}
     assert capsys.readouterr().out.splitlines()[-1] == (
         f"test: top1 {metrics['top1']:.4f}, macro_f1 {metrics['macro_f1']:.4f},"
-        f" loss {metrics['loss']:.4f} on 15 images. See {out}/report.html"
+        f" loss {metrics['loss']:.4f}, ece {metrics['ece']:.4f} (raw {metrics['ece_raw']:.4f})"
+        f" on 15 images. See {out}/report.html"
     )
     for page, title in ((out, f"{run} on test"), (run / "evaluation" / "test", "run: test")):
         assert f"<title>{title}</title>" in (page / "report.html").read_text()
@@ -54,6 +55,21 @@ def test_the_best_weights_give_the_metrics_that_were_reported(run, dataset, caps
     assert metrics["num_samples"] == 21
     assert metrics["top1"] == pytest.approx(results(run)["best"]["value"])
     assert "Evaluation on val" in (run / "report.html").read_text()
+
+
+def test_raw_figures_are_those_of_the_training(run, dataset, tmp_path):
+    figures = {}
+    for options in ((), ("--raw",)):
+        out = tmp_path / ("out" + "".join(options))
+        words = ["evaluate", str(run), "--data", str(dataset), "--split", "val", "--out", str(out)]
+        assert main([*words, *options]) == 0
+        figures[options] = json.loads((out / "metrics.json").read_text())
+    calibrated, raw = figures[()], figures["--raw",]
+    assert raw["loss"] == pytest.approx(results(run)["best"]["loss"])
+    assert (calibrated["loss_raw"], calibrated["ece_raw"]) == (raw["loss"], raw["ece"])
+    assert calibrated["ece"] != raw["ece"]
+    assert calibrated["top1"] == raw["top1"]
+    assert not {"ece_raw", "set_coverage", "answered"} & raw.keys()
 
 
 def test_without_a_test_split_val_is_taken(run, tmp_path, capsys):
