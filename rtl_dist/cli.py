@@ -29,6 +29,10 @@ COMMANDS = {
         "exact metrics, confusion matrix, precision-recall, calibration, mistakes",
     ),
     "predict": ("rtl_dist.commands.predict", "what a model says of images, folders, tars, URLs"),
+    "export": (
+        "rtl_dist.commands.export",
+        "a model as ONNX, pt2, a timm or transformers folder, checked on real images",
+    ),
     "report": ("rtl_dist.commands.report", "(re)draw a run's plots and report.html"),
 }
 
