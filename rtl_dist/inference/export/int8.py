@@ -42,7 +42,7 @@ def quantized(batch: Any, views: torch.Tensor) -> Any:
     )
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Reader(CalibrationDataReader):
         def __init__(self) -> None:
             self._batches = _batches_of(views)
 
