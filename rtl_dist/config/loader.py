@@ -39,19 +39,24 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise UserError(f"{path}: expected sections such as data: and stages:, found nothing")
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections such as data: and stages:, found {brief(tree)}")
-    overrides = overrides or []
-    if tree.get("recipe") == "auto" or "recipe=auto" in overrides:
-        give_stages(tree)  # for overrides of their keys
-    return _checked(tree, str(path), Overrides(tree, overrides))
+    return _overridden(tree, overrides or [], str(path))
 
 
-def parse_config(tree: dict[str, Any], *, origin: str = "config") -> Config:
-    """A checked ``Config`` from plain dicts and lists.
+def parse_config(
+    tree: dict[str, Any], overrides: list[str] | None = None, *, origin: str = "config"
+) -> Config:
+    """A checked ``Config`` from plain dicts and lists, and ``key=value`` overrides.
 
     Raises:
         UserError: see ``load_config``.
     """
-    return _checked(copy.deepcopy(tree), origin, Overrides({}, []))
+    return _overridden(copy.deepcopy(tree), overrides or [], origin)
+
+
+def _overridden(tree: dict[str, Any], overrides: list[str], origin: str) -> Config:
+    if tree.get("recipe") == "auto" or "recipe=auto" in overrides:
+        give_stages(tree)  # for overrides of their keys
+    return _checked(tree, origin, Overrides(tree, overrides))
 
 
 def parse_section(section: type[T], tree: dict[str, Any], *, origin: str) -> T:

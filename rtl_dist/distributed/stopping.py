@@ -12,9 +12,11 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextvars import ContextVar
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
@@ -30,6 +32,9 @@ STOP_SIGNALS = tuple(
 _NEVER_IMPATIENT = {getattr(signal, "SIGUSR1", None)}
 _SAME_REQUEST_S = 1.0
 _END_OF_LISTENING = b"\0"  # no signal has the number 0
+_FIRST_REQUEST = "{}: saving as soon as the step allows; again to leave at once"
+IS_GUEST: ContextVar[bool] = ContextVar("IS_GUEST", default=False)
+"""Whether the process is somebody else's, to whom its end and all signals but Ctrl-C belong."""
 
 
 class StopRequests:
@@ -39,6 +44,9 @@ class StopRequests:
     A signal ends the process at once (exit code 75), unless it comes within ``deferred``. There it
     sets ``reason``, and only a later one, other than SIGUSR1 and more than a second after the
     first, ends the process.
+
+    As a guest (``IS_GUEST``) it hears Ctrl-C alone, and that in the main thread; where it would end
+    the process it raises KeyboardInterrupt instead.
     """
 
     def __init__(self, *, time_limit_s: float | None = None) -> None:
@@ -52,6 +60,7 @@ class StopRequests:
         self._noted_at: float | None = None
         self._is_deferred = False
         self._old_handlers: dict[int, Any] = {}
+        self._is_guest = IS_GUEST.get()
 
     @property
     def reason(self) -> str | None:
@@ -81,6 +90,10 @@ class StopRequests:
             self._is_deferred = self._signal is not None
 
     def __enter__(self) -> StopRequests:
+        if self._is_guest:
+            if threading.current_thread() is threading.main_thread():
+                self._old_handlers[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
+            return self
         # Python calls a handler (``_note``) only once the main thread is back from what it is in,
         # such as an exchange with a rank that never answers. But at once it writes the signal's
         # number into a socket of ours, from which a thread reads it whatever the main one does.
@@ -104,6 +117,8 @@ class StopRequests:
     ) -> None:
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
+        if self._is_guest:
+            return
         signal.set_wakeup_fd(self._old_wakeup)
         self._writing.send(_END_OF_LISTENING)
         self._thread.join()
@@ -114,6 +129,17 @@ class StopRequests:
         """The signal handler. It runs in the middle of anything, so it only sets a flag: no I/O,
         no exchange with other ranks."""
         self._signal = self._signal or signal.Signals(number).name
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        """The handler of Ctrl-C in a guest."""
+        now = time.monotonic()
+        is_again = self._noted_at is not None and now - self._noted_at > _SAME_REQUEST_S
+        if not self._is_deferred or is_again:
+            raise KeyboardInterrupt
+        if self._noted_at is None:
+            self._signal, self._noted_at = signal.Signals(number).name, now
+            with contextlib.suppress(OSError, RuntimeError):  # it may be within another write
+                sys.stderr.write(f"{_FIRST_REQUEST.format(self._signal)}\n")
 
     def _listen(self) -> None:
         """The thread: acts on each signal whose number arrives."""
@@ -132,7 +158,7 @@ class StopRequests:
         if self._noted_at is None:
             self._noted_at = now
             if os.environ.get("RANK", "0") == "0":
-                _say(f"{number.name}: saving as soon as the step allows; again to leave at once")
+                _say(_FIRST_REQUEST.format(number.name))
         elif number not in _NEVER_IMPATIENT and now - self._noted_at > _SAME_REQUEST_S:
             _leave(number.name)
 

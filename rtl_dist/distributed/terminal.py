@@ -118,7 +118,7 @@ def progress(
         images: in a unit, if the rate is to be told in images.
         silent: neither bar nor lines.
     """
-    if silent or sys.stderr.isatty():
+    if silent or sys.stderr.isatty() or _is_notebook():
         bar: Progress = tqdm(
             total=total,
             initial=done,
@@ -130,6 +130,11 @@ def progress(
         )
         return bar
     return ProgressLines(total=total, what=what, unit=unit, done=done, images=images)
+
+
+def _is_notebook() -> bool:
+    """Whether stderr is a notebook's, on which a bar can be drawn as on a terminal."""
+    return type(sys.stderr).__module__.partition(".")[0] == "ipykernel"
 
 
 class _Shown(logging.Formatter):

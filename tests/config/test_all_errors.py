@@ -2,7 +2,6 @@
 
 import pytest
 
-from rtl_dist import train
 from rtl_dist.config import (
     BatchConfig,
     Config,
@@ -14,6 +13,7 @@ from rtl_dist.config import (
     parse_section,
 )
 from rtl_dist.core.errors import UserError
+from rtl_dist.train import main
 
 STAGE = "{name: a, epochs: 1, lr: 1}"
 GOOD = f"data: {{path: d}}\nstages: [{STAGE}]\n"
@@ -211,7 +211,7 @@ def test_an_error_is_laid_to_what_caused_it(lines, text, overrides, only):
 def test_the_job_ends_with_code_2_and_a_line_each(tmp_path, capfd):
     file = tmp_path / "c.yaml"
     file.write_text(GOOD + "optim: {ema: 2}\nseed: -1")
-    assert train.main(["--config", str(file)]) == 2
+    assert main(["--config", str(file)]) == 2
     out, err = capfd.readouterr()
     assert out == ""
     assert err == (

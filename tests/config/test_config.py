@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rtl_dist import train
 from rtl_dist.config import load_config, parse_config, read_run_config, to_dict, to_yaml
 from rtl_dist.core.errors import UserError
 from rtl_dist.core.intervals import Every
+from rtl_dist.train import main
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 MINIMAL = "data: {path: d}\nstages: [{name: head, epochs: 2, lr: 1e-3}]\n"
@@ -583,7 +583,7 @@ def test_a_mistake_ends_the_job_with_code_2_and_one_line(tmp_path, capfd, argume
     file.write_text(MINIMAL)
     bad = tmp_path / "bad.yaml"
     bad.write_text(with_section("seed: -1"))
-    assert train.main([argument.format(file=file, bad=bad) for argument in arguments]) == 2
+    assert main([argument.format(file=file, bad=bad) for argument in arguments]) == 2
     out, err = capfd.readouterr()
     assert err.startswith(message.format(bad=bad))
     assert err.count("\n") == 1
@@ -591,7 +591,7 @@ def test_a_mistake_ends_the_job_with_code_2_and_one_line(tmp_path, capfd, argume
 
 
 def test_debug_adds_the_traceback(tmp_path, capfd):
-    assert train.main(["--config", "none.yaml", "--debug"]) == 2
+    assert main(["--config", "none.yaml", "--debug"]) == 2
     err = capfd.readouterr().err
     assert "Traceback" in err
     assert err.splitlines()[-1].startswith("rtl-dist: no config file")

@@ -4,10 +4,10 @@ import tracemalloc
 
 import pytest
 
-from rtl_dist import train
 from rtl_dist.config import load_config, parse_config
 from rtl_dist.config.yaml_text import YamlFault, read_yaml, write_yaml
 from rtl_dist.core.errors import UserError
+from rtl_dist.train import main
 
 GOOD = "data: {path: d}\nstages: [{name: a, epochs: 1, lr: 1}]\n"
 
@@ -70,7 +70,7 @@ def test_odd_yaml_is_refused_in_one_short_line(tmp_path, text, capfd):
         tracemalloc.start()
     try:
         for arguments in (["--config", str(file)], ["--config", str(good), f"optim={text}"]):
-            assert train.main(arguments) == 2
+            assert main(arguments) == 2
             out, err = capfd.readouterr()
             assert err.startswith("rtl-dist: ")
             assert err.count("\n") <= 23  # unknown keys have a line each

@@ -7,6 +7,7 @@ it lies, whenever and with however many workers it is packed.
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -104,8 +105,8 @@ class PackReport:
 
 
 def pack(
-    source: str,
-    out: Path,
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     *,
     val_fraction: float = 0.0,
     shard_size: int = 1000,
@@ -140,7 +141,7 @@ def pack(
         RtlDistError: a worker was killed or the disk is full; the same call goes on from there.
     """
     started_at = time.monotonic()
-    out = Path(out)
+    source, out = os.fspath(source), Path(out)
     check_workers(workers)
     options = PackOptions(
         val_fraction=val_fraction,
