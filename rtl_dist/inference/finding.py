@@ -71,6 +71,11 @@ class Finder:
         """
         if list(words).count(STDIN) > 1:
             raise UserError("- is given twice: there is one list on stdin")
+        if len(words) == 1 and words[0].lower().endswith(_LISTS) and os.path.isfile(words[0]):
+            raise UserError(
+                f"{shown(words[0])} is no image: if it lists images, one a line, give it on stdin,"
+                f" as in: predict MODEL - < {shown(words[0])}"
+            )
         for word in words:
             before = self._listing.count
             for name in [word] if word == STDIN else without_braces(word, what="inputs"):
@@ -97,7 +102,7 @@ class Finder:
                 raise UserError(f"{shown(word)} fits no file: correct the pattern")
             for match in matches:
                 if "**" not in word or not os.path.isdir(match):  # what is in it fits too
-                    self._find_local(match)
+                    self._find_match(match)
         else:
             raise UserError(
                 f"no such input: {shown(word)}; give files, folders, patterns, .csv tables, .tar"
@@ -112,13 +117,18 @@ class Finder:
             self._find_in_table(Path(path))
         elif lower.endswith(_TARS):
             self._find_in_tar(path, path)
-        elif lower.endswith(_LISTS) and not may_be_image(Path(path)):
-            raise UserError(
-                f"{shown(path)} is no image: if it lists images, one a line, give it on stdin, as"
-                f" in: predict MODEL - < {shown(path)}"
-            )
         else:
             self._listing.add_file(path)
+
+    def _find_match(self, path: str) -> None:
+        """What fits a pattern, or lies in a folder: not all need be images."""
+        lower = path.lower()
+        if os.path.isdir(path) or lower.endswith((*TABLES, *_TARS)):
+            self._find_local(path)
+        elif lower.endswith(IMAGE_SUFFIXES) or may_be_image(Path(path)):
+            self._listing.add_file(path)
+        else:
+            self._pass_over(path)
 
     def _find_listed(self, line: str) -> None:
         """A line of a list: what is not there is an input that cannot be read."""
@@ -167,15 +177,12 @@ class Finder:
         odd: list[tuple[Path, str]] = []
         ours = self._folder.absolute()
         for file in walk_files(Path(folder), Path(folder), odd):
-            lower = file.name.lower()
             if file.absolute().parent == ours:
                 continue
-            if lower.endswith(_TARS):
-                self._find_in_tar(str(file), str(file))
-            elif lower.endswith(IMAGE_SUFFIXES) or may_be_image(file):
-                self._listing.add_file(str(file))
-            else:
+            if file.name.lower().endswith(TABLES):  # of this folder, most likely: not of others
                 self._pass_over(str(file))
+            else:
+                self._find_match(str(file))
         self._notes += [f"passed over: {shown(str(path))} {what}" for path, what in odd[:_NAMED]]
         if len(odd) > _NAMED:
             self._notes.append(f"passed over: {len(odd) - _NAMED:,} more such links and devices")
