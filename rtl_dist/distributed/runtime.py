@@ -21,6 +21,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from rtl_dist.config import Precision
 from rtl_dist.core.cpus import available_cpus
+from rtl_dist.core.device_memory import is_shortage
 from rtl_dist.core.errors import RtlDistError, StopRequested, UserError
 from rtl_dist.core.memory import available_memory
 from rtl_dist.distributed.accelerate_settings import (
@@ -199,7 +200,7 @@ class Runtime(Ranks):
 
     def _explanation(self, error: BaseException | None) -> RtlDistError | None:
         """What to tell the user instead of an error that is not of our making; None: nothing."""
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_shortage(error):
             return RtlDistError(
                 f"out of memory ({str(error).splitlines()[0]}); set batch.micro lower or use a"
                 " smaller data.image_size, and start the same command again"

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from rtl_dist.core.device_memory import InParts
 from rtl_dist.core.errors import DataError
 from rtl_dist.data.format.split import Split
 from rtl_dist.data.images.augment import EvalTransform
@@ -70,7 +71,8 @@ def logits_of_split(
 
     Raises:
         DataError: on every rank, if a sample is damaged.
-        RtlDistError: on every rank, if the loader of one failed.
+        RtlDistError: on every rank, if the loader of one failed, or its memory does not hold one
+            image.
         StopRequested: on every rank, if one was asked to stop.
     """
     model.eval()
@@ -86,16 +88,22 @@ def logits_from_view(
     divided: Divided, split: Split, view: View, *, runtime: Runtime
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """Sample numbers and logits of this rank's blocks, from what the frozen part made of them."""
-    blocks = blocks_of(split, runtime)
-    for first in runtime.in_rounds(
-        blocks, rounds_of(split, runtime), what=f"evaluating {split.name}"
-    ):
-        if first is None:
-            continue
-        samples = np.arange(first, min(first + EVAL_BLOCK, split.num_samples))
-        inputs = view.features[first : first + len(samples)].to(runtime.device)
+    what = f"evaluating {split.name}"
+    in_parts = InParts(what)
+
+    def logits_of(features: torch.Tensor) -> torch.Tensor:
         with runtime.accelerator.autocast():
-            yield samples, divided.trained(inputs)
+            logits: torch.Tensor = divided.trained(features.to(runtime.device))
+        return logits
+
+    def scored() -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        for first in blocks_of(split, runtime):
+            samples = np.arange(first, min(first + EVAL_BLOCK, split.num_samples))
+            yield samples, in_parts(logits_of, view.features[first : first + len(samples)])
+
+    for block in runtime.in_rounds(scored(), rounds_of(split, runtime), what=what):
+        if block is not None:
+            yield block
 
 
 def blocks_of(split: Split, runtime: Runtime) -> range:
@@ -143,17 +151,31 @@ def logits_from_images(
     images = EVAL_BLOCK * runtime.world_size
     with runtime.progress(total=len(blocks), what=what, unit="batch", images=images) as bar:
         batches = runtime.heartbeat.while_fetching(batches, are_remote=split.is_remote)
-        for batch in runtime.in_rounds(batches, rounds_of(split, runtime), what=what):
-            if batch is None:
+        scored = _scored(divided, batches, InParts(what), runtime)
+        for block in runtime.in_rounds(scored, rounds_of(split, runtime), what=what):
+            if block is None:
                 continue
             bar.update()
-            if batch.bad:
-                bad += batch.bad
-                continue
-            with runtime.accelerator.autocast():
-                logits = divided.trained(divided.frozen(batch.inputs))
-            yield batch.samples.numpy(), logits
+            batch, logits = block
+            bad += batch.bad
+            if logits is not None:
+                yield batch.samples.numpy(), logits
     _refuse_bad(runtime, bad)
+
+
+def _scored(
+    divided: Divided, batches: Iterable[Batch], in_parts: InParts, runtime: Runtime
+) -> Iterator[tuple[Batch, torch.Tensor | None]]:
+    """Each batch with its logits; None where a sample is damaged."""
+
+    def logits_of(images: torch.Tensor) -> torch.Tensor:
+        assert divided.frozen is not None
+        with runtime.accelerator.autocast():
+            logits: torch.Tensor = divided.trained(divided.frozen(images.to(runtime.device)))
+        return logits
+
+    for batch in batches:
+        yield batch, None if batch.bad else in_parts(logits_of, batch.inputs)
 
 
 def _keeping(kept: KeptImages, batches: Iterable[Batch]) -> Iterator[Batch]:

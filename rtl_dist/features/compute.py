@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from rtl_dist.core.errors import DataError, RtlDistError, StopRequested
+from rtl_dist.core.device_memory import Attempt, InParts
+from rtl_dist.core.errors import DataError, OutOfMemory, RtlDistError, StopRequested
 from rtl_dist.data.loading.batch import Batch
 from rtl_dist.data.loading.blocks import blocks_of_rank, cannot_evaluate, num_rounds
 from rtl_dist.data.loading.loader import make_loader
@@ -48,6 +49,7 @@ def compute_view(
     Raises:
         NoCachedFeaturesError: on every rank, if the disk does not allow it.
         StopRequested: on every rank, if one was asked to stop.
+        OutOfMemory: on every rank, if the memory of one does not hold a microbatch.
         RtlDistError: on every rank, if the loader of one failed, or an evaluation's sample is
             damaged.
     """
@@ -78,15 +80,14 @@ def compute_in_memory(plan: ViewPlan, *, runtime: Runtime, workers: int, bar: Pr
     mine = blocks_of_rank(
         shape.num_samples, shape.block_size, rank=runtime.rank, world_size=runtime.world_size
     )
-    batches = _batches(plan, mine, runtime=runtime, workers=workers)
+    computed = _computed(plan, mine, runtime=runtime, workers=workers)
     rounds = rounds_of_view(plan, runtime)
     blocks: list[tuple[int, torch.Tensor, list[int]]] = []
     bad: list[str] = []
-    for turn, batch in enumerate(runtime.in_rounds(batches, rounds, what="computing features")):
-        if batch is not None:
-            bad += batch.bad
-            rows = _features(plan, mine[turn], batch, runtime)
-            blocks.append((mine[turn], rows, batch.samples[: len(rows)].tolist()))
+    for block in runtime.in_rounds(computed, rounds, what="computing features"):
+        if block is not None:
+            bad += block.bad
+            blocks.append((block.first, block.rows, block.used))
         bar.update()
     gathered = runtime.gather_to_main(blocks)
     every = sorted((b for of_rank in gathered or [] for b in of_rank), key=lambda block: block[0])
@@ -96,6 +97,19 @@ def compute_in_memory(plan: ViewPlan, *, runtime: Runtime, workers: int, bar: Pr
         used=torch.tensor([sample for *_, used in every for sample in used], dtype=torch.int64),
         bad=[name for names in runtime.gather(bad) for name in names],
     )
+
+
+class _Computed(NamedTuple):
+    """A block that was computed."""
+
+    first: int
+    """Number of its first row."""
+    rows: torch.Tensor
+    """What the frozen part makes of its images, on the host; what filled it up is left out."""
+    used: list[int]
+    """The samples that its rows really are of."""
+    bad: list[str]
+    """What each damaged sample met in it suffers from."""
 
 
 class _Block(NamedTuple):
@@ -149,19 +163,20 @@ def _write_blocks(
     mine = blocks_of_rank(
         shape.num_samples, shape.block_size, rank=runtime.rank, world_size=runtime.world_size
     )
-    batches = _batches(plan, mine, runtime=runtime, workers=workers)
+    computed = _computed(plan, mine, runtime=runtime, workers=workers)
     blocks: list[_Block] = []
     bad: list[str] = []
     for turn in range(rounds_of_view(plan, runtime)):
         failure, disk_failed = None, False
         try:
-            batch = next(batches) if turn < len(mine) else None
+            block = next(computed) if turn < len(mine) else None
         except RtlDistError as error:
-            batch, failure = None, error
-        if batch is not None:
-            bad += batch.bad
+            block, failure = None, error
+        if block is not None:
+            bad += block.bad
             try:
-                blocks.append(_write_block(plan, folder, mine[turn], batch, seal, runtime))
+                sums = write_block(folder, block.first, block.rows, seal)
+                blocks.append(_Block(block.first, sums, block.used))
             except OSError:
                 disk_failed = True
         bar.update()
@@ -181,22 +196,33 @@ def _write_blocks(
     )
 
 
-def _write_block(
-    plan: ViewPlan, folder: Path, first: int, batch: Batch, seal: Seal, runtime: Runtime
-) -> _Block:
-    features = _features(plan, first, batch, runtime)
-    sums = write_block(folder, first, features, seal)
-    return _Block(first, sums, batch.samples[: len(features)].tolist())
+def _computed(
+    plan: ViewPlan, blocks: range, *, runtime: Runtime, workers: int
+) -> Iterator[_Computed]:
+    """
+    Raises:
+        OutOfMemory: the memory does not hold a block of a training view, which is as large as a
+            microbatch. RtlDistError: it does not hold one image of an evaluation's; the loader
+            failed.
+    """
+    in_parts = InParts("computing features")
 
+    @torch.no_grad()
+    def features(images: torch.Tensor) -> torch.Tensor:
+        with runtime.accelerator.autocast():
+            return plan.frozen(images.to(runtime.device)).cpu()
 
-@torch.no_grad()
-def _features(plan: ViewPlan, first: int, batch: Batch, runtime: Runtime) -> torch.Tensor:
-    """The rows of a block, on the host; what fills it up is left out."""
-    with runtime.accelerator.autocast():
-        features = plan.frozen(batch.inputs)
-    count = min(plan.shape.block_size, plan.shape.num_samples - first)
-    rows: torch.Tensor = features[:count].cpu()
-    return rows
+    batches = _batches(plan, blocks, runtime=runtime, workers=workers)
+    for first, batch in zip(blocks, batches, strict=True):
+        if plan.number is None:
+            rows = in_parts(features, batch.inputs)
+        else:
+            with Attempt() as attempt:
+                rows = features(batch.inputs)
+            if attempt.ran_out:
+                raise OutOfMemory(f"out of memory with microbatches of {plan.shape.block_size}")
+        rows = rows[: min(plan.shape.block_size, plan.shape.num_samples - first)]
+        yield _Computed(first, rows, batch.samples[: len(rows)].tolist(), batch.bad)
 
 
 def _batches(plan: ViewPlan, blocks: range, *, runtime: Runtime, workers: int) -> Iterator[Batch]:

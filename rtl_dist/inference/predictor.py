@@ -15,6 +15,7 @@ import torch
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from rtl_dist.config import Precision
+from rtl_dist.core.device_memory import InParts
 from rtl_dist.core.files import sha256_of
 from rtl_dist.core.tasks import Task
 from rtl_dist.data.images.augment import EvalTransform
@@ -107,6 +108,7 @@ class Predictor:
         loaded.model.eval()
         self._multiplied_in = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         self._divided = divide(loaded.model, "head", dtype=self._multiplied_in)
+        self._in_parts = InParts("predicting")
 
     def fingerprint(self) -> str:
         """sha256 in hex of the folder's files that say what the model is."""
@@ -120,18 +122,20 @@ class Predictor:
 
     def probabilities(self, images: torch.Tensor) -> np.ndarray:
         """uint8 (N, C, S, S) to float32 (N, K); softmax, or of multi-label models sigmoid."""
-        images = images.to(self.device)
-        scores = self._probabilities(images)
-        if self._tta == "hflip":
-            scores = (scores + self._probabilities(images.flip(-1))) / 2
-        return scores.cpu().numpy()
+        return self._in_parts(self._probabilities, images).cpu().numpy()
 
     def features(self, images: torch.Tensor) -> np.ndarray:
         """uint8 (N, C, S, S) to what the head is given, float32 (N, D)."""
-        with torch.inference_mode():
-            return self._features(images.to(self.device)).float().cpu().numpy()
+        return self._in_parts(self._features, images).float().cpu().numpy()
 
     def _probabilities(self, images: torch.Tensor) -> torch.Tensor:
+        images = images.to(self.device)
+        scores = self._scores(images)
+        if self._tta == "hflip":
+            scores = (scores + self._scores(images.flip(-1))) / 2
+        return scores
+
+    def _scores(self, images: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
             features = self._features(images)
             with self._autocast():
@@ -140,8 +144,8 @@ class Predictor:
 
     def _features(self, images: torch.Tensor) -> torch.Tensor:
         assert self._divided.frozen is not None
-        with self._autocast():
-            features: torch.Tensor = self._divided.frozen(images)
+        with torch.inference_mode(), self._autocast():
+            features: torch.Tensor = self._divided.frozen(images.to(self.device))
         return features
 
     def _autocast(self) -> torch.autocast:

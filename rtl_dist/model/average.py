@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from rtl_dist.core.device_memory import Attempt
+from rtl_dist.core.errors import OutOfMemory
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.model.batchnorm import StepStatistics
 from rtl_dist.model.classifier import Classifier
@@ -54,6 +56,7 @@ class Average:
 
         Raises:
             StopRequested: on every rank. RtlDistError: on every rank, if the loader of one failed.
+            OutOfMemory: on every rank, if the memory of one does not hold a microbatch.
         """
         chosen = [m for name, m in self.model.named_modules() if name in layers]
         for layer in chosen:
@@ -61,10 +64,9 @@ class Average:
         statistics = StepStatistics(self.model, momentum=1.0)
         statistics.begin()
         try:
-            for images in runtime.in_rounds(batches, rounds, what="measuring statistics"):
-                with torch.no_grad(), runtime.accelerator.autocast():
-                    self.model(images)
-                statistics.add()
+            passes = self._passes(batches, statistics, runtime)
+            for _ in runtime.in_rounds(passes, rounds, what="measuring statistics"):
+                pass
             true = torch.ones((), dtype=torch.bool, device=runtime.device)
             statistics.fold(runtime.mean_over_ranks, taken=true)
             self.model.eval()
@@ -73,3 +75,18 @@ class Average:
             self.model.eval()
             statistics.put_back()
             statistics.close()
+
+    def _passes(
+        self, batches: Iterable[torch.Tensor], statistics: StepStatistics, runtime: Runtime
+    ) -> Iterator[None]:
+        """Adds the statistics of one batch after the other."""
+        for images in batches:
+            with Attempt() as attempt, torch.no_grad(), runtime.accelerator.autocast():
+                self.model(images.to(runtime.device))
+            if attempt.ran_out:
+                raise OutOfMemory(
+                    f"out of memory measuring BatchNorm's statistics, with microbatches of"
+                    f" {len(images)}"
+                )
+            statistics.add()
+            yield

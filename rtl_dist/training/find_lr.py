@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rtl_dist.config import Config, ResolvedStage
-from rtl_dist.core.errors import UserError
+from rtl_dist.core.errors import OutOfMemory, UserError
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.distributed.stopping import StopRequests
 from rtl_dist.records.checkpoint import has_checkpoint
@@ -62,7 +62,13 @@ def find_lr(config: Config, stage_name: str | None) -> str:
                 for earlier in before:
                     _solve(earlier, run)
             is_solved = stage.solve or (bool(before) and not stepped)
-            found = measure_rates(stage, run)
+            try:
+                found = measure_rates(stage, run)
+            except OutOfMemory as error:
+                raise UserError(
+                    f"{error}: set batch.micro={max(1, run.micro_batch_size // 2)}, or use a"
+                    " smaller model or data.image_size"
+                ) from error
 
             def draw() -> str:
                 test = read_range_test(folder / FOLDER / f"{stage.name}.json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass
 
 from rtl_dist.config import ResolvedStage
 from rtl_dist.core.errors import OutOfMemory, UserError
@@ -30,12 +31,12 @@ def fit(stage: ResolvedStage, run: Run, restored: Snapshot | None) -> None:
         UserError: memory does not hold the smallest microbatch.
         RtlDistError: the loss is no longer finite, or a rank's loader failed.
     """
-    opened_at = time.perf_counter()
     run.runtime.heartbeat.beat(stage=stage.name, step=run.state.step)
     kept = OptimizerState(restored.optimizer, restored.scaler) if restored else None
+    again: _Again | None = _Again(kept)
     with run.runtime.heartbeat.phase("training"):
-        while (kept := _train(stage, run, kept, opened_at=opened_at)) is not None:
-            opened_at = time.perf_counter()
+        while again is not None:
+            again = _train(stage, run, again.kept)
     if run.stage_best and stage.patience is not None:
         assert run.state.stage_best is not None
         LOG.info("stage %s: back to its best, of step %d", stage.name, run.state.stage_best.step)
@@ -46,53 +47,72 @@ def fit(stage: ResolvedStage, run: Run, restored: Snapshot | None) -> None:
     run.state.begin_next_stage()
 
 
-def _train(
-    stage: ResolvedStage,
-    run: Run,
-    kept: OptimizerState | None,
-    *,
-    opened_at: float,
-) -> OptimizerState | None:
-    """Trains to the stage's end, or until memory does not hold a microbatch: then returns what the
-    optimizer knows, on the host, to go on with smaller ones. Nothing else is left of this attempt.
-    """
-    trainer = StageTrainer(stage, run, kept)
+@dataclass(frozen=True)
+class _Again:
+    """The stage goes on, with a trainer of its own."""
+
+    kept: OptimizerState | None
+    """What the optimizer knows, on the host; None: it has not begun."""
+
+
+def _train(stage: ResolvedStage, run: Run, kept: OptimizerState | None) -> _Again | None:
+    """Trains to the stage's end, or until memory does not hold a microbatch, wherever one is
+    computed: then what it was made smaller for is all that is left of this attempt."""
+    opened_at = time.perf_counter()
+    trainer = None
     try:
-        boundary = StepBoundary(stage, run, trainer, opened_at=opened_at)
-        LOG.info("stage %s: %s", stage.name, trainer.describe())
-        # a checkpoint within the stage was saved with the solved head
-        if stage.solve and kept is None and run.state.step == run.state.stage_first_step:
-            boundary.count_bad(solve_head(stage, run, trainer))
-        boundary.begin()
-        try:
-            trainer.standardize_head()
-        except OutOfMemory as error:
-            _halve_microbatch(run, error)
-            return trainer.optimizer.state().on_host()
-        done = run.state.step - run.state.stage_first_step
-        with run.runtime.progress(
-            total=stage.num_steps,
-            done=done,
-            what=stage.name,
-            unit="step",
-            images=run.config.batch.total,
-        ) as bar:
-            while not boundary.at_stage_end:
-                outcome = trainer.step()
-                try:
-                    boundary.cross(outcome)
-                except OutOfMemory as error:
-                    trainer.fold_totals()
-                    _halve_microbatch(run, error)
-                    return trainer.optimizer.state().on_host()
-                bar.update()
+        trainer = StageTrainer(stage, run, kept)
+        _take_steps(stage, run, trainer, is_new=kept is None, opened_at=opened_at)
+    except OutOfMemory as error:
+        _halve_microbatch(run, error)
+        if trainer is None:
+            return _Again(kept)
+        trainer.fold_totals()
+        return _Again(trainer.optimizer.state().on_host())
     finally:
-        trainer.close()
+        if trainer is not None:
+            trainer.close()
     return None
+
+
+def _take_steps(
+    stage: ResolvedStage, run: Run, trainer: StageTrainer, *, is_new: bool, opened_at: float
+) -> None:
+    """From where the stage stands to its end.
+
+    Args:
+        is_new: no step was taken in it yet, nor its head solved.
+        opened_at: ``time.perf_counter()`` when work on it began.
+
+    Raises:
+        OutOfMemory: on every rank, if the memory of one does not hold a microbatch.
+    """
+    boundary = StepBoundary(stage, run, trainer, opened_at=opened_at)
+    LOG.info("stage %s: %s", stage.name, trainer.describe())
+    # a checkpoint within the stage was saved with the solved head
+    if stage.solve and is_new and run.state.step == run.state.stage_first_step:
+        boundary.count_bad(solve_head(stage, run, trainer))
+    boundary.begin()
+    trainer.standardize_head()
+    with run.runtime.progress(
+        total=stage.num_steps,
+        done=run.state.step - run.state.stage_first_step,
+        what=stage.name,
+        unit="step",
+        images=run.config.batch.total,
+    ) as bar:
+        while not boundary.at_stage_end:
+            boundary.cross(trainer.step())
+            bar.update()
 
 
 def _halve_microbatch(run: Run, error: OutOfMemory) -> None:
     """Keeps the global batch, in more and smaller microbatches."""
+    if run.config.batch.sync_batchnorm and run.runtime.world_size > 1:
+        raise UserError(
+            f"{error}: batch.sync_batchnorm takes one microbatch a process, which cannot be made"
+            " smaller; use more processes, a smaller model or data.image_size, or set it to false"
+        )
     size = run.micro_batch_size
     smaller = next((size // n for n in range(2, size + 1) if size % n == 0), 0)
     # BatchNorm cannot learn from one image: neither now nor in a stage that comes

@@ -12,7 +12,7 @@ import math
 from dataclasses import replace
 
 from rtl_dist.config import ResolvedStage
-from rtl_dist.core.errors import OutOfMemory, RtlDistError, StopRequested, UserError
+from rtl_dist.core.errors import RtlDistError, StopRequested
 from rtl_dist.core.files import write_json
 from rtl_dist.optim.counts import non_finite, train_metrics
 from rtl_dist.records.lr_finder import FOLDER, holds_up_to, smoothed
@@ -31,7 +31,7 @@ def measure_rates(stage: ResolvedStage, run: Run) -> float:
     ``lr_finder/<stage>.json``. What the steps did to the model stays.
 
     Raises:
-        StopRequested: on every rank. UserError: memory does not hold a microbatch.
+        StopRequested: on every rank. OutOfMemory: on every rank, memory does not hold a microbatch.
         RtlDistError: a rank's loader failed, or the loss is never a number.
     """
     LOG.info("stage %s: a range test of its learning rate, up to %d steps", stage.name, STEPS)
@@ -42,11 +42,6 @@ def measure_rates(stage: ResolvedStage, run: Run) -> float:
         if stage.solve:
             solve_head(stage, run, trainer)
         rates, losses = _measure(trainer, run, stage, num_steps=num_steps)
-    except OutOfMemory as error:
-        raise UserError(
-            f"{error}: set batch.micro={max(1, run.micro_batch_size // 2)}, or use a smaller model"
-            " or data.image_size"
-        ) from error
     finally:
         trainer.close()
     found = holds_up_to(rates, losses)

@@ -8,6 +8,7 @@ import logging
 import torch
 
 from rtl_dist.config import Config
+from rtl_dist.core.device_memory import Attempt
 from rtl_dist.core.errors import UserError
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.model.build import make_classifier
@@ -75,17 +76,16 @@ def _fits(
     runtime: Runtime,
 ) -> bool:
     """Whether two whole steps with images of ``shape`` leave some of the memory."""
-    try:
+    with Attempt() as attempt:
         for _ in range(2):
             images = torch.zeros(shape, dtype=torch.uint8, device=runtime.device)
             with runtime.accelerator.autocast():
                 scores = model(images)
             scores.float().sum().backward()
             optimizer.step()
-    except torch.OutOfMemoryError:
+    optimizer.zero_grad(set_to_none=True)
+    if attempt.ran_out:
         return False
-    finally:
-        optimizer.zero_grad(set_to_none=True)
     if runtime.device.type != "cuda":
         return True
     free, of_device = torch.cuda.mem_get_info(runtime.device)

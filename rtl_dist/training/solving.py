@@ -7,6 +7,7 @@ import logging
 import torch
 
 from rtl_dist.config import ResolvedStage
+from rtl_dist.core.device_memory import Attempt
 from rtl_dist.core.errors import UserError
 from rtl_dist.core.keys import Stream, stream_key
 from rtl_dist.core.tasks import MULTI_LABEL
@@ -62,7 +63,18 @@ def _solution(stage: ResolvedStage, run: Run, view: View) -> tuple[torch.Tensor,
             f"stages.{stage.number}.solve: the features of some image are infinite or not a number;"
             " set precision to bf16 or no, or other weights"
         )
-    device, give_up = run.runtime.device, run.runtime.is_asked
+    with Attempt() as attempt:
+        return _solved(stage, run, view, run.runtime.device)
+    assert attempt.ran_out
+    LOG.info("stage %s: the head is solved on the CPU, as the GPU has no room for it", stage.name)
+    return _solved(stage, run, view, torch.device("cpu"))
+
+
+def _solved(
+    stage: ResolvedStage, run: Run, view: View, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``_solution``."""
+    give_up = run.runtime.is_asked
     labels = torch.from_numpy(run.train.labels(view.used.numpy()))
     folds = assign_folds(labels, seed=stream_key(run.config.seed, Stream.FOLDS) >> 1)
     with few_threads(view.features.numel() * run.dataset.num_classes):

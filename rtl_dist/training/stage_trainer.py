@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from rtl_dist.config import ResolvedStage
+from rtl_dist.core.device_memory import Attempt
 from rtl_dist.core.errors import OutOfMemory, RtlDistError
 from rtl_dist.core.keys import Stream, stream_key
 from rtl_dist.data.loading.batch import Batch
@@ -208,10 +209,12 @@ class StageTrainer:
         torch.manual_seed(
             stream_key(run.config.seed, Stream.FORWARD, run.state.step, microbatch) >> 1
         )
-        # with SyncBatchNorm also the forward pass waits for the other ranks
-        is_sharing = run.config.batch.sync_batchnorm and run.runtime.world_size > 1
-        try:
-            mixed, targets = self._mix(batch.inputs, batch.labels)
+        is_sharing, device = False, run.runtime.device
+        with Attempt() as attempt:
+            images, labels = batch.inputs.to(device), batch.labels.to(device)  # if they are not yet
+            # with SyncBatchNorm also the forward pass waits for the other ranks
+            is_sharing = run.config.batch.sync_batchnorm and run.runtime.world_size > 1
+            mixed, targets = self._mix(images, labels)
             scores = self.network(mixed)
             losses = self._loss(scores, targets)
             loss = losses.sum() / (len(losses) * per_rank)
@@ -220,16 +223,16 @@ class StageTrainer:
             run.runtime.accelerator.backward(loss)
             is_sharing = False
             self.network.statistics.add()
-            self.totals.add(losses.detach(), scores.detach(), batch.labels)
-        except torch.OutOfMemoryError:
-            pass  # handled below, when what the exception holds on to is free
-        else:
+            self.totals.add(losses.detach(), scores.detach(), labels)
+        if not attempt.ran_out:
             return None
         if is_sharing:  # part of it has gone to the others, the rest never will
+            cure = f"with batch.micro={run.micro_batch_size // 2}"
+            if run.config.batch.sync_batchnorm:  # one microbatch a process is all it takes
+                cure = "on more processes"
             raise RtlDistError(
                 f"out of memory in step {run.state.step}, while the ranks exchanged gradients;"
-                f" start the same command again with batch.micro={run.micro_batch_size // 2}: it"
-                " goes on from its last checkpoint"
+                f" start the same command again {cure}: it goes on from its last checkpoint"
             )
         return OutOfMemory(f"out of memory with microbatches of {run.micro_batch_size}")
 

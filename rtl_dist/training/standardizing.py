@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from rtl_dist.core.device_memory import Attempt
 from rtl_dist.core.errors import OutOfMemory
 from rtl_dist.data.loading.batch import Batch
 from rtl_dist.optim.principal_axes import common_scale
@@ -37,15 +38,19 @@ def standardize_head(
 
 
 def _features(
-    network: StageNetwork, batches: Iterable[Batch], *, micro_batch_size: int
+    network: StageNetwork,
+    batches: Iterable[Batch],
+    *,
+    micro_batch_size: int,
+    device: torch.device,
 ) -> Iterator[torch.Tensor]:
     """float64 (n, F) of each microbatch, on the host. Raises OutOfMemory."""
     for batch in batches:
-        try:
-            features = network.inputs_of(batch.inputs)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(f"out of memory with microbatches of {micro_batch_size}") from error
-        yield features.cpu().double()
+        with Attempt() as attempt:
+            features = network.inputs_of(batch.inputs.to(device)).cpu().double()
+        if attempt.ran_out:
+            raise OutOfMemory(f"out of memory with microbatches of {micro_batch_size}")
+        yield features
 
 
 @torch.no_grad()
@@ -62,7 +67,9 @@ def _measure(
     sums = torch.zeros(1 + 2 * run.model.head.in_features, dtype=torch.float64)
     items = batches.at(itertools.islice(reading.positions(), rounds))
     fetched = runtime.heartbeat.while_fetching(items, are_remote=run.train.is_remote)
-    computed = _features(network, fetched, micro_batch_size=run.micro_batch_size)
+    computed = _features(
+        network, fetched, micro_batch_size=run.micro_batch_size, device=runtime.device
+    )
     for features in runtime.in_rounds(computed, rounds, what="measuring features"):
         assert features is not None  # every rank has as many
         sums += torch.cat(

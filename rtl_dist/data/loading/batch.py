@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from rtl_dist.core.device_memory import Attempt
 from rtl_dist.data.images.tiny import TinyBatch
 
 
@@ -14,7 +15,8 @@ class Batch(NamedTuple):
 
     inputs: torch.Tensor
     """uint8 (n, C, S, S) images, or cached features (n, ...) in a floating point type. Images that
-    workers made are only lent: the next batch may overwrite them."""
+    workers made are only lent: the next batch may overwrite them. They are on the host where the
+    device's memory did not hold them: whoever uses them brings them there, or parts of them."""
     labels: torch.Tensor
     """int64 (n,) class numbers, or float32 (n, num_classes) of 0 and 1."""
     samples: torch.Tensor
@@ -42,9 +44,11 @@ class Microbatches(Protocol):
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its inputs and labels on ``device``; copies from pinned memory are only begun
-    when this returns."""
-    return batch._replace(
-        inputs=batch.inputs.to(device, non_blocking=True),
-        labels=batch.labels.to(device, non_blocking=True),
-    )
+    """The batch with its inputs and labels on ``device``, or as it is where the memory there does
+    not hold it; copies from pinned memory are only begun when this returns."""
+    with Attempt():
+        return batch._replace(
+            inputs=batch.inputs.to(device, non_blocking=True),
+            labels=batch.labels.to(device, non_blocking=True),
+        )
+    return batch

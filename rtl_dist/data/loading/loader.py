@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 import torch
 from torch.utils.data import DataLoader
 
+from rtl_dist.core.device_memory import Attempt
 from rtl_dist.core.text import readable_size
 from rtl_dist.data.loading.batch import Batch, Microbatches, to_device
 from rtl_dist.data.loading.ring import Reply, Requests, Ring, as_it_is, slot_bytes
@@ -98,7 +99,7 @@ class _Lent(Iterable[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         if self._device.type != "cuda":
             for reply in self._replies:
-                yield self._ring.batch(reply, self._device)
+                yield self._batch(reply)
             return
         replies = iter(self._replies)  # the workers start before the memory is pinned
         # A stream of its own: the copy runs beside the step before, and the slot is free again when
@@ -108,14 +109,22 @@ class _Lent(Iterable[Batch]):
         try:
             for reply in replies:
                 with torch.cuda.stream(side):
-                    batch = self._ring.batch(reply, self._device)
+                    batch = self._batch(reply)
                     copied = side.record_event()
                 current = torch.cuda.current_stream(self._device)
                 current.wait_event(copied)
-                batch.inputs.record_stream(current)
-                batch.labels.record_stream(current)
+                for tensor in (batch.inputs, batch.labels):
+                    if tensor.device.type == "cuda":
+                        tensor.record_stream(current)
                 yield batch
                 copied.synchronize()
         finally:
             side.synchronize()
             self._ring.unpin()
+
+    def _batch(self, reply: Reply) -> Batch:
+        """On the host where the device's memory holds neither the pixels nor what they are enlarged
+        to."""
+        with Attempt():
+            return self._ring.batch(reply, self._device)
+        return self._ring.batch(reply, torch.device("cpu"))
