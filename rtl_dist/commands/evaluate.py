@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " figures."
     )
     parser.add_argument(
-        "model", type=place, help="a run folder (its best weights), checkpoint or model folder"
+        "model",
+        type=place,
+        help="a run folder (its best weights), checkpoint or model folder, or an exported file",
     )
     parser.add_argument("--data", required=True, type=place, help="folder or URL of a data set")
     add_split(parser, "default: test where there is one, else val")

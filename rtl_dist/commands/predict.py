@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " bytes; a predict that was stopped or killed goes on by the same command."
     )
     parser.add_argument(
-        "model", type=place, help="a run folder (its best weights), checkpoint or model folder"
+        "model",
+        type=place,
+        help="a run folder (its best weights), checkpoint or model folder, or an exported file",
     )
     parser.add_argument(
         "inputs",

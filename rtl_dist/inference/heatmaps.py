@@ -60,6 +60,8 @@ def heatmaps(model: Classifier, images: torch.Tensor, classes: Sequence[int]) ->
     """
     if len(images) != len(classes) or not len(images):
         raise ValueError(f"{len(images)} images and {len(classes)} classes")
+    if not model.shows_layers:
+        raise UserError("an exported file gives no heatmaps: take the model that it was made of")
     model.eval()
     device = model.mean.device
     wanted = torch.as_tensor(list(classes), device=device)

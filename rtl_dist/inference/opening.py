@@ -8,9 +8,10 @@ from pathlib import Path
 from rtl_dist.config import Precision
 from rtl_dist.core.tasks import MULTI_LABEL
 from rtl_dist.distributed.runtime import Runtime
+from rtl_dist.inference.export.exported import open_model
 from rtl_dist.inference.predictor import Flips, Predicting, Predictor, precision_of
 from rtl_dist.model.calibration import Calibration
-from rtl_dist.model.folder import LoadedModel, load_model
+from rtl_dist.model.folder import LoadedModel
 
 
 class Opened:
@@ -20,13 +21,14 @@ class Opened:
     def __init__(self, path: str | Path, *, raw: bool = False) -> None:
         """
         Args:
-            path: a run folder (its best weights), a checkpoint folder or a model folder.
+            path: a run folder (its best weights), a checkpoint folder, a model folder or what was
+                exported.
             raw: whether its calibration is left out.
 
         Raises:
             UserError: it is none of these, or is damaged.
         """
-        loaded = load_model(path)
+        loaded = open_model(path)
         self._loaded: LoadedModel = replace(loaded, calibration=Calibration()) if raw else loaded
         self.precision: Precision = precision_of(loaded)
 

@@ -16,6 +16,7 @@ from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from rtl_dist.config import Precision
 from rtl_dist.core.device_memory import InParts
+from rtl_dist.core.errors import UserError
 from rtl_dist.core.files import sha256_of
 from rtl_dist.core.tasks import Task
 from rtl_dist.data.images.augment import EvalTransform
@@ -78,7 +79,7 @@ def prepared(transform: EvalTransform, content: bytes | torch.Tensor) -> torch.T
 
 
 class Predictor:
-    """A model folder's network on a device, in a precision.
+    """A model folder's network on a device, in a precision, or an exported file's, on the CPU.
 
     It divides, folds and multiplies as ``score_split`` does, so the same images in the same blocks
     (``EVAL_BLOCK``) get the same values.
@@ -111,7 +112,9 @@ class Predictor:
         self._in_parts = InParts("predicting")
 
     def fingerprint(self) -> str:
-        """sha256 in hex of the folder's files that say what the model is."""
+        """sha256 in hex of the exported file, or of the folder's that say what the model is."""
+        if self.source.is_file():
+            return sha256_of(self.source)
         names = ("model.safetensors", "config.json", "state.json")
         files = [self.source / name for name in names if (self.source / name).is_file()]
         return hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()
@@ -125,7 +128,13 @@ class Predictor:
         return self._in_parts(self._probabilities, images).cpu().numpy()
 
     def features(self, images: torch.Tensor) -> np.ndarray:
-        """uint8 (N, C, S, S) to what the head is given, float32 (N, D)."""
+        """uint8 (N, C, S, S) to what the head is given, float32 (N, D).
+
+        Raises:
+            UserError: it is an exported file.
+        """
+        if not self.loaded.model.shows_layers:
+            raise UserError(f"{self.source} is an exported file, which gives no features")
         return self._in_parts(self._features, images).float().cpu().numpy()
 
     def _probabilities(self, images: torch.Tensor) -> torch.Tensor:

@@ -37,6 +37,8 @@ class Classifier(nn.Module):
 
     mean: torch.Tensor
     std: torch.Tensor
+    shows_layers = True
+    """Whether it has a trunk and a head that can be looked at: not so of an exported file."""
 
     def __init__(
         self,

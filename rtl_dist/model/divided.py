@@ -23,7 +23,7 @@ from rtl_dist.model.parts import parts_of
 class Divided:
     """The two halves; one after the other they are the classifier, but for rounding."""
 
-    frozen: FrozenPart | None
+    frozen: FrozenPart | Classifier | None
     """uint8 images (n, C, S, S) to activations; None where the first part is trained already or the
     network cannot be cut."""
     trained: nn.Module
@@ -36,6 +36,8 @@ def divide(model: Classifier, first_trained: str, *, dtype: torch.dtype | None) 
     Args:
         dtype: autocast's, in which the frozen convolutions are kept; None without autocast.
     """
+    if not model.shows_layers:
+        return Divided(model, nn.Identity())
     names = list(parts_of(model))
     if first_trained == names[0]:
         return Divided(None, model)

@@ -25,10 +25,11 @@ from rtl_dist.distributed.terminal import configure_logging
 from rtl_dist.evaluation.calibrated import RAW
 from rtl_dist.evaluation.predictions import Predictions
 from rtl_dist.evaluation.scoring import metrics_on_every_rank, score_split
+from rtl_dist.inference.export.exported import open_model
 from rtl_dist.inference.predictor import precision_of
 from rtl_dist.model.calibration import UNCALIBRATED, Calibration
 from rtl_dist.model.classifier import Classifier, place
-from rtl_dist.model.folder import LoadedModel, load_model
+from rtl_dist.model.folder import LoadedModel
 
 _OVERWRITTEN = (
     "metrics.json",
@@ -63,7 +64,7 @@ class ScoredSplit:
             split=self.split,
             metrics=metrics,
             title=title,
-            model=self.model,
+            model=self.model if self.model.shows_layers else None,
         )
 
 
@@ -115,7 +116,7 @@ def evaluate(
 
     Args:
         split_name: None takes test where there is one, else val.
-        out: None takes ``evaluation/<split>`` in the model's folder.
+        out: None takes ``evaluation/<split>`` in the model's folder, or in one of a file's name.
         cache_dir, cache_gb, redirects: of remote data; see ``Cache``.
         raw: whether the model's calibration is left out.
 
@@ -128,7 +129,7 @@ def evaluate(
         UserError: no such model, or its head is for other classes than the data's.
         DataError: no such data or split, or a damaged sample.
     """
-    loaded = load_model(model_path)
+    loaded = open_model(model_path)
     with StopRequests() as stops, Runtime(precision or precision_of(loaded), stops) as runtime:
         configure_logging(is_main=runtime.is_main)
         dataset = runtime.on_every_rank(
@@ -138,7 +139,7 @@ def evaluate(
         )
         _require_same_classes(loaded, dataset)
         name = split_name or ("test" if "test" in dataset.split_names else "val")
-        out = out or Path(model_path) / "evaluation" / name
+        out = out or _usual_out(Path(model_path), name)
         runtime.from_main(lambda: _require_own_folder(out))
         scored = score_with(
             loaded.model,
@@ -158,6 +159,11 @@ def evaluate(
         if f"ece{RAW}" in metrics:
             figures += f", ece {metrics['ece']:.4f} (raw {metrics[f'ece{RAW}']:.4f})"
         return f"{name}: {figures} on {metrics['num_samples']:,} images. See {out}/report.html"
+
+
+def _usual_out(model: Path, split: str) -> Path:
+    """In the model's folder; of an exported file in one of its name, without the ending."""
+    return (model.with_suffix("") if model.is_file() else model) / "evaluation" / split
 
 
 def _require_own_folder(out: Path) -> None:

@@ -16,6 +16,7 @@ from rtl_dist.core.keys import Stream, stream_key
 from rtl_dist.data.loading.batch import Batch
 from rtl_dist.features.maker import FeatureMaker
 from rtl_dist.features.views import ViewPlanner
+from rtl_dist.model.divided import FrozenPart
 from rtl_dist.optim.counts import TrainTotals, add_counts
 from rtl_dist.optim.losses import make_loss
 from rtl_dist.optim.mixing import make_mixer
@@ -251,6 +252,7 @@ class StageTrainer:
         uses_store = self._stage.cache != "off"
         if frozen is None or not (uses_store or self._stage.solve):
             return None
+        assert isinstance(frozen, FrozenPart)
         planner = ViewPlanner(
             frozen,
             model_name=config.model.name,

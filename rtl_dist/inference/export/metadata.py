@@ -14,6 +14,8 @@ from rtl_dist.model.described import Described, parse_description
 from rtl_dist.model.folder import LoadedModel, describe_model
 
 Numbers = Literal["float32", "int8"]
+IN_PT2 = "rtl_dist.json"
+"""The file of a ``.pt2`` archive that holds it; ONNX has a place of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,11 @@ from torch.export.pt2_archive._package import load_pt2, package_pt2
 
 from rtl_dist.core.errors import UserError
 from rtl_dist.core.text import brief
+from rtl_dist.inference.export.metadata import IN_PT2
 from rtl_dist.inference.export.programs import quiet
 
 IMAGE, BATCH = "model", "batch"
 """The programs' names; ``torch.export.load`` gives the former."""
-METADATA = "rtl_dist.json"
 
 
 def save_pt2(
@@ -25,7 +25,7 @@ def save_pt2(
         package_pt2(
             path,
             exported_programs={IMAGE: image, BATCH: batch},
-            extra_files={METADATA: json.dumps(metadata)},
+            extra_files={IN_PT2: json.dumps(metadata)},
         )
 
 
