@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rtl_dist.core.tasks import MULTI_LABEL
 from rtl_dist.data.images.decode import decode
 from rtl_dist.evaluation.metrics import compute_metrics
 from rtl_dist.evaluation.predictions import Predictions
@@ -91,18 +92,26 @@ class Checking:
     def metric_name(self) -> str:
         return self.original.loaded.task.headline
 
+    def scored(self) -> Predictions | None:
+        """What the export that was found right says of labelled images; None: there are none."""
+        assert self.parity is not None
+        return None if self.images.labels is None else self._predictions(self.parity.found)
+
     def _metric(self, scores: np.ndarray) -> float | None:
         if self.images.labels is None:
             return None
-        loaded = self.original.loaded
-        predictions = Predictions(
+        return compute_metrics(self._predictions(scores))[self.metric_name]
+
+    def _predictions(self, scores: np.ndarray) -> Predictions:
+        loaded, labels = self.original.loaded, self.images.labels
+        assert labels is not None
+        return Predictions(
             task=loaded.task,
             classes=loaded.classes,
-            labels=self.images.labels,
+            labels=labels.astype(np.uint8) if loaded.task == MULTI_LABEL else labels,
             scores=scores,
             calibration=loaded.calibration,
         )
-        return compute_metrics(predictions)[self.metric_name]
 
 
 def size_of(path: Path) -> int:

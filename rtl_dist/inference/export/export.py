@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 
 from rtl_dist.core.errors import UserError
-from rtl_dist.core.files import write_json
+from rtl_dist.core.files import write_json, write_text
 from rtl_dist.data.format.dataset import Dataset
+from rtl_dist.inference.export.card import card_of
 from rtl_dist.inference.export.checked_images import CheckedOn
 from rtl_dist.inference.export.checking import FOLDER, GRAPH, Checking, size_of
 from rtl_dist.inference.export.destination import EXAMPLE, Destination
@@ -22,6 +23,7 @@ from rtl_dist.inference.export.graphs import BatchGraph, ImageGraph
 from rtl_dist.inference.export.metadata import fingerprint_of, metadata_of
 from rtl_dist.inference.export.onnx_file import OnnxGraphs, joined, make_onnx, save_onnx
 from rtl_dist.inference.export.onnx_runner import OnnxRunner, read_onnx
+from rtl_dist.inference.export.origin import origin_of
 from rtl_dist.inference.export.parity import Original
 from rtl_dist.inference.export.programs import batch_program, image_program
 from rtl_dist.inference.export.pt2_file import read_pt2, save_pt2
@@ -75,6 +77,8 @@ def export(request: Request) -> str:
         rows = _filled(request, destination, checking, dataset)
         rows = [checking.of_model((loaded.source / WEIGHTS).stat().st_size), *rows]
         told = _told(request, checking, rows)
+        if request.format == "hf":
+            _write_card(request, destination, checking, told["fingerprint"])
         write_json(destination.folder / "export.json", told)
     return json.dumps(told, ensure_ascii=False) if request.as_json else _said(told, checking, rows)
 
@@ -151,6 +155,19 @@ def _training_views(dataset: Dataset, original: Original) -> torch.Tensor:
         raise UserError(f"--int8 is calibrated on training images, {dataset.where} has no train")
     images = images_of_split(dataset.split("train"), dataset.where, CALIBRATED_ON)
     return torch.stack([original.transform(content, 0) for content in images.files])
+
+
+def _write_card(
+    request: Request, destination: Destination, checking: Checking, fingerprint: str
+) -> None:
+    card = card_of(
+        checking.original.loaded,
+        origin_of(request.model),
+        checking.scored(),
+        source=checking.images.source,
+        fingerprint=fingerprint,
+    )
+    write_text(destination.folder / "README.md", card)
 
 
 def _told(request: Request, checking: Checking, rows: list[Row]) -> dict[str, Any]:
