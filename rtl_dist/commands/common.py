@@ -105,6 +105,16 @@ def add_split(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--split", help=what)
 
 
+def add_raw(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--raw", action="store_true", help="read the model's scores as they are, not calibrated"
+    )
+
+
+def add_json(parser: argparse.ArgumentParser, what: str = "print the result as JSON") -> None:
+    parser.add_argument("--json", action="store_true", help=what)
+
+
 def add_file_column(parser: argparse.ArgumentParser, tables: str) -> None:
     parser.add_argument(
         "--file-column",

@@ -9,6 +9,7 @@ from rtl_dist.commands.common import (
     add_debug,
     add_out,
     add_precision,
+    add_raw,
     add_split,
     add_workers,
     place,
@@ -31,9 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_out(parser, "default: MODEL/evaluation/SPLIT")
     add_workers(parser, "loader processes")
     add_precision(parser)
-    parser.add_argument(
-        "--raw", action="store_true", help="read the model's scores as they are, not calibrated"
-    )
+    add_raw(parser)
     add_cache(parser)
     add_debug(parser)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from rtl_dist.commands.common import add_debug, add_redirects, path, place
+from rtl_dist.commands.common import add_debug, add_json, add_redirects, path, place
 
 _TORCHSCRIPT = (
     "torchscript is not offered: PyTorch deprecated it for torch.export, which --format pt2 is"
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="check on at most N images (default: 500)",
     )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_json(parser)
     add_redirects(parser)
     add_debug(parser)
 

@@ -8,9 +8,11 @@ from rtl_dist.commands.common import (
     add_cache,
     add_debug,
     add_file_column,
+    add_json,
     add_out,
     add_overwrite,
     add_precision,
+    add_raw,
     add_split,
     add_workers,
     place,
@@ -52,9 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tta", choices=("hflip",), help="average over each image and its mirror image"
     )
-    parser.add_argument(
-        "--raw", action="store_true", help="without the calibration that the model comes with"
-    )
+    add_raw(parser)
     parser.add_argument(
         "--allow-errors",
         type=int,
@@ -63,9 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave with 0 although up to N inputs cannot be read",
     )
     add_file_column(parser, "tables")
-    parser.add_argument(
-        "--json", action="store_true", help="print JSON: without --out the rows, else what was done"
-    )
+    add_json(parser, "print JSON: without --out the rows, else what was done")
     add_overwrite(parser, "replace OUT whatever it is, and begin anew what was begun")
     add_workers(parser, "processes that read and decode")
     add_precision(parser)

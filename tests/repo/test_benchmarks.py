@@ -13,6 +13,7 @@ BENCHMARKS = ROOT / "benchmarks"
 SMALLEST = {
     "checkpoint.py": "--rounds 1 --model test_resnet",
     "loader.py": "--images {images} --sides ours --repeats 1 --batches 1 --workers 1",
+    "predict.py": "--images 64 --side 32 --repeats 1 --model basic_cnn --workers 0",
     "scale.py": "--shards 5000",
     "shuffle.py": "",
     "step_operations.py": "--network resnet18 --most 3",
