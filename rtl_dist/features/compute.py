@@ -18,8 +18,9 @@ from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.distributed.terminal import Progress
 from rtl_dist.features.seal import Seal
 from rtl_dist.features.store import FeatureStore
-from rtl_dist.features.view_files import BlockSums, View, write_block
+from rtl_dist.features.view_files import BlockSums, View
 from rtl_dist.features.views import ViewPlan
+from rtl_dist.features.writing import BlockWriter
 
 
 class NoCachedFeaturesError(RtlDistError):
@@ -112,17 +113,6 @@ class _Computed(NamedTuple):
     """What each damaged sample met in it suffers from."""
 
 
-class _Block(NamedTuple):
-    """A block that was written."""
-
-    first: int
-    """Number of its first row."""
-    sums: BlockSums
-    """Of its rows."""
-    used: list[int]
-    """The samples that its rows really are of."""
-
-
 class _Written(NamedTuple):
     """What all ranks have written of a view; see ``complete_view``."""
 
@@ -164,36 +154,41 @@ def _write_blocks(
         shape.num_samples, shape.block_size, rank=runtime.rank, world_size=runtime.world_size
     )
     computed = _computed(plan, mine, runtime=runtime, workers=workers)
-    blocks: list[_Block] = []
     bad: list[str] = []
-    for turn in range(rounds_of_view(plan, runtime)):
-        failure, disk_failed = None, False
-        try:
-            block = next(computed) if turn < len(mine) else None
-        except RtlDistError as error:
-            block, failure = None, error
-        if block is not None:
-            bad += block.bad
+    with BlockWriter(folder, seal) as writer:
+        for turn in range(rounds_of_view(plan, runtime)):
+            failure = None
             try:
-                sums = write_block(folder, block.first, block.rows, seal)
-                blocks.append(_Block(block.first, sums, block.used))
-            except OSError:
-                disk_failed = True
-        bar.update()
-        runtime.heartbeat.beat()
-        stop, num_failed = runtime.agree(bad_samples=int(disk_failed), failure=failure)
-        if stop:
-            raise StopRequested(
-                "stopped while features were computed; whole views are kept: start again to go on"
-            )
-        if num_failed:
-            raise NoCachedFeaturesError(f"{folder.parent} cannot be written by every process")
+                block = next(computed) if turn < len(mine) else None
+            except RtlDistError as error:
+                block, failure = None, error
+            if block is not None:
+                bad += block.bad
+                writer.write(block.first, block.rows, block.used)
+            bar.update()
+            _agree(runtime, folder, failure, disk_failed=writer.has_failed)
+        blocks = writer.written()
+    _agree(runtime, folder, None, disk_failed=writer.has_failed)
     every = sorted(block for of_rank in runtime.gather(blocks) for block in of_rank)
     return _Written(
         checksums=[block.sums for block in every],
         used=np.array([sample for block in every for sample in block.used], dtype=np.int64),
         bad=[name for names in runtime.gather(bad) for name in names],
     )
+
+
+def _agree(
+    runtime: Runtime, folder: Path, failure: RtlDistError | None, *, disk_failed: bool
+) -> None:
+    """Ends all ranks alike where one failed or was asked to stop."""
+    runtime.heartbeat.beat()
+    stop, num_failed = runtime.agree(bad_samples=int(disk_failed), failure=failure)
+    if stop:
+        raise StopRequested(
+            "stopped while features were computed; whole views are kept: start again to go on"
+        )
+    if num_failed:
+        raise NoCachedFeaturesError(f"{folder.parent} cannot be written by every process")
 
 
 def _computed(

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from rtl_dist.data.format.split import Split
-from rtl_dist.data.loading.batch import Batch
 from rtl_dist.data.order.base import TrainingStream
-from rtl_dist.features.view_files import View
+from rtl_dist.features.view_files import View, as_features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,26 +33,37 @@ class ViewMicrobatches:
         """What each damaged sample met when the views were made suffers from."""
         return [name for view in self.views.values() for name in view.bad]
 
-    def at(self, positions: Iterable[int]) -> Iterator[Batch]:
-        """The microbatches at these positions of the stream, on the host."""
-        for position in positions:
-            samples, epochs = self.order.samples_at(position, self.size)
-            numbers = epochs % self.num_views
-            inputs: torch.Tensor | None = None
-            used = np.empty_like(samples)
-            for number in np.unique(numbers):
-                view, chosen = self.views[int(number)], numbers == number
-                rows = torch.from_numpy(samples[chosen])
-                features = view.features[rows]
-                if inputs is None:
-                    inputs = features.new_empty((self.size, *features.shape[1:]))
-                inputs[torch.from_numpy(chosen)] = features
-                used[chosen] = view.used[rows].numpy()
-            assert inputs is not None
-            labels = torch.from_numpy(self.split.labels(used))
-            if inputs.ndim == 4:
-                inputs = inputs.contiguous(memory_format=torch.channels_last)
-            yield Batch(inputs, labels, torch.from_numpy(used), [])
+    @property
+    def row_bytes(self) -> int:
+        """Of the features of one sample."""
+        return int(self._any_view.rows.shape[1])
+
+    def gather(self, position: int, out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Copies the features at a position of the stream; returns their labels, see
+        ``Split.labels``, and the samples that they really are of, int64 (n,).
+
+        Args:
+            out: uint8 (size, row_bytes).
+        """
+        samples, epochs = self.order.samples_at(position, self.size)
+        numbers = epochs % self.num_views
+        used = np.empty_like(samples)
+        edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), self.size]
+        for start, end in itertools.pairwise(edges):
+            view, wanted = self.views[int(numbers[start])], samples[start:end]
+            # "clip", because numpy would copy first to be able to complain
+            np.take(view.rows, wanted, axis=0, out=out[start:end], mode="clip")
+            used[start:end] = view.used.numpy()[wanted]
+        return self.split.labels(used), used
+
+    def as_features(self, rows: torch.Tensor) -> torch.Tensor:
+        """What gathered rows are, (n, ...), in the same memory."""
+        features = self._any_view.features
+        return as_features(rows, tuple(features.shape[1:]), features.dtype)
+
+    @property
+    def _any_view(self) -> View:
+        return next(iter(self.views.values()))
 
 
 def views_of_stage(

@@ -1,9 +1,12 @@
 """The files of one view: what they hold, and whether that is still as it was written.
 
 A folder holds ``features.bin`` (num_samples, ...), ``used.npy`` (the sample that each row is of)
-and ``description.json`` (their shape and checksums), which is what makes the folder whole. What
-the description says of a view is compared with what is expected (``fits``); who made it is known by
-its ``Seal``, and whether that counts is the store's to say.
+and ``description.json`` (their shape and checksums), which is what makes the folder whole.
+Activations, rows of (C, H, W), lie there as (H, W, C): as the network takes them, channels-last, so
+that a row is copied whole to where it is used.
+
+What the description says of a view is compared with what is expected (``fits``); who made it is
+known by its ``Seal``, and whether that counts is the store's to say.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -28,6 +32,7 @@ from rtl_dist.features.seal import Seal
 
 _FEATURES, _USED, _DESCRIPTION = FILES = ("features.bin", "used.npy", "description.json")
 _MOST_HEADER = 4096  # bytes of an array's file before its values
+_OF_ACTIVATIONS = 3  # dimensions of a row
 CHUNK_BYTES = 2**24  # bytes read at a time
 _DTYPES = {str(t): t for t in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 
@@ -60,12 +65,19 @@ class View:
 
     features: torch.Tensor
     """(num_samples, ...) in the precision that the frozen part has, on the host; what is changed in
-    it changes no file."""
+    it changes no file. Of activations it is channels-last."""
     used: torch.Tensor
     """int64 (num_samples,): the sample that each row really is of, another one where a damaged
     sample was replaced."""
     bad: list[str]
     """What each damaged sample suffers from."""
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """uint8 (num_samples, bytes), the features of each image as they lie in memory."""
+        stored = _as_stored(self.features)
+        raw: np.ndarray = stored.view(len(stored), -1).view(torch.uint8).numpy()
+        return raw
 
 
 def reserve_room(folder: Path, shape: ViewShape) -> None:
@@ -98,7 +110,7 @@ def write_block(folder: Path, first: int, rows: torch.Tensor, seal: Seal) -> Blo
     Raises:
         OSError: the disk fails.
     """
-    content = rows.contiguous().view(-1).view(torch.uint8).numpy().data
+    content = _as_stored(rows).view(-1).view(torch.uint8).numpy().data
     # not for reading, too: two nodes' blocks may lie in one page
     with open(regular_descriptor(folder / _FEATURES, os.O_WRONLY), "wb") as file:
         offset = first * (len(content) // max(1, len(rows)))
@@ -215,12 +227,33 @@ def open_view(folder: Path) -> View:
     with open_regular(folder / _FEATURES) as file:
         # copy on write: torch has no read-only tensors
         flat = np.memmap(file, dtype=np.uint8, mode="c")
-    features = torch.from_numpy(flat)[: shape.num_samples * shape.row_bytes]
+    stored = torch.from_numpy(flat)[: shape.num_samples * shape.row_bytes]
     return View(
-        features=features.view(shape.dtype).view(shape.num_samples, *shape.row),
+        features=as_features(stored.view(shape.num_samples, -1), shape.row, shape.dtype),
         used=torch.from_numpy(_read_used(folder, description, None)),
         bad=list(description["bad"]),
     )
+
+
+def as_features(rows: torch.Tensor, row: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """What rows of a view's bytes are: (n, ...) in the same memory.
+
+    Args:
+        rows: uint8 (n, bytes).
+        row: see ``ViewShape``.
+    """
+    values = rows.view(dtype)
+    if len(row) != _OF_ACTIVATIONS:
+        return values.view(len(rows), *row)
+    channels, height, width = row
+    return values.view(len(rows), height, width, channels).permute(0, 3, 1, 2)
+
+
+def _as_stored(features: torch.Tensor) -> torch.Tensor:
+    """The same values in the order in which they lie in a file."""
+    if features.ndim == 1 + _OF_ACTIVATIONS:
+        features = features.permute(0, 2, 3, 1)
+    return features.contiguous()
 
 
 def _read_used(folder: Path, description: dict[str, Any], seal: Seal | None) -> np.ndarray:

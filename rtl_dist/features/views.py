@@ -148,6 +148,8 @@ class ViewPlanner:
         content = self._common | looks
         content |= {"split": split.name, "channels": transform.channels, "block": block_size}
         row, dtype = self._row_of(transform.image_size)
+        if len(row) > 1:  # once they lay there as (C, H, W)
+            content |= {"layout": "channels last"}
         return ViewPlan(
             key=key_of(content),
             content=content,

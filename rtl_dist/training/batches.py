@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from rtl_dist.config import Config, ResolvedStage
 from rtl_dist.data.format.split import Split
 from rtl_dist.data.images.augment import TrainTransform, training_transform
-from rtl_dist.data.loading.batch import Batch, to_device
+from rtl_dist.data.loading.batch import Batch
 from rtl_dist.data.loading.loader import make_loader
 from rtl_dist.data.loading.microbatches import TrainingMicrobatches, microbatch_positions
 from rtl_dist.data.loading.stream import stream_microbatches
 from rtl_dist.data.order.base import TrainingStream
 from rtl_dist.data.order.training import training_order
 from rtl_dist.distributed.runtime import Runtime
+from rtl_dist.features.ahead import batches_ahead
 from rtl_dist.features.maker import FeatureMaker
 from rtl_dist.features.microbatches import ViewMicrobatches, views_of_stage
 
@@ -106,7 +107,7 @@ def open_stage_batches(
     if cached is None:
         at = functools.partial(_images_at, reading, num_classes)
         return StageBatches(at=at, iterator=at(reading.positions()))
-    at = functools.partial(_features_at, reading, cached)
+    at = functools.partial(batches_ahead, cached, device=reading.runtime.device)
     return StageBatches(
         at=at, iterator=at(reading.positions()), are_features=True, bad=list(cached.bad)
     )
@@ -149,13 +150,6 @@ def _stream(reading: StageReading, *, num_classes: int) -> Iterable[Batch]:
         workers=reading.workers,
         device=reading.runtime.device,
     )
-
-
-def _features_at(
-    reading: StageReading, cached: ViewMicrobatches, positions: Iterable[int]
-) -> Iterator[Batch]:
-    for batch in cached.at(positions):
-        yield to_device(batch, reading.runtime.device)
 
 
 def _open_features(reading: StageReading, features: FeatureMaker) -> ViewMicrobatches | None:

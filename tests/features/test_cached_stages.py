@@ -125,7 +125,7 @@ def test_a_ledger_of_cached_activations(tmp_path, dataset):
 
 def test_a_view_that_another_run_makes_meanwhile_is_taken(tmp_path, dataset, computed, monkeypatch):
     """The other run publishes both views while this one computes the first."""
-    import rtl_dist.features.compute as room
+    import rtl_dist.features.writing as room
 
     folder = str(tmp_path / "features")
     write, raced = room.write_block, []
@@ -170,7 +170,7 @@ def test_without_room_the_head_is_trained_all_the_same(
 
 
 def test_a_disk_that_fails_while_features_are_written(tmp_path, dataset, monkeypatch, capsys):
-    import rtl_dist.features.compute as room
+    import rtl_dist.features.writing as room
 
     cached = train(tmp_path, dataset, "cached", **CACHED)
     fired = []
@@ -199,7 +199,7 @@ def test_a_stop_while_features_are_computed_keeps_whole_views(
     import os
     import signal
 
-    import rtl_dist.features.compute as room
+    import rtl_dist.features.writing as room
 
     write, blocks = room.write_block, []
 

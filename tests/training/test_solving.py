@@ -27,7 +27,7 @@ from tiny_runs import (
 from rtl_dist.config import load_config, parse_config
 from rtl_dist.config.resolved_stage import resolve_stages
 from rtl_dist.core.errors import UserError
-from rtl_dist.features import compute
+from rtl_dist.features import writing
 from rtl_dist.model.folder import load_model
 from rtl_dist.prepare.packing.pack import pack
 from rtl_dist.training import solving
@@ -155,7 +155,7 @@ def test_it_goes_on_after_a_kill(tmp_path, dataset, monkeypatch, moment, stages)
     whole = train(tmp_path, dataset, "whole", **changes)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     place = {
-        "features": (compute, "write_block"),
+        "features": (writing, "write_block"),
         "solving": (solving, "solve"),
         "evaluation": (StageEvaluator, "metrics"),
     }[moment]

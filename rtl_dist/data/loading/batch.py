@@ -14,8 +14,8 @@ class Batch(NamedTuple):
     """One microbatch of n samples."""
 
     inputs: torch.Tensor
-    """uint8 (n, C, S, S) images, or cached features (n, ...) in a floating point type. Images that
-    workers made are only lent: the next batch may overwrite them. They are on the host where the
+    """uint8 (n, C, S, S) images, or cached features (n, ...) in a floating point type. They
+    are only lent: the next batch may overwrite them. They are on the host where the
     device's memory did not hold them: whoever uses them brings them there, or parts of them."""
     labels: torch.Tensor
     """int64 (n,) class numbers, or float32 (n, num_classes) of 0 and 1."""

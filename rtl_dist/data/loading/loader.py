@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 import torch
 from torch.utils.data import DataLoader
 
-from rtl_dist.core.device_memory import Attempt
 from rtl_dist.core.text import readable_size
 from rtl_dist.data.loading.batch import Batch, Microbatches, to_device
 from rtl_dist.data.loading.ring import Reply, Requests, Ring, as_it_is, slot_bytes
+from rtl_dist.data.loading.transfer import copied_to_gpu, on_device
 from rtl_dist.data.loading.workers import WorkerBatches, start_worker
 
 LOG = logging.getLogger("rtl_dist")
@@ -99,32 +99,11 @@ class _Lent(Iterable[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         if self._device.type != "cuda":
             for reply in self._replies:
-                yield self._batch(reply)
+                yield on_device(reply, self._ring.batch, self._device)
             return
         replies = iter(self._replies)  # the workers start before the memory is pinned
-        # A stream of its own: the copy runs beside the step before, and the slot is free again when
-        # it is done, however far the GPU is behind.
-        side = torch.cuda.Stream(self._device)
         self._ring.pin()
         try:
-            for reply in replies:
-                with torch.cuda.stream(side):
-                    batch = self._batch(reply)
-                    copied = side.record_event()
-                current = torch.cuda.current_stream(self._device)
-                current.wait_event(copied)
-                for tensor in (batch.inputs, batch.labels):
-                    if tensor.device.type == "cuda":
-                        tensor.record_stream(current)
-                yield batch
-                copied.synchronize()
+            yield from copied_to_gpu(replies, self._ring.batch, self._device)
         finally:
-            side.synchronize()
             self._ring.unpin()
-
-    def _batch(self, reply: Reply) -> Batch:
-        """On the host where the device's memory holds neither the pixels nor what they are enlarged
-        to."""
-        with Attempt():
-            return self._ring.batch(reply, self._device)
-        return self._ring.batch(reply, torch.device("cpu"))

@@ -22,8 +22,7 @@ from torch.utils.data import Dataset, Sampler
 
 from rtl_dist.data.images.tiny import TinyBatch, enlarge
 from rtl_dist.data.loading.batch import Batch, Microbatches
-
-_ALIGNED = 64  # bytes, of which pixels begin at a multiple
+from rtl_dist.data.loading.transfer import label_room, packed_batch
 
 
 class Request(NamedTuple):
@@ -69,7 +68,7 @@ class Ring(Dataset[Reply]):
     ) -> None:
         self._microbatches, self._enlarge_here = microbatches, enlarge_here
         self._is_pinned = False
-        self._label_room = label_room(microbatches)
+        self._label_room = _label_room(microbatches)
         self.slots = _shared_uint8((num_slots, slot_bytes(microbatches)))
 
     def __getitem__(self, request: Request) -> Reply:
@@ -98,16 +97,11 @@ class Ring(Dataset[Reply]):
     def batch(self, reply: Reply, device: torch.device) -> Batch:
         """The batch of a reply on ``device``, in the process that asked; on a CPU its inputs are
         in the slot itself."""
-        num_bytes = self._label_room + math.prod(reply.shape)
-        filled = self.slots[reply.slot, :num_bytes].to(device, non_blocking=True)
-        pixels = filled[self._label_room :].view(reply.shape)
+        filled = self.slots[reply.slot, : self._label_room + math.prod(reply.shape)]
+        content, labels = packed_batch(filled, self._label_room, reply.label_shape, device)
+        pixels = content.view(reply.shape)
         if reply.tiny_shapes is not None:
             pixels = enlarge(TinyBatch(pixels, reply.tiny_shapes), self._microbatches.shape[-1])
-        dtype = torch.int64 if len(reply.label_shape) == 1 else torch.float32
-        of_labels = math.prod(reply.label_shape) * dtype.itemsize
-        labels = filled[:of_labels].view(dtype).view(reply.label_shape)
-        if filled.device == self.slots.device:
-            labels = labels.clone()  # the slot is only lent
         return Batch(pixels, labels, torch.from_numpy(reply.samples), reply.bad)
 
     def pin(self) -> None:
@@ -136,15 +130,13 @@ class Requests(Sampler[Request]):
             yield Request(number % self._num_slots, position)
 
 
-def label_room(microbatches: Microbatches) -> int:
-    """Bytes of a slot before its pixels."""
-    needed = microbatches.shape[0] * microbatches.label_bytes
-    return math.ceil(needed / _ALIGNED) * _ALIGNED
-
-
 def slot_bytes(microbatches: Microbatches) -> int:
     """How large a slot is that holds any of these."""
-    return label_room(microbatches) + math.prod(microbatches.shape)
+    return _label_room(microbatches) + math.prod(microbatches.shape)
+
+
+def _label_room(microbatches: Microbatches) -> int:
+    return label_room(microbatches.shape[0], microbatches.label_bytes)
 
 
 def as_it_is(reply: Any) -> Any:
