@@ -66,6 +66,10 @@ class PredictOptions(TypedDict, total=False):
     """``hflip``: the mean over each image and its mirror image."""
     raw: bool
     """Whether the model's calibration is left out."""
+    explain: PathLike | None
+    """A folder for a heatmap of each input."""
+    grid: PathLike | None
+    """A PNG of the first 64 inputs with their labels and probabilities."""
     allow_errors: int
     """Inputs that may be unreadable without an error being raised."""
     workers: Literal["auto"] | int
@@ -139,6 +143,7 @@ def evaluate(
     cache_dir: str | None = None,
     cache_gb: float | None = None,
     redirects: Redirects = "origin",
+    raw: bool = False,
 ) -> Evaluation:
     """Scores every sample of a split once, as ``rtl-dist evaluate`` does, and writes tables,
     pictures and a page.
@@ -151,6 +156,7 @@ def evaluate(
         workers: loader processes.
         precision: None: that of the training.
         cache_dir, cache_gb, redirects: of remote data; see ``Cache``.
+        raw: whether the model's calibration is left out.
 
     Raises:
         UserError: no such model, or its head is for other classes than the data's.
@@ -176,6 +182,7 @@ def evaluate(
             cache_dir=cache_dir,
             cache_gb=cache_gb,
             redirects=redirects,
+            raw=raw,
         )
     return Evaluation(folder)
 
@@ -251,11 +258,14 @@ def predict(
             f"out: a {type(strange[0]).__name__} has no name to stand in a file; give paths, or"
             " leave out= out"
         )
+    explain, picture = options.pop("explain", None), options.pop("grid", None)
     request = Request(
         model=_place_of(model),
         inputs=[os.fspath(word) for word in words],
         out=Path(out),
-        **options,
+        explain=None if explain is None else Path(explain),
+        grid=None if picture is None else Path(picture),
+        **cast(Any, options),
     )
     with as_guest():
         predict_into_file(request)

@@ -15,6 +15,7 @@ from rtl_dist.commands.common import (
     add_raw,
     add_split,
     add_workers,
+    path,
     place,
 )
 
@@ -56,6 +57,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_raw(parser)
     parser.add_argument(
+        "--explain",
+        type=path,
+        metavar="DIR",
+        help="draw each input there, with a heatmap of where its most probable class comes from",
+    )
+    parser.add_argument(
+        "--grid",
+        type=path,
+        metavar="PICTURE.png",
+        help="draw the first 64 inputs with their labels and probabilities",
+    )
+    parser.add_argument(
         "--allow-errors",
         type=int,
         default=0,
@@ -87,6 +100,8 @@ def run(arguments: argparse.Namespace) -> str:
             threshold=arguments.threshold,
             tta=arguments.tta,
             raw=arguments.raw,
+            explain=arguments.explain,
+            grid=arguments.grid,
             allow_errors=arguments.allow_errors,
             workers="auto" if arguments.workers is None else arguments.workers,
             precision=arguments.precision,

@@ -16,6 +16,7 @@ from rtl_dist.data.loading.loader import make_loader
 from rtl_dist.data.loading.workers import resolve_workers
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.distributed.terminal import progress
+from rtl_dist.inference.drawn import Explainer
 from rtl_dist.inference.inputs import InputMicrobatches, Inputs
 from rtl_dist.inference.prediction import Prediction
 from rtl_dist.inference.predictor import Predicting
@@ -32,6 +33,7 @@ def predicted_blocks(
     inputs: Inputs,
     columns: Sequence[Column],
     *,
+    explainer: Explainer | None,
     top: int,
     done: int,
     runtime: Runtime,
@@ -41,6 +43,7 @@ def predicted_blocks(
 
     Args:
         columns, top: of the rows; see ``text_of``.
+        explainer: what draws each input; None: nothing does.
         done: blocks that were predicted at an earlier start.
 
     Raises:
@@ -74,8 +77,10 @@ def predicted_blocks(
         for batch in runtime.in_rounds(batches, rounds, what="predicting"):
             told: _Told | None = None
             if batch is not None:
-                # here pictures, heatmaps and the like of a block would be made of its images
-                predictions = _of_batch(request, predictor, inputs, next(turns), batch)
+                first = next(turns)
+                predictions = predictions_of(request, predictor, inputs, first, batch)
+                if explainer is not None:
+                    explainer.write(first, predictions, batch.inputs)
                 text = text_of(predictions, columns, form=request.form, top=top)
                 told = _Told(text, [f"{shown(p.source)} {p.error}" for p in predictions if p.error])
             of_ranks = [one for one in runtime.gather_to_main(told) or [] if one is not None]
@@ -91,7 +96,7 @@ class _Told:
     failed: list[str]
 
 
-def _of_batch(
+def predictions_of(
     request: Request, predictor: Predicting, inputs: Inputs, first: int, batch: Batch
 ) -> list[Prediction]:
     """Predictions of the inputs from number ``first`` on."""

@@ -40,20 +40,28 @@ class Heatmaps:
     above 0 it speaks for the class, below 0 against it. Rows and columns are those of ``layer``:
     7 x 7 of 224 x 224 pixels, in a ResNet."""
     scores: np.ndarray
-    """float32 (N,): the class's scores (logits), as they were computed here, in float32."""
+    """float32 (N,): the class's scores (logits), as they were computed here, without autocast."""
     exact: np.ndarray
     """bool (N,): whether the map's mean plus the head's bias is the score, to rounding."""
     layer: str
     """The path of the trunk's layer that the maps are of."""
 
 
-def heatmaps(model: Classifier, images: torch.Tensor, classes: Sequence[int]) -> Heatmaps:
+def heatmaps(
+    model: Classifier,
+    images: torch.Tensor,
+    classes: Sequence[int],
+    *,
+    against_others: bool = False,
+) -> Heatmaps:
     """The map of one class for each of N images; the model is left in eval mode.
 
     Args:
         model: on any device; it is computed in its weights' own precision, without autocast.
         images: uint8 (N, C, S, S), as ``EvalTransform`` makes them; at least one.
         classes: N numbers of classes.
+        against_others: of the class's score less the mean of all classes', bias likewise: what a
+            softmax looks at, to which a place that speaks for all classes alike says nothing.
 
     Raises:
         UserError: no layer of this network has places.
@@ -68,7 +76,7 @@ def heatmaps(model: Classifier, images: torch.Tensor, classes: Sequence[int]) ->
     with torch.inference_mode(False), torch.enable_grad():
         layer = _last_layer_with_places(model, images[:1].to(device), wanted[:1])
         parts = [
-            _maps(model, layer, images[rows].to(device), wanted[rows])
+            _maps(model, layer, images[rows].to(device), wanted[rows], against_others)
             for rows in (slice(i, i + _AT_ONCE) for i in range(0, len(images), _AT_ONCE))
         ]
     maps, scores, exact = (np.concatenate(each) for each in zip(*parts, strict=True))
@@ -76,16 +84,22 @@ def heatmaps(model: Classifier, images: torch.Tensor, classes: Sequence[int]) ->
 
 
 def _maps(
-    model: Classifier, layer: str, images: torch.Tensor, classes: torch.Tensor
+    model: Classifier,
+    layer: str,
+    images: torch.Tensor,
+    classes: torch.Tensor,
+    against_others: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Maps, scores and exactness (see ``Heatmaps``) of a few images."""
-    scores, outputs = _scores(model, images, classes, {layer: model.trunk.get_submodule(layer)})
+    logits, outputs = _logits(model, images, {layer: model.trunk.get_submodule(layer)})
+    of_class, bias = _of_class(logits, classes), model.head.plain_state()["bias"].double()
+    scores = of_class - logits.mean(1) if against_others else of_class
+    bias = bias[classes] - (bias.mean() if against_others else 0.0)
     (gradient,) = torch.autograd.grad(scores.sum(), outputs[layer])
     gave = _by_place(gradient.double() * outputs[layer].detach().double())
     assert gave is not None
     maps = gave.sum(3) * (gave.shape[1] * gave.shape[2])  # so that their mean is the score
     scores = scores.detach().double()
-    bias = model.head.plain_state()["bias"].double()[classes]
     slack = _ROUNDING * (scores.abs() + gave.abs().sum((1, 2, 3))) + 1e-9
     exact = (maps.mean((1, 2)) + bias - scores).abs() <= slack
     return maps.float().cpu().numpy(), scores.float().cpu().numpy(), exact.cpu().numpy()
@@ -103,13 +117,14 @@ def _last_layer_with_places(model: Classifier, image: torch.Tensor, label: torch
         for name, module in model.trunk.named_modules()
         if name and name.count(".") < _DEPTH
     }
-    scores, outputs = _scores(model, image, label, layers)
+    logits, outputs = _logits(model, image, layers)
     if not outputs:
         raise UserError(
             "no heatmap can be made: no layer of this network has more than one place, as of images"
             f" of {image.shape[-1]} pixels; a network of convolutions or of tokens has them"
         )
-    gradients = torch.autograd.grad(scores.sum(), list(outputs.values()), allow_unused=True)
+    score = _of_class(logits, label).sum()
+    gradients = torch.autograd.grad(score, list(outputs.values()), allow_unused=True)
     for name, gradient in reversed(list(zip(outputs, gradients, strict=True))):
         if gradient is not None and _counts_in_many_places(gradient):
             return name
@@ -123,11 +138,15 @@ def _counts_in_many_places(gradient: torch.Tensor) -> bool:
     return int((strength > 1e-6 * strength.max()).sum()) > 1
 
 
-def _scores(
-    model: Classifier, images: torch.Tensor, classes: torch.Tensor, layers: dict[str, nn.Module]
+def _of_class(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    return logits.gather(1, classes[:, None])[:, 0]
+
+
+def _logits(
+    model: Classifier, images: torch.Tensor, layers: dict[str, nn.Module]
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Each image's score of its class, and what those of the layers gave that have places, in the
-    order in which they did; the scores lead back to them."""
+    """Each image's scores, and what those of the layers gave that have places, in the order in
+    which they did; the scores lead back to them."""
     outputs: dict[str, torch.Tensor] = {}
 
     def watch(name: str) -> Any:
@@ -149,7 +168,7 @@ def _scores(
     finally:
         for hook in hooks:
             hook.remove()
-    return logits.gather(1, classes[:, None])[:, 0], outputs
+    return logits, outputs
 
 
 def _by_place(output: torch.Tensor) -> torch.Tensor | None:

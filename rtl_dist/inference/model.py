@@ -16,8 +16,8 @@ from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.core.tasks import MULTI_LABEL, Task
 from rtl_dist.core.text import did_you_mean
 from rtl_dist.data.loading.blocks import EVAL_BLOCK
+from rtl_dist.inference.drawn import explained
 from rtl_dist.inference.given import Given, ImageLike, given, is_one_image
-from rtl_dist.inference.heatmaps import heatmaps
 from rtl_dist.inference.opening import open_predictor
 from rtl_dist.inference.pictures import picture_of, png_of, with_heatmap
 from rtl_dist.inference.prediction import Prediction
@@ -35,10 +35,11 @@ class Explanation:
     label: str
     """The class."""
     heatmap: np.ndarray
-    """float32 (h, w): what each place of the square that the network saw gave to the score; above 0
-    it speaks for the class, below 0 against it."""
+    """float32 (h, w): what each place of the square that the network saw gave to the class's score
+    (single-label: less the mean of all classes'); above 0 it speaks for the class, below 0 against
+    it."""
     exact: bool
-    """Whether the map's mean plus the head's bias is the score; see ``inference/heatmaps.py``."""
+    """Whether the map's mean plus the head's bias is that score; see ``inference/heatmaps.py``."""
     picture: Image.Image
     """What the network saw, RGB."""
 
@@ -243,7 +244,7 @@ def _explained(predictor: Predictor, some: Sequence[Given], label: str | None) -
         numbers = predictor.probabilities(seen).argmax(1).tolist()
     else:
         numbers = [predictor.classes.index(label)] * len(some)
-    found = heatmaps(predictor.loaded.model, seen, numbers)
+    found = explained(predictor, seen, numbers)
     return [
         Explanation(
             source=each.source,

@@ -16,14 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from rtl_dist.config import Precision
-from rtl_dist.core.errors import DataError
+from rtl_dist.core.errors import DataError, UserError
+from rtl_dist.core.files import write_bytes
 from rtl_dist.core.text import and_more, shorten
+from rtl_dist.data.loading.blocks import EVAL_BLOCK
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.distributed.stopping import StopRequests
 from rtl_dist.distributed.terminal import configure_logging
 from rtl_dist.inference.asked_inputs import open_inputs
-from rtl_dist.inference.blocks import predicted_blocks
-from rtl_dist.inference.inputs import Inputs
+from rtl_dist.inference.blocks import predicted_blocks, predictions_of
+from rtl_dist.inference.drawn import Explainer, grid_of
+from rtl_dist.inference.inputs import InputMicrobatches, Inputs
 from rtl_dist.inference.opening import Opened
 from rtl_dist.inference.predictor import Predicting
 from rtl_dist.inference.request import Request
@@ -57,10 +60,20 @@ def predict(request: Request) -> str:
             with closing(open_inputs(request, folder, runtime)) as inputs:
                 columns = columns_of(predictor.task, predictor.calibration, top=top)
                 asked = _asked(request, predictor, inputs, top=top, precision=runtime.precision)
+                explainer = runtime.on_every_rank(lambda: _explainer(request, predictor))
                 done = runtime.from_main(lambda: _begin(results[0], asked, columns))
+                if request.grid is not None:
+                    runtime.from_main(partial(_draw_grid, request, request.grid, predictor, inputs))
                 with stops.deferred():
                     blocks = predicted_blocks(
-                        request, predictor, inputs, columns, top=top, done=done, runtime=runtime
+                        request,
+                        predictor,
+                        inputs,
+                        columns,
+                        explainer=explainer,
+                        top=top,
+                        done=done,
+                        runtime=runtime,
                     )
                     for texts, failed in blocks:
                         runtime.from_main(partial(_append, results, texts, failed))
@@ -97,8 +110,31 @@ def _asked(
         "--threshold": request.threshold,
         "--tta": request.tta,
         "--raw": request.raw,
+        "--explain": None if request.explain is None else str(request.explain),
         "precision": str(precision),
     }
+
+
+def _explainer(request: Request, predictor: Predicting) -> Explainer | None:
+    return None if request.explain is None else Explainer(request.explain, predictor)
+
+
+def _draw_grid(request: Request, path: Path, predictor: Predicting, inputs: Inputs) -> None:
+    """Of the first block, which is looked at for it: at a start that goes on, it is done.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    batch = InputMicrobatches(inputs, predictor.transform, size=EVAL_BLOCK)[0]
+    predictions = predictions_of(request, predictor, inputs, 0, batch)
+    drawn = grid_of(predictions, batch.inputs, total=len(inputs), title=request.model)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, drawn)
+    except OSError as error:
+        raise UserError(
+            f"--grid: cannot write {path}: {error.strerror}; choose another place"
+        ) from error
 
 
 def _begin(results: Results, asked: dict[str, Any], columns: Sequence[Column]) -> int:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from rtl_dist.config import Precision
 from rtl_dist.core.errors import UserError
+from rtl_dist.core.text import shown
 from rtl_dist.core.urls import Redirects
 from rtl_dist.inference.opening import Opened
 from rtl_dist.inference.predictor import Flips
@@ -37,6 +38,10 @@ class Request:
     """What an image is looked at besides; see ``Predictor``."""
     raw: bool = False
     """Whether the model's calibration is left out."""
+    explain: Path | None = None
+    """A folder for a heatmap of each input; None: there are none."""
+    grid: Path | None = None
+    """A PNG of the first inputs with what is said of them; None: there is none."""
     allow_errors: int = 0
     """Inputs that may be unreadable without the command failing."""
     workers: Literal["auto"] | int = "auto"
@@ -71,6 +76,8 @@ class Request:
         """
         if self.out is not None:
             form_of(self.out)
+        if self.grid is not None and self.grid.suffix.lower() != ".png":
+            raise UserError(f"--grid: {shown(str(self.grid))} must end in .png")
         if self.top is not None and self.top < 1:
             raise UserError(f"--top: {self.top} classes cannot be told; give 1 or more")
         if self.threshold is not None and not 0 <= self.threshold <= 1:

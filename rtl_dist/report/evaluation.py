@@ -68,6 +68,8 @@ class _Verdicts:
     """bool (N,); multi-label: whether all labels are."""
     label: np.ndarray
     """int64 (N,): the class that ``confidence`` is of."""
+    was_said: np.ndarray
+    """bool (N,): whether that class was said; multi-label: it may be missed."""
 
 
 def write_evaluation(
@@ -139,7 +141,10 @@ def write_evaluation(
             reliability(predictions), predictions.task
         ),
         "mistakes.png": lambda: mistakes_picture(
-            split, [_mistake(verdicts, sample) for sample in surest], model
+            split,
+            [_mistake(predictions, verdicts, sample) for sample in surest],
+            model,
+            task=predictions.task,
         ),
     }
     drawn = {name: draw(out / name, make) for name, make in figures.items()}
@@ -207,6 +212,7 @@ def _judge(predictions: Predictions) -> _Verdicts:
             confidence=predictions.of_single_label.confidence.astype(np.float64),
             right=said == labels,
             label=said,
+            was_said=np.ones(len(said), dtype=bool),
         )
     scores, confidence, right, label = predictions.of_multi_label, [], [], []
     for rows in blocks_of_rows(scores.shape):
@@ -222,16 +228,19 @@ def _judge(predictions: Predictions) -> _Verdicts:
         confidence=np.concatenate(confidence),
         right=np.concatenate(right),
         label=np.concatenate(label),
+        was_said=said[np.arange(len(said)), np.concatenate(label)],
     )
 
 
-def _mistake(verdicts: _Verdicts, sample: int) -> Mistake:
+def _mistake(predictions: Predictions, verdicts: _Verdicts, sample: int) -> Mistake:
     return Mistake(
         sample=sample,
         truth=verdicts.truth[sample],
         predicted=verdicts.predicted[sample],
         confidence=float(verdicts.confidence[sample]),
         label=int(verdicts.label[sample]),
+        label_name=predictions.classes[int(verdicts.label[sample])],
+        was_said=bool(verdicts.was_said[sample]),
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from rtl_dist.core.errors import DataError
+from rtl_dist.core.tasks import MULTI_LABEL, Task
 from rtl_dist.core.tolerated import tolerated
 from rtl_dist.data.format.reader import SampleReader
 from rtl_dist.data.format.split import Split
@@ -37,9 +38,15 @@ class Mistake:
     """How sure it was, 0 to 1, of its surest wrong decision."""
     label: int
     """The class's number of that decision, whose heatmap is shown."""
+    label_name: str
+    """That class's name."""
+    was_said: bool
+    """Whether the decision was that the image has the class; multi-label: it may be missed."""
 
 
-def mistakes_picture(split: Split, mistakes: Sequence[Mistake], model: Classifier | None) -> bytes:
+def mistakes_picture(
+    split: Split, mistakes: Sequence[Mistake], model: Classifier | None, *, task: Task
+) -> bytes:
     """A PNG of at most 24 mistakes, each with its heatmap beside it; one that cannot be read has
     an empty place.
 
@@ -60,19 +67,24 @@ def mistakes_picture(split: Split, mistakes: Sequence[Mistake], model: Classifie
     maps: list[Image.Image | None] = [None] * len(mistakes)
     if model is not None:
         with tolerated("the heatmaps of the mistakes could not be made"):
-            maps = _with_maps(model, files, [mistake.label for mistake in mistakes])
+            maps = _with_maps(model, files, mistakes, task)
     cells = [
         Cell(
             picture=_shown(content),
             heatmap=found,
-            lines=(
-                f"said {mistake.predicted or 'none'}  {100 * mistake.confidence:.1f} %",
-                f"is {mistake.truth or 'none'}" if content else "cannot be read",
-            ),
+            lines=_lines(mistake, task) if content else (*_lines(mistake, task), "cannot be read"),
         )
         for mistake, content, found in zip(mistakes, files, maps, strict=True)
     ]
     return png_of(grid(cells))
+
+
+def _lines(mistake: Mistake, task: Task) -> tuple[str, ...]:
+    said = f"said {mistake.predicted or 'none'}  {100 * mistake.confidence:.1f} %"
+    truth = f"is {mistake.truth or 'none'}"
+    if task != MULTI_LABEL:
+        return said, truth
+    return said, truth, f"{'wrongly' if mistake.was_said else 'missed'} {mistake.label_name}"
 
 
 def _read(reader: SampleReader, sample: int) -> bytes | None:
@@ -94,14 +106,16 @@ def _shown(content: bytes | None) -> Image.Image | None:
 
 
 def _with_maps(
-    model: Classifier, files: Sequence[bytes | None], labels: Sequence[int]
+    model: Classifier, files: Sequence[bytes | None], mistakes: Sequence[Mistake], task: Task
 ) -> list[Image.Image | None]:
     """What the network saw of each file under its heatmap; None of those that are None."""
     transform = eval_transform(model)
     seen = {n: transform(content, 0) for n, content in enumerate(files) if content is not None}
     laid: list[Image.Image | None] = [None] * len(files)
     if seen:
-        found = heatmaps(model, torch.stack(list(seen.values())), [labels[n] for n in seen])
+        images, numbers = torch.stack(list(seen.values())), [mistakes[n].label for n in seen]
+        found = heatmaps(model, images, numbers, against_others=task != MULTI_LABEL)
         for (number, image), places in zip(seen.items(), found.maps, strict=True):
-            laid[number] = with_heatmap(picture_of(image), places)
+            for_its_answer = places if mistakes[number].was_said else -places
+            laid[number] = with_heatmap(picture_of(image), for_its_answer)
     return laid

@@ -43,7 +43,7 @@ def logits(model, images, classes):
     ("name", "layer", "side"),
     [
         ("basic_cnn", "layer3", 8),
-        ("resnet18", "layer4", 2),
+        ("test_resnet", "layer4", 2),
         ("torchvision:mobilenet_v2", "features", 2),  # it pools by a function, not by a layer
     ],
 )
@@ -73,6 +73,19 @@ def test_it_is_the_class_activation_map_of_the_literature():
     np.testing.assert_allclose(
         heatmaps(model, images, [2, 1]).maps, expected.detach().numpy(), rtol=1e-4, atol=1e-5
     )
+
+
+def test_against_the_others_a_place_that_speaks_for_all_says_nothing():
+    model, images = network("basic_cnn"), pictures(2, 64)
+    of_each = [heatmaps(model, images, [k, k]).maps for k in range(4)]
+    found = heatmaps(model, images, [2, 2], against_others=True)
+    np.testing.assert_allclose(found.maps, of_each[2] - np.mean(of_each, axis=0), atol=1e-4)
+    assert found.exact.all()
+    with torch.no_grad():
+        model.head.weight.add_(torch.rand(128))  # for all classes alike
+        model.head.bias.add_(3.0)
+    again = heatmaps(model, images, [2, 2], against_others=True)
+    np.testing.assert_allclose(again.maps, found.maps, atol=1e-4)
 
 
 def test_a_head_that_standardises_counts_as_the_plain_one_it_is():

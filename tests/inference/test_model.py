@@ -8,10 +8,11 @@ from dataclasses import FrozenInstanceError
 import numpy as np
 import pytest
 import torch
+from model_folders import CLASSES, model_folder
 from PIL import Image
-from small_models import COLOURS, write_model
 
 from rtl_dist.core.errors import DataError, UserError
+from rtl_dist.core.tasks import MULTI_LABEL
 from rtl_dist.inference.model import Model
 
 # torchvision 0.29 announces that its decoder will move to another package.
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWa
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return Model(write_model(tmp_path_factory.mktemp("model")))
+    return Model(model_folder(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +146,7 @@ def test_an_iterator_is_answered_by_one_that_holds_a_block_at_a_time(model, pixe
 
 def test_a_result_is_frozen_and_says_what_there_is_to_say(model, path):
     answer = model.predict(path)
-    assert answer.label == COLOURS[int(answer.probabilities.argmax())]
+    assert answer.label == CLASSES[int(answer.probabilities.argmax())]
     assert answer.probability == answer.probabilities.max()
     assert answer.top(2)[0] == (answer.label, answer.probability)
     assert sum(share for _, share in answer.top(3)) == pytest.approx(1)
@@ -186,8 +187,8 @@ def test_it_explains_an_answer_and_any_other_class(model, path):
 
 
 def test_several_labels_have_a_threshold_and_one_has_none(model, path, tmp_path):
-    several = Model(write_model(tmp_path, task="multi_label"))
-    assert several.predict(path, threshold=0.0).labels == COLOURS
+    several = Model(model_folder(tmp_path, task=MULTI_LABEL))
+    assert several.predict(path, threshold=0.0).labels == CLASSES
     assert several.predict(path, threshold=1.0).labels == ()
     with pytest.raises(UserError, match="threshold: 2 is no probability"):
         several.predict(path, threshold=2)
@@ -211,7 +212,7 @@ def test_any_thread_may_use_it(model, path):
 
 
 def test_it_tells_what_it_is(model):
-    assert model.classes == COLOURS
+    assert model.classes == CLASSES
     assert model.image_size == 16
     assert "single_label, 3 classes" in repr(model)
     with pytest.raises(UserError, match="is not a model; give a run folder"):

@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
 from report_helpers import (
     assert_drawn,
     assert_no_leftovers,
@@ -13,14 +12,11 @@ from report_helpers import (
     make_predictions,
     make_split,
 )
-from torch import nn
 
 from rtl_dist.core.errors import DataError
 from rtl_dist.core.tasks import MULTI_LABEL, SINGLE_LABEL, Task
 from rtl_dist.evaluation.metrics import compute_metrics, wilson_interval
 from rtl_dist.evaluation.predictions import Outcomes, Predictions
-from rtl_dist.model.classifier import Classifier, Preprocessing
-from rtl_dist.model.head import Head
 from rtl_dist.report.evaluation import PICTURES, write_evaluation
 
 # torchvision 0.29 announces that its decoder will move to another package.
@@ -182,31 +178,3 @@ def test_many_classes_are_listed_and_not_squared(tmp_path):
     for name in PICTURES:
         assert_drawn(out / name)
     assert (out / "report.html").stat().st_size < 2**20
-
-
-def test_beside_each_mistake_is_its_heatmap_where_one_can_be_made(tmp_path, caplog):
-    predictions = make_predictions(12, ("a", "b"), skill=-9.0)
-    split, metrics = make_split(tmp_path / "data", 12), compute_metrics(predictions)
-    split.index["crc32"][3] ^= 1  # one that cannot be read has none
-    sizes = {}
-    for name, model in (
-        ("none", None),
-        ("some", classifier(nn.AdaptiveAvgPool2d(4), nn.AvgPool2d(4), nn.Flatten())),
-        ("no places", classifier(nn.Flatten(), nn.Linear(3 * 16 * 16, 3))),
-    ):
-        out = tmp_path / name
-        write_evaluation(predictions, out, split=split, metrics=metrics, title="t", model=model)
-        assert_drawn(out / "mistakes.png")
-        with Image.open(out / "mistakes.png") as picture:
-            sizes[name] = picture.size
-    assert sizes["some"] != sizes["none"] == sizes["no places"]
-    assert [r.getMessage() for r in caplog.records] == [
-        "the heatmaps of the mistakes could not be made (no heatmap can be made: no layer of this"
-        " network has more than one place, as of images of 16 pixels; a network of convolutions or"
-        " of tokens has them)"
-    ]
-
-
-def classifier(*layers):
-    view = Preprocessing(image_size=16, crop_pct=1.0, mean=(0.5,) * 3, std=(0.5,) * 3)
-    return Classifier(nn.Sequential(*layers), Head(3, 2), native_head="fc", preprocessing=view)
