@@ -77,12 +77,7 @@ class Explainer:
             UserError: no heatmaps can be made of what was exported; or the folder cannot be
                 written, or holds something else.
         """
-        if not isinstance(predictor, Predictor):
-            raise UserError(
-                f"--explain: {predictor.source} was exported, and tells no heatmaps; give the run"
-                " or model folder that it was exported from"
-            )
-        self._folder, self._predictor = folder, predictor
+        self._folder, self._predictor = folder, with_layers(predictor)
         self._is_told = False
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -133,6 +128,20 @@ class Explainer:
             " it, as this network does more than pool behind it"
         )
         LOG.info("heatmaps of layer %s, %s", found.layer, what)
+
+
+def with_layers(predictor: Predicting) -> Predictor:
+    """The predictor, of which heatmaps can be made.
+
+    Raises:
+        UserError: none can: it is of what was exported.
+    """
+    if not isinstance(predictor, Predictor) or not predictor.loaded.model.shows_layers:
+        raise UserError(
+            f"{predictor.source} was exported, and no heatmaps can be made of it; give the run or"
+            " model folder that it was exported from"
+        )
+    return predictor
 
 
 def explained(predictor: Predictor, images: torch.Tensor, numbers: Sequence[int]) -> Heatmaps:

@@ -16,7 +16,7 @@ from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.core.tasks import MULTI_LABEL, Task
 from rtl_dist.core.text import did_you_mean
 from rtl_dist.data.loading.blocks import EVAL_BLOCK
-from rtl_dist.inference.drawn import explained
+from rtl_dist.inference.drawn import explained, with_layers
 from rtl_dist.inference.given import Given, ImageLike, given, is_one_image
 from rtl_dist.inference.opening import open_predictor
 from rtl_dist.inference.pictures import picture_of, png_of, with_heatmap
@@ -201,15 +201,11 @@ class Model:
         if label is not None and label not in self.classes:
             hint = did_you_mean(label, self.classes)
             raise UserError(f"label: {self.source} knows no class {label!r}{hint}")
-        if not isinstance(self._predictor, Predictor):
-            raise UserError(
-                f"{self.source} is an exported file, of which no heatmaps can be made: load the"
-                " run or model folder that it was exported from"
-            )
+        predictor = with_layers(self._predictor)
         one = is_one_image(images)
         found: list[Explanation] = []
         for block in _blocks([images] if one else _several(images), EVAL_BLOCK):
-            found += _explained(self._predictor, block, label)
+            found += _explained(predictor, block, label)
         return found[0] if one else found
 
     def _predicted(

@@ -8,8 +8,10 @@ from PIL import Image
 from torch import nn
 
 from rtl_dist.cli import main
+from rtl_dist.core.errors import UserError
 from rtl_dist.core.tasks import MULTI_LABEL, SINGLE_LABEL
-from rtl_dist.inference.drawn import grid_of, lines_of
+from rtl_dist.inference.drawn import Explainer, grid_of, lines_of
+from rtl_dist.inference.opening import open_predictor
 from rtl_dist.inference.prediction import Prediction
 from rtl_dist.model.calibration import Calibration
 
@@ -125,7 +127,15 @@ def test_a_network_without_places_is_told_by_its_name(model, images, tmp_path, c
 
     from rtl_dist.inference import opening as room
 
-    load = room.load_model
-    monkeypatch.setattr(room, "load_model", without_places)
+    load = room.open_model
+    monkeypatch.setattr(room, "open_model", without_places)
     predict(model, images, tmp_path / "o.csv", "--explain", tmp_path / "maps", code=2)
     assert "no heatmap can be made: no layer of this network" in capsys.readouterr().err
+
+
+def test_what_was_exported_has_no_heatmaps(model, tmp_path):
+    exported = open_predictor(model)
+    exported.loaded.model.shows_layers = False
+    with pytest.raises(UserError, match="was exported, and no heatmaps can be made of it; give"):
+        Explainer(tmp_path / "maps", exported)
+    assert not (tmp_path / "maps").exists()

@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from report_helpers import make_split
 from torch import nn
@@ -25,6 +26,7 @@ def split(tmp_path_factory):
 
 
 def classifier(*layers):
+    torch.manual_seed(0)
     view = Preprocessing(image_size=16, crop_pct=1.0, mean=(0.5,) * 3, std=(0.5,) * 3)
     return Classifier(nn.Sequential(*layers), Head(3, 2), native_head="fc", preprocessing=view)
 
@@ -50,11 +52,6 @@ def drawn(split, model, *, samples=6, task=SINGLE_LABEL, was_said=True):
     return np.asarray(Image.open(io.BytesIO(content))).astype(int)
 
 
-def coloured(picture):
-    """bool: what is neither grey nor near it."""
-    return np.ptp(picture, axis=2) > 60
-
-
 def test_beside_each_mistake_is_its_heatmap_where_one_can_be_made(split, caplog):
     alone, with_maps = drawn(split, None), drawn(split, POOLED)
     assert with_maps.shape[1] / alone.shape[1] > 1.2  # two columns of pairs, not three of pictures
@@ -72,11 +69,10 @@ def test_orange_speaks_for_the_answer_also_where_it_missed_a_label(split):
     missed = drawn(split, POOLED, samples=1, task=MULTI_LABEL, was_said=False)
     side = 320
     one, other = (picture[12 : 12 + side, 16 + side : 16 + 2 * side] for picture in (said, missed))
-    orange = [(each[..., 0] > each[..., 2] + 40) for each in (one, other)]
-    blue = [(each[..., 2] > each[..., 0] + 40) for each in (one, other)]
-    assert orange[0].any()
-    assert (orange[0] & orange[1]).sum() == 0
-    assert (orange[0] & blue[1]).sum() > 0.8 * orange[0].sum()
+    orange = one[..., 0] - one[..., 2]
+    strong = orange > 60
+    assert strong.mean() > 0.05
+    assert (other[..., 2] - other[..., 0])[strong].min() > 40
 
 
 def test_no_mistakes_are_said_to_be_none(split):

@@ -109,9 +109,7 @@ def _calibration(loaded: LoadedModel) -> str:
         told = ", ".join(f"{_cell(name)} {value:.3f}" for name, value in pairs)
         parts.append(f"A label is meant from these probabilities on: {told}.")
     if fitted.abstain_below is not None:
-        parts.append(
-            f"Below a probability of {fitted.abstain_below:.3f} do not believe it."
-        )
+        parts.append(f"Below a probability of {fitted.abstain_below:.3f} do not believe it.")
     if fitted.set_quantile is not None and fitted.coverage is not None:
         parts.append(
             f"The classes of at least {1 - fitted.set_quantile:.4f} are a set that holds the true"
