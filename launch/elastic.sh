@@ -2,13 +2,14 @@
 # Trains on however many machines there are, between one and four, and goes on when one is lost or
 # comes back: the processes are started again and go on from the newest checkpoint. On every machine:
 #
-#   HOST=first-machine launch/elastic.sh configs/transfer.yaml run.dir=runs/first
+#   HOST=first-machine launch/elastic.sh configs/transfer.yaml batch.micro=4 run.dir=runs/first
 #
 # HOST is the machine, reachable from all, that keeps the list of members: as long as it stays up, any
 # other may go at any moment. All need the same code, the data under the same path, and a run folder
 # (run.dir) on a disk they share. What is left trains if its number of processes divides that of the
 # microbatches (batch.global / batch.micro); of others the largest such number trains, the rest stands
-# by. The result is the same. Set batch.micro in the config, so that it suits any number.
+# by. The result is the same. So give batch.micro, as here: it is part of the run, and where it is auto it
+# is as large as suits the processes of the first start (4 makes 8 microbatches of a batch of 32).
 #
 #   NODES=1:4        the fewest and the most machines
 #   PROCESSES=8      on each machine (default: one per GPU, or 1)

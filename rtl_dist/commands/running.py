@@ -94,7 +94,7 @@ def run_command(command: Callable[[], str | None], *, debug: bool) -> int:
         if debug:
             traceback.print_exc()
         is_one_of_many = os.environ.get("RANK", "0") != "0"  # and all of them say the same
-        if not (isinstance(error, StopRequested) and is_one_of_many):
+        if not (error.was_told or (isinstance(error, StopRequested) and is_one_of_many)):
             _say(_as_said(error))
         return error.exit_code
     except (KeyboardInterrupt, _Interrupted):

@@ -181,8 +181,12 @@ class Config:
     batch: BatchConfig = BatchConfig()
     """How the samples of a step are shared out."""
     precision: Precision = "auto"
-    """auto: bf16 where the hardware really has it, else fp16 on a GPU, else full precision.
-    fp64 is for proofs of equality."""
+    """auto: bf16 where the hardware really has it, else fp16 on a GPU, else full precision. no:
+    float32; see ``tf32``. fp64 is for proofs of equality."""
+    tf32: bool = True
+    """On GPUs from Ampere on convolutions in float32 (``precision: no``) round their factors to
+    TF32, 10 bits of mantissa, as torch does by itself. false: float32 to the end, several times
+    slower. Matrix products are float32 in either case."""
     compile: Literal["auto"] | bool = "auto"
     """torch.compile of each stage's network. auto: where much work remains, both ways are timed
     when the stage begins, and the faster one is taken."""

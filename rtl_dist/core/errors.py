@@ -10,6 +10,8 @@ class RtlDistError(Exception):
     """Base of every error whose message is written for the user."""
 
     exit_code = 1
+    was_told = False
+    """It was printed already, before what might have kept it from that."""
 
 
 class UserError(RtlDistError):

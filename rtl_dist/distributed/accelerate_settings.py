@@ -74,3 +74,15 @@ def only_where_to_compute() -> Iterator[None]:
         yield
     finally:
         os.environ.update(hidden)
+
+
+@contextmanager
+def on_the_network_s_own_device() -> Iterator[None]:
+    """Within the block accelerate hands DDP no device. It would take the GPU of the rank's number,
+    which is another than the network's where each rank sees only its own (accelerate 1.15)."""
+    name = f"{_PREFIX}BYPASS_DEVICE_MAP"
+    os.environ[name] = "true"
+    try:
+        yield
+    finally:
+        del os.environ[name]

@@ -100,10 +100,12 @@ def _make_group(store: Any, *, rank: int, size: int, env: MutableMapping[str, st
     import torch
     import torch.distributed as dist
 
-    has_gpu = torch.cuda.is_available()
-    if has_gpu:
-        torch.cuda.set_device(int(env["LOCAL_RANK"]))
-    backend = "nccl" if has_gpu else "gloo"
+    from rtl_dist.distributed.devices import local_gpu, uses_gpu
+
+    on_gpu = uses_gpu(env)
+    if on_gpu:
+        torch.cuda.set_device(local_gpu(env))
+    backend = "nccl" if on_gpu else "gloo"
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT
     )

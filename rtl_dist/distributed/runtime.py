@@ -7,8 +7,8 @@ import gc
 import logging
 import os
 import socket
+import warnings
 from datetime import timedelta
-from pathlib import Path
 from types import TracebackType
 from typing import cast
 
@@ -17,29 +17,30 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import nn
 from torch.distributed import distributed_c10d as c10d
 
 from rtl_dist.config import Precision
-from rtl_dist.core.cpus import available_cpus
+from rtl_dist.core.cpus import container_cpus, own_cpus, share_of_cpus
 from rtl_dist.core.device_memory import is_shortage
 from rtl_dist.core.errors import RtlDistError, StopRequested, UserError
 from rtl_dist.core.memory import available_memory
 from rtl_dist.distributed.accelerate_settings import (
+    on_the_network_s_own_device,
     only_where_to_compute,
     overruled,
     refuse_other_ways,
 )
+from rtl_dist.distributed.devices import gpu_place, local_gpu, uses_gpu, why_not_one_each
 from rtl_dist.distributed.launchers import COLLECTIVE_TIMEOUT, launched_world_size, whole_number
+from rtl_dist.distributed.lost_peers import explained, let_go, may_wait_for_lost_peers
+from rtl_dist.distributed.precision import resolve_precision, set_tf32
 from rtl_dist.distributed.ranks import Ranks
 from rtl_dist.distributed.stopping import StopRequests, was_launched
 from rtl_dist.distributed.terminal import Progress, progress
 
 LOG = logging.getLogger("rtl_dist")
 _SHARE_FOR_DATA = 0.25  # of the host's memory, of all ranks on it together
-# Words in the RuntimeError that an exchange raises when another process is gone. Gloo says, among
-# others, "Connection closed by peer", "connection reset by peer", "Timed out waiting 1800000ms for
-# recv operation to complete" and "Gloo connectFullMesh failed"; NCCL's errors name it.
-_WORDS_OF_A_LOST_PEER = ("Connection", "connection", "Timed out waiting", "Gloo", "NCCL")
 
 
 class Runtime(Ranks):
@@ -47,7 +48,7 @@ class Runtime(Ranks):
 
     accelerator: Accelerate's, which wraps the network and its optimizer. precision: what this
     hardware really computes in. dtype: of the weights. device: this rank's. local_world_size: the
-    number of ranks on this machine.
+    number of ranks on this machine. cpus: this rank's share of its CPUs.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Runtime(Ranks):
         stops: StopRequests | None = None,
         *,
         patience: timedelta = COLLECTIVE_TIMEOUT,
+        tf32: bool = True,
     ) -> None:
         """
         Args:
@@ -63,14 +65,19 @@ class Runtime(Ranks):
             stops: the requests to stop that reach this process; None: it is never asked.
             patience: how long an exchange of decisions and counts waits for the other ranks. One
                 on the device, of gradients, waits for ``COLLECTIVE_TIMEOUT``.
+            tf32: as the config has it.
 
         Raises:
-            UserError: the processes were not told of each other, or differ in their precision.
+            UserError: the processes were not told of each other, differ in their precision, have
+                one GPU for two of them, or one that cannot be used.
             RtlDistError: the others do not come.
         """
-        self.precision = resolve_precision(precision)
+        launched = launched_world_size()  # first: it tells srun's tasks their numbers
+        self._on_gpu = uses_gpu()
+        if self._on_gpu:
+            torch.cuda.set_device(local_gpu())
+        self.precision = resolve_precision(precision, on_gpu=self._on_gpu)
         self.dtype = torch.float64 if self.precision == "fp64" else torch.float32
-        launched = launched_world_size()
         self._settings, settings = contextlib.ExitStack(), overruled()
         user_chose_threads = _user_chose_threads()  # before the launcher's variables are hidden
         self.accelerator = self._meet()
@@ -82,12 +89,17 @@ class Runtime(Ranks):
             stops=stops,
             group=_gloo_group(patience) if self.accelerator.num_processes > 1 else None,
         )
+        self._is_let_go = False
+        self._require_one_gpu_each()
         self._require_one_precision()
         if self.is_main and settings:
             LOG.warning("not taken from accelerate's settings: %s", ", ".join(settings))
         self.local_world_size = whole_number(os.environ, "LOCAL_WORLD_SIZE", self.world_size)
-        if not torch.cuda.is_available() and not user_chose_threads:
-            torch.set_num_threads(max(1, available_cpus() // self.local_world_size))
+        self.cpus = self._share_of_cpus()
+        if not self._on_gpu and not user_chose_threads:
+            torch.set_num_threads(self.cpus)
+        self._tf32 = tf32
+        set_tf32(tf32)
         torch.backends.cudnn.benchmark = False  # its choice differs between runs
         torch.backends.cudnn.deterministic = True
 
@@ -98,7 +110,7 @@ class Runtime(Ranks):
         try:
             return Accelerator(
                 # Without this two CPU processes each believe they are alone (accelerate 1.15).
-                cpu=not torch.cuda.is_available(),
+                cpu=not self._on_gpu,
                 mixed_precision=self.precision if self.precision in ("fp16", "bf16") else "no",
                 kwargs_handlers=[
                     # BatchNorm buffers are kept equal by StepStatistics, not by broadcasting
@@ -133,6 +145,19 @@ class Runtime(Ranks):
                 " file from launch/"
             )
 
+    def _share_of_cpus(self) -> int:
+        """Of the CPUs of this machine, by what each of its ranks may use."""
+        mine = socket.gethostname(), own_cpus()
+        processes = [cpus for host, cpus in self.gather(mine) if host == mine[0]]
+        return share_of_cpus(mine[1], processes, container_cpus())
+
+    def _require_one_gpu_each(self) -> None:
+        """Fails where two ranks have one GPU: NCCL would refuse, later and in other words."""
+        place = gpu_place(self.device) if self.world_size > 1 else None
+        if why := why_not_one_each(self.gather(place)):
+            self.close()
+            raise UserError(why)
+
     def _require_one_precision(self) -> None:
         """Fails where ``precision: auto`` gave the machines different ones: gradients of different
         precision would be averaged, and no run could be repeated."""
@@ -166,6 +191,11 @@ class Runtime(Ranks):
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
 
     @property
+    def precision_in_words(self) -> str:
+        """With what else of the config says how products are rounded."""
+        return self.precision if self._tf32 else f"{self.precision}, without TF32"
+
+    @property
     def device_name(self) -> str:
         """What kind of device computes; another one may round otherwise."""
         if self.device.type == "cuda":
@@ -181,17 +211,26 @@ class Runtime(Ranks):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        all_end_alike = error is None or isinstance(error, StopRequested)
-        if all_end_alike:
+        if error is None or isinstance(error, StopRequested):  # all end alike
             self.settle()
             self.close()
         else:
-            self._close_before_the_others()
+            self._close_before_the_others(error)
         if (for_the_user := self._explanation(error)) is not None:
             raise for_the_user from error
 
-    def _close_before_the_others(self) -> None:
+    def let_go(self, error: BaseException) -> None:
+        """Before what was opened is closed after a failure: see ``lost_peers``. Once only."""
+        if isinstance(error, StopRequested) or self.group is None or self._is_let_go:
+            return  # all end alike, or it was done
+        if not may_wait_for_lost_peers(self.device):
+            return
+        self._is_let_go = True
+        let_go(error)
+
+    def _close_before_the_others(self, error: BaseException) -> None:
         """Leaves a group whose other ranks may be waiting for this one."""
+        self.let_go(error)
         if self.device.type == "cuda" and self.group is not None:
             # Closing NCCL's group would wait for them. The process's end takes it down.
             dist.destroy_process_group(self.group)
@@ -205,13 +244,18 @@ class Runtime(Ranks):
                 f"out of memory ({str(error).splitlines()[0]}); set batch.micro lower or use a"
                 " smaller data.image_size, and start the same command again"
             )
-        if (
-            self.world_size > 1
-            and isinstance(error, RuntimeError)
-            and any(words in str(error) for words in _WORDS_OF_A_LOST_PEER)
-        ):
-            return RtlDistError("another process of this job ended; its own last message says why")
-        return None
+        reason = explained(error) if self.world_size > 1 else None
+        if reason is not None:
+            reason.was_told = self._is_let_go
+        return reason
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        """DDP around what is trained, where there are several ranks, and mixed precision."""
+        with warnings.catch_warnings(), on_the_network_s_own_device():
+            # torch 2.14 renames broadcast_buffers; its old name serves every version we support
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            wrapped: nn.Module = self.accelerator.prepare_model(network)
+        return wrapped
 
     def close(self) -> None:
         """Leaves all process groups and forgets what Accelerate keeps for the whole process, so
@@ -263,37 +307,7 @@ def _gloo_group(patience: timedelta) -> dist.ProcessGroup:
     return group
 
 
-def resolve_precision(wanted: Precision) -> Precision:
-    """The precision this hardware will really run.
-
-    bf16 where the hardware multiplies it: ``torch.cuda.is_bf16_supported()`` is also true where it
-    is emulated and slow, as on a T4, so emulation is excluded.
-
-    Args:
-        wanted: as the config has it; anything but ``auto`` is returned as it is.
-
-    Raises:
-        UserError: fp16 without a GPU.
-    """
-    if wanted == "fp16" and not torch.cuda.is_available():
-        raise UserError("precision: fp16 needs a GPU; use auto, bf16 or no")
-    if wanted != "auto":
-        return wanted
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if _cpu_has_bf16() else "no"
-
-
 def _user_chose_threads() -> bool:
     """Whether OMP_NUM_THREADS is the user's: accelerate and torchrun set it to 1 by themselves."""
     by_launcher = os.environ.get("OMP_NUM_THREADS") == "1" and was_launched()
     return "OMP_NUM_THREADS" in os.environ and not by_launcher
-
-
-def _cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bf16 in hardware (AVX512-BF16 or AMX); emulated, it is slower."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
-    except OSError:  # not Linux: unknown, so the safe answer
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags

@@ -92,7 +92,7 @@ class ViewPlanner:
                     dict(frozen.state_dict()) | {"mean": frozen.mean, "std": frozen.std}
                 ),
                 "dataset": dataset.fingerprint,
-                "precision": runtime.precision,
+                "precision": runtime.precision_in_words,
                 "device": runtime.device_name,
                 "torch": torch.__version__,
                 "torchvision": torchvision.__version__,

@@ -53,7 +53,7 @@ def predicted_blocks(
     firsts = range(0, len(inputs), EVAL_BLOCK)[done:]
     mine = firsts[runtime.rank :: runtime.world_size]
     rounds = len(firsts[:: runtime.world_size])
-    workers = resolve_workers(request.workers, local_world_size=runtime.local_world_size)
+    workers = resolve_workers(request.workers, cpus=runtime.cpus)
     batches: Iterable[Batch] = make_loader(
         InputMicrobatches(inputs, predictor.transform, size=EVAL_BLOCK),
         mine,

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from rtl_dist.config import Precision
 from rtl_dist.core.tasks import MULTI_LABEL
+from rtl_dist.distributed.precision import precision_as_trained
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.inference.export.exported import open_model
-from rtl_dist.inference.predictor import Flips, Predicting, Predictor, precision_of
+from rtl_dist.inference.predictor import Flips, Predicting, Predictor
 from rtl_dist.model.calibration import Calibration
 from rtl_dist.model.folder import LoadedModel
 
@@ -30,7 +31,7 @@ class Opened:
         """
         loaded = open_model(path)
         self._loaded: LoadedModel = replace(loaded, calibration=Calibration()) if raw else loaded
-        self.precision: Precision = precision_of(loaded)
+        self.precision: Precision = precision_as_trained(loaded.precision)
 
     @property
     def num_classes(self) -> int:

@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
-from rtl_dist.config import Precision
 from rtl_dist.core.device_memory import InParts
 from rtl_dist.core.errors import UserError
 from rtl_dist.core.files import sha256_of
 from rtl_dist.core.tasks import Task
 from rtl_dist.data.images.augment import EvalTransform
-from rtl_dist.distributed.runtime import Runtime, resolve_precision
+from rtl_dist.distributed.devices import local_gpu, uses_gpu
+from rtl_dist.distributed.precision import precision_as_trained, resolve_precision
+from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.evaluation.logits import eval_transform
 from rtl_dist.model.calibration import Calibration
 from rtl_dist.model.classifier import place
@@ -100,8 +101,11 @@ class Predictor:
         self.transform = eval_transform(loaded.model)
         self.loaded, self._tta = loaded, tta
         if runtime is None:
-            self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            self.precision = resolve_precision(precision_of(loaded))
+            on_gpu = uses_gpu()
+            self.device = torch.device("cuda", local_gpu()) if on_gpu else torch.device("cpu")
+            self.precision = resolve_precision(
+                precision_as_trained(loaded.precision), on_gpu=on_gpu
+            )
         else:
             self.device, self.precision = runtime.device, runtime.precision
         dtype = torch.float64 if self.precision == "fp64" else torch.float32
@@ -161,8 +165,3 @@ class Predictor:
         return torch.autocast(
             self.device.type, self._multiplied_in, enabled=self._multiplied_in is not None
         )
-
-
-def precision_of(loaded: LoadedModel) -> Precision:
-    """That of the training, so that its figures come out again, where this machine can."""
-    return "auto" if loaded.precision == "fp16" else loaded.precision

@@ -36,7 +36,7 @@ def _environment(runtime: Runtime) -> dict[str, Any]:
     from importlib.metadata import version
 
     packages = ("torch", "torchvision", "accelerate", "timm", "webdataset", "wandb", "numpy")
-    cuda = torch.cuda.is_available()
+    on_gpu = runtime.device.type == "cuda"
     return {
         "rtl_dist": __version__,
         "command": sys.argv,
@@ -44,7 +44,7 @@ def _environment(runtime: Runtime) -> dict[str, Any]:
         "packages": {name: version(name) for name in packages},
         "platform": platform.platform(),
         "hostname": socket.gethostname(),
-        "device": torch.cuda.get_device_name(runtime.device) if cuda else cpu_name(),
+        "device": torch.cuda.get_device_name(runtime.device) if on_gpu else cpu_name(),
         "cpus": available_cpus(),
         "precision": runtime.precision,
         "region_decoding": region.available(),

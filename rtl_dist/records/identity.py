@@ -88,7 +88,9 @@ def _filled(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
         else value
         for section, value in then.items()
     }
-    return filled | {"stages": [_filled_stage(stage, defaults) for stage in then["stages"]]}
+    unknown = {key: defaults[key] for key in now.keys() - then.keys()}
+    stages = [_filled_stage(stage, defaults) for stage in then["stages"]]
+    return unknown | filled | {"stages": stages}
 
 
 def _filled_stage(stage: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

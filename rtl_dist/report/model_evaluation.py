@@ -5,6 +5,7 @@ The end of a run does so with its best weights, ``rtl-dist evaluate`` with any m
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from rtl_dist.core.urls import Redirects
 from rtl_dist.data.format.dataset import Dataset, check_split, open_dataset
 from rtl_dist.data.format.split import Split
 from rtl_dist.data.loading.workers import resolve_workers
+from rtl_dist.distributed.precision import precision_as_trained
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.distributed.stopping import StopRequests
 from rtl_dist.distributed.terminal import configure_logging
@@ -26,11 +28,11 @@ from rtl_dist.evaluation.calibrated import RAW
 from rtl_dist.evaluation.predictions import Predictions
 from rtl_dist.evaluation.scoring import metrics_on_every_rank, score_split
 from rtl_dist.inference.export.exported import open_model
-from rtl_dist.inference.predictor import precision_of
 from rtl_dist.model.calibration import UNCALIBRATED, Calibration
 from rtl_dist.model.classifier import Classifier, place
 from rtl_dist.model.folder import LoadedModel
 
+LOG = logging.getLogger("rtl_dist")
 _OVERWRITTEN = (
     "metrics.json",
     "report.html",
@@ -130,8 +132,16 @@ def evaluate(
         DataError: no such data or split, or a damaged sample.
     """
     loaded = open_model(model_path)
-    with StopRequests() as stops, Runtime(precision or precision_of(loaded), stops) as runtime:
+    here = precision or precision_as_trained(loaded.precision)
+    with StopRequests() as stops, Runtime(here, stops) as runtime:
         configure_logging(is_main=runtime.is_main)
+        if precision is None and here != loaded.precision:
+            LOG.info(
+                "trained in %s, which is not for this device (%s): evaluated in %s",
+                loaded.precision,
+                runtime.device_name,
+                runtime.precision,
+            )
         dataset = runtime.on_every_rank(
             lambda: open_dataset(
                 data_path, cache_dir=cache_dir, cache_gb=cache_gb, redirects=redirects
@@ -146,7 +156,7 @@ def evaluate(
             dataset,
             name,
             runtime=runtime,
-            workers=resolve_workers(workers, local_world_size=runtime.local_world_size),
+            workers=resolve_workers(workers, cpus=runtime.cpus),
             calibration=UNCALIBRATED if raw else loaded.calibration,
         )
         with runtime.heartbeat.phase("drawing", open_ended=runtime.is_main):

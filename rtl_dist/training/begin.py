@@ -42,6 +42,7 @@ from rtl_dist.records.tracking import build_tracker
 from rtl_dist.training.finish import left_in_order
 from rtl_dist.training.opening_words import say_what_begins
 from rtl_dist.training.run import Run
+from rtl_dist.training.sharing import overrides_to_share
 
 LOG = logging.getLogger("rtl_dist")
 _LOOKED_AT = 1000  # names, where a data set should be
@@ -120,7 +121,7 @@ def open_run(
             own = [stage.image_size for stage in config.stages if stage.image_size]
             require_takes(config.model, config.data, [config.data.image_size, *own])
         model, origin = _initial_model(config, dataset, restored, dtype=runtime.dtype)
-    _check_stages(config, model)
+    _check_stages(config, model, world_size=runtime.world_size)
     average = _place_on_device(model, config, runtime, restored)
     if restored is None and _has_metrics(folder):
         LOG.warning(
@@ -154,7 +155,7 @@ def open_run(
         stage_best=restored.stage_best if restored else {},
         val_images=KeptImages(limit_bytes=runtime.kept_bytes),
         writer=CheckpointWriter(),
-        workers=resolve_workers(config.data.workers, local_world_size=runtime.local_world_size),
+        workers=resolve_workers(config.data.workers, cpus=runtime.cpus),
     )
     remaining = resolve_stages(config, num_samples=train.num_samples)[state.stage :]
     with left_in_order(run):
@@ -177,7 +178,7 @@ def _open_splits(config: Config, runtime: Runtime, dataset: Dataset) -> tuple[Sp
     return train, val
 
 
-def _check_stages(config: Config, model: Classifier) -> None:
+def _check_stages(config: Config, model: Classifier, *, world_size: int) -> None:
     """Refuses a misspelt part now, not after hours; warns of stages that cannot learn well."""
     for number, stage in enumerate(config.stages):
         parts = trainable_parts(model, stage, key=f"stages.{number}.trainable")
@@ -190,12 +191,11 @@ def _check_stages(config: Config, model: Classifier) -> None:
             )
         one_image = config.batch.micro == 1 and not config.batch.sync_batchnorm
         if one_image and batchnorm_learns(model, stage):
-            cures = "set batch.micro to 2 or more" + (
-                ", and batch.global to a multiple" if config.batch.total % 2 else ""
-            )
             raise UserError(
                 f"batch.micro: is 1, and BatchNorm cannot learn from one image at a time"
-                f" (stages.{number}.batchnorm: {stage.batchnorm}): {cures}, or batchnorm: frozen"
+                f" (stages.{number}.batchnorm: {stage.batchnorm}): add"
+                f" {overrides_to_share(config, world_size, least=2)} to the command, or set"
+                " batchnorm: frozen"
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from dataclasses import dataclass
 
@@ -70,6 +71,8 @@ def _train(stage: ResolvedStage, run: Run, kept: OptimizerState | None) -> _Agai
         trainer.fold_totals()
         return _Again(trainer.optimizer.state().on_host())
     finally:
+        if failed := sys.exception():
+            run.runtime.let_go(failed)  # or closing would wait for a rank that is gone
         if trainer is not None:
             trainer.close()
     return None

@@ -13,6 +13,7 @@ from rtl_dist.core.errors import UserError
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.model.build import make_classifier
 from rtl_dist.model.classifier import Classifier, place
+from rtl_dist.training.sharing import require_shareable
 
 LOG = logging.getLogger("rtl_dist")
 _LARGEST = 512  # images; beyond it no ResNet gets faster
@@ -25,19 +26,12 @@ def resolve_micro_batch_size(config: Config, runtime: Runtime, *, num_classes: i
     share of the global batch that every rank's device takes. Called by all ranks.
 
     Raises:
-        UserError: the number of microbatches is not a multiple of the number of processes, or not
-            one image fits.
+        UserError: the processes cannot share the batch equally, or not one image fits.
     """
-    total, world_size = config.batch.total, runtime.world_size
+    require_shareable(config, runtime.world_size)
     if config.batch.micro != "auto":
-        _require_shareable(total, config.batch.micro, world_size)
         return config.batch.micro
-    if total % world_size:
-        raise UserError(
-            f"batch.global: {total} cannot be shared equally by {world_size} processes; use a"
-            f" multiple of {world_size}"
-        )
-    share = total // world_size
+    share = config.batch.total // runtime.world_size
     divisors = [size for size in range(share, 0, -1) if share % size == 0]
     if runtime.device.type == "cuda":
         sizes = [size for size in divisors if size <= _LARGEST]
@@ -98,19 +92,3 @@ def _free(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-
-
-def _require_shareable(total: int, micro: int, world_size: int) -> None:
-    num_microbatches = total // micro
-    if num_microbatches % world_size:
-        fitting = [w for w in range(1, num_microbatches + 1) if num_microbatches % w == 0]
-        raise UserError(
-            f"batch: {num_microbatches} microbatches (global {total} / micro {micro}) cannot be"
-            f" shared by {world_size} processes; use {_or(fitting)} processes, or another"
-            " batch.micro"
-        )
-
-
-def _or(numbers: list[int]) -> str:
-    shown = [str(n) for n in numbers]
-    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} or {shown[-1]}"

@@ -50,7 +50,9 @@ def say_what_begins(
     day = time.strftime("%Y-%m-%d")
     LOG.info("%s: %d process(es) on %s", day, runtime.world_size, where)
     if runtime.accelerator.is_local_main_process:
-        for what in shortfall(runtime.device, local_world_size=runtime.local_world_size):
+        for what in shortfall(
+            runtime.device, local_world_size=runtime.local_world_size, cpus=runtime.cpus
+        ):
             LOG.warning("%s: %s", socket.gethostname(), what)
     if start > 1:
         restart = os.environ.get("SLURM_RESTART_COUNT", "0")

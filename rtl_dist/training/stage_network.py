@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -67,10 +69,7 @@ class StageNetwork:
                 runtime=run.runtime,
                 what=self._stage.name,
             )
-        with warnings.catch_warnings():
-            # torch 2.14 renames broadcast_buffers; its old name serves every version we support
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            self._wrapped = run.runtime.accelerator.prepare_model(self.trained)
+        self._wrapped: Callable[..., Any] = run.runtime.wrap(self.trained)
         self.statistics = StepStatistics(run.model)  # once wrapped: that puts in other buffers
 
     def settle(self) -> None:
@@ -188,7 +187,11 @@ class StageNetwork:
         a run's first step would round otherwise than the same step of one that did not start there.
         """
         self.statistics.begin()
-        self._run.runtime.accelerator.backward(self.stand_in_scores().sum())
+        with warnings.catch_warnings():
+            # said once a process, of 1 x 1 convolutions in channels_last: their strides are written
+            # in two ways that mean the same (pytorch #47163, #157862)
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+            self._run.runtime.accelerator.backward(self.stand_in_scores().sum())
         self.forget_step()
 
     def _black_images(self, count: int) -> torch.Tensor:

@@ -619,10 +619,12 @@ def test_labels_and_pixels_go_to_a_device_in_one_copy_of_the_ring(train):
 def test_workers_share_the_cpus_this_process_may_use():
     cpus = available_cpus()
     assert cpus == len(os.sched_getaffinity(0))
-    assert resolve_workers(3, local_world_size=64) == 3
-    assert resolve_workers(0, local_world_size=1) == 0
-    assert resolve_workers("auto", local_world_size=1) == min(cpus, 16)
-    assert resolve_workers("auto", local_world_size=10**6) == 1
+    assert resolve_workers(3, cpus=1) == 3
+    assert resolve_workers(0, cpus=8) == 0
+    assert resolve_workers("auto", cpus=12) == 12
+    assert resolve_workers("auto", cpus=64) == 16
+    with Runtime("no") as runtime:
+        assert runtime.cpus == cpus
 
 
 # --- kinds of images ----------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def test_an_accumulation_that_is_no_number_of_ours_is_left_alone(
 @pytest.mark.usefixtures("threads_as_before")
 @pytest.mark.parametrize(("by_accelerate", "threads"), [(True, 2), (False, 1)])
 def test_one_thread_is_the_user_s_choice_but_not_accelerate_s(monkeypatch, by_accelerate, threads):
-    monkeypatch.setattr(runtime, "available_cpus", lambda: 2)
+    monkeypatch.setattr(runtime, "own_cpus", lambda: frozenset({3, 5}))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     if by_accelerate:

@@ -23,7 +23,7 @@ from tiny_runs import make_dataset
 import rtl_dist.distributed.runtime
 from rtl_dist.core.errors import UserError
 from rtl_dist.distributed.launchers import launched_world_size
-from rtl_dist.distributed.runtime import resolve_precision
+from rtl_dist.distributed.precision import resolve_precision
 from rtl_dist.train import main
 from rtl_dist.training.stage_trainer import StageTrainer
 
@@ -211,8 +211,8 @@ def test_fifty_steps_end_alike_at_any_number_of_processes(config, tmp_path, worl
 def test_processes_that_cannot_share_the_microbatches_are_refused(config, tmp_path):
     for one in run_ranks(config, f"run.dir={tmp_path / 'run'}", "batch.micro=32", world_size=2):
         assert one.code == 2, one.output
-        assert "1 microbatches (global 32 / micro 32) cannot be shared by 2" in one.output
-        assert "use 1 processes, or another batch.micro" in one.output
+        assert "1 microbatch (global 32 / micro 32) cannot be shared equally by 2" in one.output
+        assert "add batch.micro=16 to the command" in one.output
 
 
 def test_a_process_that_finds_itself_alone_in_a_job_of_two_is_refused(
@@ -245,7 +245,7 @@ class OtherHardware(Fault):
 
     def install(self, mark: int) -> None:
         os.write(mark, b"it has")
-        replace_everywhere(resolve_precision, lambda _: lambda wanted: "bf16")
+        replace_everywhere(resolve_precision, lambda _: lambda wanted, on_gpu: "bf16")
 
 
 def test_machines_of_several_precisions_are_refused(config, tmp_path):

@@ -38,11 +38,13 @@ def test_the_configured_one_where_processes_can_share_it():
         assert resolve_micro_batch_size(config_of(4), Ranks(world_size), num_classes=3) == 4
     with pytest.raises(
         UserError,
-        match=r"4 microbatches \(global 16 / micro 4\) cannot be shared by 3 processes; use 1, 2"
-        " or 4 processes",
+        match=r"4 microbatches \(global 16 / micro 4\) cannot be shared equally by 3 processes; add"
+        r" batch.global=18 batch.micro=2 to the command \(.*\), or start 1 or 2 processes",
     ):
         resolve_micro_batch_size(config_of(4), Ranks(3), num_classes=3)
-    with pytest.raises(UserError, match=r"1 microbatches .* use 1 processes, or another"):
+    with pytest.raises(
+        UserError, match=r"1 microbatch .* add batch.micro=8 to .*, or start 1 process$"
+    ):
         resolve_micro_batch_size(config_of(16), Ranks(2), num_classes=3)
 
 
@@ -58,7 +60,9 @@ def test_on_a_cpu_it_is_the_largest_divisor_up_to_32(total, world_size, expected
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_batch_that_processes_cannot_share_is_refused(device):
     with pytest.raises(
-        UserError, match=r"batch.global: 16 cannot be shared equally by 3 processes; use a multiple"
+        UserError,
+        match=r"batch.global: 16 cannot be shared equally by 3 processes; add batch.global=18 to the"
+        " command, or start 1 or 2 processes",
     ):
         resolve_micro_batch_size(config_of("auto"), Ranks(3, device=device), num_classes=3)
 

@@ -115,7 +115,7 @@ def test_batchnorm_that_learns_from_one_image_is_refused_before_the_first_stage(
         f"batch.micro: is 1, and BatchNorm cannot learn from one image at a time (stages.1.batchnorm: {batchnorm})"
         in told
     )
-    assert "set batch.micro to 2 or more" in told
+    assert "batch.micro=2 to the command, or set batchnorm: frozen" in told
     assert "stage head" not in told
     assert not list(run.glob("checkpoints/*"))
 

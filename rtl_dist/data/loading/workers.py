@@ -16,17 +16,14 @@ from typing import Literal, TypeVar
 import torch
 from torch.utils.data import DataLoader
 
-from rtl_dist.core.cpus import available_cpus
 from rtl_dist.core.errors import RtlDistError, StopRequested, WorkerError
 
 T = TypeVar("T")
 
 
-def resolve_workers(workers: Literal["auto"] | int, *, local_world_size: int) -> int:
-    """auto: the CPUs this process may use, shared by the ranks of this machine."""
-    if workers != "auto":
-        return workers
-    return max(1, min(16, available_cpus() // local_world_size))
+def resolve_workers(workers: Literal["auto"] | int, *, cpus: int) -> int:
+    """auto: as many as this rank has CPUs for."""
+    return max(1, min(16, cpus)) if workers == "auto" else workers
 
 
 def start_worker(worker: int) -> None:
