@@ -79,8 +79,14 @@ def add_debug(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show a traceback for every error")
 
 
-def add_out(parser: argparse.ArgumentParser, what: str, *, metavar: str | None = None) -> None:
-    parser.add_argument("--out", type=path, metavar=metavar, help=what)
+def add_out(
+    parser: argparse.ArgumentParser,
+    what: str,
+    *,
+    metavar: str | None = None,
+    required: bool = False,
+) -> None:
+    parser.add_argument("--out", type=path, metavar=metavar, required=required, help=what)
 
 
 def add_overwrite(parser: argparse.ArgumentParser, what: str) -> None:
@@ -99,6 +105,10 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "no", "fp16", "bf16", "fp64"),
         help="default: that of the training",
     )
+
+
+def add_data(parser: argparse.ArgumentParser, what: str, *, required: bool = False) -> None:
+    parser.add_argument("--data", type=place, required=required, help=what)
 
 
 def add_split(parser: argparse.ArgumentParser, what: str) -> None:

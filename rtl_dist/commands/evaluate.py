@@ -6,6 +6,7 @@ import argparse
 
 from rtl_dist.commands.common import (
     add_cache,
+    add_data,
     add_debug,
     add_out,
     add_precision,
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=place,
         help="a run folder (its best weights), checkpoint or model folder, or an exported file",
     )
-    parser.add_argument("--data", required=True, type=place, help="folder or URL of a data set")
+    add_data(parser, "folder or URL of a data set", required=True)
     add_split(parser, "default: test where there is one, else val")
     add_out(parser, "default: MODEL/evaluation/SPLIT")
     add_workers(parser, "loader processes")

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from rtl_dist.commands.common import add_debug, add_json, add_redirects, path, place
+from rtl_dist.commands.common import (
+    add_data,
+    add_debug,
+    add_json,
+    add_out,
+    add_redirects,
+    add_split,
+    path,
+    place,
+)
 
 _TORCHSCRIPT = (
     "torchscript is not offered: PyTorch deprecated it for torch.export, which --format pt2 is"
@@ -28,11 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="onnx: for onnxruntime and others; pt2: torch.export; timm, hf: folders that timm, and"
         " transformers, load",
     )
-    parser.add_argument(
-        "--out",
+    add_out(
+        parser,
+        "a folder to be made; or X.onnx, X.pt2, beside which the other files come",
         required=True,
-        type=path,
-        help="a folder to be made; or X.onnx, X.pt2, beside which the other files come",
     )
     parser.add_argument(
         "--int8",
@@ -46,10 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="write nothing if 8 bits lose more than this of the accuracy (default: 0.01)",
     )
-    parser.add_argument(
-        "--data", type=place, help="a data set to check on (default: that of the run)"
-    )
-    parser.add_argument("--split", help="of --data (default: val)")
+    add_data(parser, "a data set to check on (default: that of the run)")
+    add_split(parser, "of --data (default: val)")
     parser.add_argument(
         "--images", type=path, metavar="FOLDER", help="images to check on, without labels"
     )
