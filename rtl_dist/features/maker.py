@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rtl_dist.config import FeaturesConfig
 from rtl_dist.core.files import user_cache_folder
+from rtl_dist.core.memory import available_memory
 from rtl_dist.core.text import readable_size
 from rtl_dist.data.format.split import Split
 from rtl_dist.data.images.augment import EvalTransform
@@ -23,6 +24,7 @@ from rtl_dist.features.view_files import View
 from rtl_dist.features.views import ViewPlan, ViewPlanner
 
 LOG = logging.getLogger("rtl_dist")
+_HELD_BY_CACHE = 0.5  # of the memory, at most: the system's cache of files beside the processes
 
 
 class FeatureMaker:
@@ -64,7 +66,12 @@ class FeatureMaker:
         """
         plans = [self._planner.training(split, number) for number in numbers]
         views = self._provide(plans, most_to_compute=samples_to_come)
-        return None if views is None else dict(zip(numbers, views, strict=True))
+        if views is None:
+            return None
+        if _bytes_of(plans) > available_memory() * _HELD_BY_CACHE:
+            for view in views:
+                view.will_be_read_at_random()
+        return dict(zip(numbers, views, strict=True))
 
     def view_to_solve_on(self, split: Split, transform: EvalTransform) -> View:
         """The training images as evaluations see them, a damaged one replaced by another. Where the

@@ -15,13 +15,14 @@ import hmac
 import io
 import json
 import math
+import mmap
 import os
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -71,6 +72,14 @@ class View:
     sample was replaced."""
     bad: list[str]
     """What each damaged sample suffers from."""
+    mapping: mmap.mmap | None = field(default=None, repr=False)
+    """That the features lie in; None of one in memory."""
+
+    def will_be_read_at_random(self) -> None:
+        """Has the disk bring what is asked for and nothing besides: of a view larger than memory,
+        what is read ahead (128 KiB, on some disks 8 MiB) is gone before it is used."""
+        if self.mapping is not None and hasattr(mmap, "MADV_RANDOM"):
+            self.mapping.madvise(mmap.MADV_RANDOM)
 
     @cached_property
     def rows(self) -> np.ndarray:
@@ -232,6 +241,7 @@ def open_view(folder: Path) -> View:
         features=as_features(stored.view(shape.num_samples, -1), shape.row, shape.dtype),
         used=torch.from_numpy(_read_used(folder, description, None)),
         bad=list(description["bad"]),
+        mapping=cast(mmap.mmap, flat.base),
     )
 
 

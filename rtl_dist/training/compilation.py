@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rtl_dist.core.device_memory import Attempt
 from rtl_dist.distributed.runtime import Runtime
 
 LOG = logging.getLogger("rtl_dist")
@@ -42,9 +44,9 @@ def compiling_pays(
 
     def judge() -> bool:
         inputs = make_inputs()
-        try:
+        with Attempt() as attempt:
             eager_s = time_passes(copy.deepcopy(trained), inputs, runtime)
-        except torch.OutOfMemoryError:  # two of them are too many, or the microbatch is too large
+        if attempt.ran_out:  # two of them are too many, or the microbatch is too large
             return False
         passes = num_images / len(inputs) / runtime.world_size
         if eager_s * passes < LEAST_S:
@@ -72,6 +74,9 @@ def compiling_pays(
 
     with runtime.heartbeat.phase("compiling", open_ended=runtime.is_main):
         verdict: bool = runtime.from_main(judge)
+    # the copies are gone by now; their memory is torch's still, in pieces of their sizes
+    gc.collect()
+    torch.cuda.empty_cache()
     return verdict
 
 

@@ -81,31 +81,40 @@ class StageNetwork:
         self.is_compiled = compiles is True or bool(
             compiles == "auto" and self._run.state.is_compiled
         )
+        # not in place: features and evaluations, of other shapes, would have it begin again, and
+        # features that round otherwise would be kept under the same key
+        self._trained_pass: Callable[..., Any] = self._wrapped
+        self._frozen_pass: Callable[..., Any] | None = self.frozen
         if self.is_compiled:
-            self._wrapped = torch.compile(self._wrapped)
+            self._trained_pass = torch.compile(self._wrapped)
             if self.frozen is not None:
-                self.frozen.compile()
+                self._frozen_pass = torch.compile(self.frozen)
         self._frozen_digest = digest(frozen_tensors(self._run.model))
         self._run.runtime.require_equal("the frozen weights", self._frozen_digest)
         self._require_agreement()
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """Scores, (n, num_classes), of images or of features of the frozen part."""
-        scores: torch.Tensor = self._wrapped(self.inputs_of(inputs))
+        scores: torch.Tensor = self._trained_pass(self._below(self._frozen_pass, inputs))
         return scores
 
     def inputs_of(self, batch: torch.Tensor) -> torch.Tensor:
         """What goes into the trained part: images, or what the frozen part makes of them."""
+        return self._below(self.frozen, batch)
+
+    def _below(self, frozen: Callable[..., Any] | None, batch: torch.Tensor) -> torch.Tensor:
         is_images = batch.dtype == torch.uint8 or not self.on_features
-        if self.frozen is None or not is_images:
+        if frozen is None or not is_images:
             return batch
         with self._run.runtime.accelerator.autocast():
-            out: torch.Tensor = self.frozen(batch)
+            out: torch.Tensor = frozen(batch)
         return out
 
     def stand_in_scores(self) -> torch.Tensor:
-        """Scores of black images, in place of those of a microbatch that cannot be had."""
-        return self(self._black_images(_STAND_IN_SIZE))
+        """Scores of black images, in place of those of a microbatch that cannot be had; never
+        compiled, which the other ranks would wait for."""
+        scores: torch.Tensor = self._wrapped(self.inputs_of(self._black_images(_STAND_IN_SIZE)))
+        return scores
 
     def without_sharing(self) -> contextlib.AbstractContextManager[None]:
         """Within the block gradients add up on this rank; they are shared in the next backward
@@ -162,6 +171,10 @@ class StageNetwork:
         # what it was marked with: another stage that trains the same would get it back as it is,
         # in float32 (accelerate 1.15)
         vars(self.trained).pop("_is_accelerate_prepared", None)
+        if self.is_compiled:
+            # what is compiled is kept by the code of forward, which stages share: after eight of
+            # them (torch's recompile_limit) nothing would be compiled any more
+            torch.compiler.reset()
         # what it was marked with: another stage that trains the same would get it back as it is,
         # in float32 (accelerate 1.15)
 

@@ -7,7 +7,6 @@ was, so that a run killed in between evaluates first when it goes on.
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
 from rtl_dist.config import ResolvedStage
@@ -183,19 +182,15 @@ class StepBoundary:
 
     def _evaluate(self) -> None:
         """Evaluates, judges and logs."""
+        run = self._run
         self._trainer.fold_totals()
         speed = self._log.speed()
         try:
-            with self._evaluating(), self._evaluator.model() as model:
+            with run.runtime.heartbeat.phase("evaluating"), self._evaluator.model() as model:
                 self._record(self._evaluator.metrics(model), model, speed)
         except StopRequested:
             self._stop()  # now that the model is again as it is trained
         self._log.restart_window()
-
-    def _evaluating(self) -> AbstractContextManager[None]:
-        # what was compiled may be compiled again for other shapes
-        may_compile = self._trainer.network.is_compiled
-        return self._run.runtime.heartbeat.phase("evaluating", open_ended=may_compile)
 
     def _record(
         self, metrics: dict[str, float], model: Classifier, speed: dict[str, float]

@@ -1,6 +1,7 @@
 """Whether compiling pays: tried where it may, and never an end of the run."""
 
 import logging
+import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -163,6 +164,23 @@ def test_trying_leaves_the_network_as_it_was(monkeypatch):
     verdict(trained=trained)
     assert digest(trained.state_dict()) == before
     assert all(p.grad is None for p in trained.parameters())
+
+
+def test_what_was_tried_is_gone_before_training_begins(passes_take, monkeypatch):
+    passes_take(0.1, 0.05)
+    time_passes, copies, alive = compilation.time_passes, [], []
+
+    def noted(network, inputs, runtime):
+        copies.extend(weakref.ref(p) for p in [*network.parameters(), inputs])
+        return time_passes(network, inputs, runtime)
+
+    monkeypatch.setattr(compilation, "time_passes", noted)
+    monkeypatch.setattr(
+        torch.cuda, "empty_cache", lambda: alive.append(sum(ref() is not None for ref in copies))
+    )
+    assert verdict(make_inputs=lambda: torch.ones(BATCH, 3))
+    assert len(copies) == 2 * 5
+    assert alive == [0]
 
 
 def test_a_pass_takes_as_long_as_the_fastest_after_the_first_two(clock):
