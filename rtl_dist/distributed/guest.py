@@ -17,7 +17,8 @@ import torch
 
 from rtl_dist.core.errors import UserError
 from rtl_dist.core.open_files import raise_limit
-from rtl_dist.distributed.stopping import IS_GUEST
+from rtl_dist.distributed.launchers import launched_world_size
+from rtl_dist.distributed.stopping import IS_GUEST, was_launched
 
 _ONE_AT_A_TIME = threading.Lock()  # of one process Accelerate and process groups have one state
 
@@ -26,6 +27,9 @@ _ONE_AT_A_TIME = threading.Lock()  # of one process Accelerate and process group
 def as_guest() -> Iterator[None]:
     """Within the block jobs of this thread are guests; afterwards the process is as it was before:
     its signal handlers, logging, seeds, threads, cuDNN's choices, limits and garbage collection.
+
+    A process that a launcher started is there for the job: its signals and its end are the job's,
+    as in a command, for the other processes wait for it.
 
     Raises:
         UserError: another thread is in such a block.
@@ -37,7 +41,8 @@ def as_guest() -> Iterator[None]:
         )
     with ExitStack() as restoring:
         restoring.callback(_ONE_AT_A_TIME.release)
-        restoring.callback(IS_GUEST.reset, IS_GUEST.set(True))
+        is_alone = not was_launched() and launched_world_size() == 1
+        restoring.callback(IS_GUEST.reset, IS_GUEST.set(is_alone))
         restoring.callback(_logging_as_it_is(logging.getLogger("rtl_dist")))
         restoring.callback(torch.set_num_threads, torch.get_num_threads())
         restoring.callback(_cudnn_as_it_is())

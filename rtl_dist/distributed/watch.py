@@ -17,18 +17,20 @@ import logging
 import multiprocessing
 import os
 import re
+import signal
 import socket
 import sys
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rtl_dist.core.errors import RtlDistError, StopRequested
 from rtl_dist.core.files import read_object
 from rtl_dist.core.text import and_more
 from rtl_dist.distributed.heartbeat import Heartbeat
+from rtl_dist.distributed.stopping import IS_GUEST
 
 LOG = logging.getLogger("rtl_dist")
 
@@ -39,6 +41,7 @@ _ENDED = "ended"  # the phase of a rank that is done, in order or not: nobody wa
 # rank whose ticks have stood still for the second counts as dead. Together they are below 1, so a
 # dead rank is named before the time-out is over.
 _READ_AFTER, _DEAD_AFTER = 0.4, 0.5
+_INTERRUPTED_EVERY_S = 1.5  # the first interrupt may be taken for a request to save
 _WRITES_A_SECOND = 64  # of all ranks together, on a disk they share
 
 
@@ -88,6 +91,8 @@ class Watch:
         self._seen: dict[int, _Seen] = {}
         self._can_write = True
         self._end = threading.Event()
+        self._is_guest = IS_GUEST.get()
+        self._is_of_main = threading.current_thread() is threading.main_thread()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Watch:
@@ -122,6 +127,7 @@ class Watch:
                 stalled = self._stalled(now)
                 if stalled and self._rank == self._speaker(stalled):
                     self._give_up(stalled)
+                    return
 
     def _write(self) -> None:
         """Writes this rank's file, whole or not at all; a disk that refuses is told of once."""
@@ -197,13 +203,18 @@ class Watch:
         able = (rank for rank in self._watchers if rank not in stalled.keys() | ended)
         return next(able, self._rank)
 
-    def _give_up(self, stalled: dict[int, dict[str, Any]]) -> NoReturn:
+    def _give_up(self, stalled: dict[int, dict[str, Any]]) -> None:
         """Tells the user and ends this process from outside its main thread, which may be inside a
-        call that never returns."""
+        call that never returns. In a guest it interrupts that thread, if it is the job's."""
         sys.stderr.write(f"rtl-dist: {_sentence(stalled, self._timeout_s, self._folder)}\n")
         sys.stderr.flush()
         with self._heartbeat.phase(_ENDED):
             self._write()
+        if self._is_guest:
+            while self._is_of_main and not self._end.wait(_INTERRUPTED_EVERY_S):
+                # a signal that is sent, unlike interrupt_main's, also ends a call that waits
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            return
         for worker in multiprocessing.active_children():  # it may be a loader's that stands still
             worker.kill()
         os._exit(RtlDistError.exit_code)

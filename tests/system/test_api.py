@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from tiny_runs import make_dataset, tiny_config
 import rtl_dist
 from rtl_dist.data.format.reader import SampleReader
 from rtl_dist.distributed.guest import as_guest
-from rtl_dist.distributed.stopping import StopRequests
+from rtl_dist.distributed.heartbeat import Heartbeat
+from rtl_dist.distributed.stopping import IS_GUEST, StopRequests
 from rtl_dist.distributed.terminal import ProgressLines, progress
+from rtl_dist.distributed.watch import HEARTBEATS, Watch
 from rtl_dist.training.stage_trainer import StageTrainer
 
 # torchvision 0.29 announces that its decoder will move to another package.
@@ -250,6 +253,27 @@ def test_a_guest_hears_ctrl_c_alone_and_never_ends_the_process():
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)  # at once: the same request
             assert stops.reason == "SIGINT"
+
+
+def test_a_job_that_stands_still_is_interrupted_where_a_command_would_end(tmp_path, capsys):
+    (tmp_path / HEARTBEATS).mkdir()
+    with (
+        pytest.raises(KeyboardInterrupt),
+        as_guest(),
+        StopRequests() as stops,
+        stops.deferred(),
+        Watch(tmp_path, Heartbeat(), rank=0, world_size=1, timeout_s=0.5),
+    ):
+        time.sleep(30)
+    assert "made no progress for 0.5 s (run.timeout)" in capsys.readouterr().err
+
+
+def test_in_a_process_that_was_launched_a_job_is_no_guest(monkeypatch):
+    with as_guest():
+        assert IS_GUEST.get()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    with as_guest():
+        assert not IS_GUEST.get()
 
 
 def test_a_notebook_has_a_bar(monkeypatch):
