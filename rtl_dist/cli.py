@@ -29,6 +29,10 @@ COMMANDS = {
         "exact metrics, confusion matrix, precision-recall, calibration, mistakes",
     ),
     "predict": ("rtl_dist.commands.predict", "what a model says of images, folders, tars, URLs"),
+    "calibrate": (
+        "rtl_dist.commands.calibrate",
+        "fit a model's probabilities, thresholds and conformal sets to data like yours",
+    ),
     "export": (
         "rtl_dist.commands.export",
         "a model as ONNX, pt2, a timm or transformers folder, checked on real images",

@@ -31,6 +31,10 @@ METRICS = {
     "micro_f1": Metric(name="micro F1"),
     "loss": Metric(name="loss (nats)", is_lower_better=True),
     "ece": Metric(name="calibration error"),
+    "set_coverage": Metric(name="conformal sets that hold the truth", is_share=True),
+    "set_size": Metric(name="classes in a conformal set"),
+    "answered": Metric(name="answered, not abstained", is_share=True),
+    "answered_top1": Metric(name="top-1 accuracy of the answered", is_share=True),
 }
 """By the key that stands in files, in the order in which a page shows them. An evaluation may write
 others, which pages show after these."""

@@ -101,12 +101,12 @@ class Calibration:
             aim = "the best F1"
             if self.precision_target is not None:
                 aim = f"a precision of {100 * self.precision_target:g} %"
-            told.append(f"a threshold for each label, for {aim}")
+            told.append(f"a threshold of each label for {aim}")
         if self.abstain_below is not None and self.precision_target is not None:
             aim = f"{100 * self.precision_target:g} % right"
-            told.append(f"abstains below {self.abstain_below:.3f}, for {aim}")
+            told.append(f"abstains below {self.abstain_below:.3f} to be {aim}")
         if self.coverage is not None:
-            told.append(f"sets that hold the truth of {100 * self.coverage:g} %")
+            told.append(f"sets that hold the truth of {100 * self.coverage:g} % of images")
         return f"{', '.join(told)}; fitted on {self.num_samples:,} images of {self.split}"
 
     def to_dict(self) -> dict[str, Any]:

@@ -8,21 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rtl_dist.core.files import read_object, write_csv, write_json, write_text
-from rtl_dist.core.tasks import METRICS, MULTI_LABEL, Metric
+from rtl_dist.core.files import write_csv, write_json, write_text
+from rtl_dist.core.tasks import MULTI_LABEL
 from rtl_dist.core.text import shown as shown_name
 from rtl_dist.data.format.split import Split
 from rtl_dist.evaluation.confusion import Confusion, confusion_of
 from rtl_dist.evaluation.metrics import (
-    TOP_K,
     ClassScores,
     multi_label_confusion,
     per_class_table,
-    wilson_interval,
 )
 from rtl_dist.evaluation.predictions import Predictions, blocks_of_rows
 from rtl_dist.evaluation.reliability import reliability
@@ -31,6 +29,7 @@ from rtl_dist.report import evaluation_plots as plots
 from rtl_dist.report.figure import draw
 from rtl_dist.report.html import Cell, Page, percent
 from rtl_dist.report.mistakes import MISTAKES_SHOWN, Mistake, mistakes_picture
+from rtl_dist.report.summary import headline, summary_of, words_of_calibration
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -83,8 +82,7 @@ def write_evaluation(
 ) -> None:
     """Writes an evaluation's files into ``out``, the page ``report.html`` last.
 
-    ``metrics.json`` (the given metrics, ``num_samples``, ``num_classes``, and the 95 % interval of
-    the share of samples that are right), ``per_class.csv``, ``confusion_matrix.csv`` (of many
+    ``metrics.json`` (see ``summary_of``), ``per_class.csv``, ``confusion_matrix.csv`` (of many
     classes a list of its cells; multi-label: 2x2 counts a class), ``predictions.csv``,
     ``mistakes.csv`` (most confident first; both with the file that was packed, if known), one
     picture for each of ``PICTURES`` (one that cannot be drawn is left out, which is said),
@@ -106,7 +104,7 @@ def write_evaluation(
     wrong = np.flatnonzero(~verdicts.right)
     wrong = wrong[np.argsort(-verdicts.confidence[wrong], kind="stable")]
     table = per_class_table(predictions)
-    summary = _summary(predictions, metrics, int(verdicts.right.sum()))
+    summary = summary_of(predictions, metrics, int(verdicts.right.sum()))
 
     write_json(out / "metrics.json", summary)
     write_csv(
@@ -132,13 +130,16 @@ def write_evaluation(
             ),
         )
 
+    before = predictions.uncalibrated
     pairs, confusion_figure = _write_confusion(predictions, out)
     surest = wrong[:MISTAKES_SHOWN].tolist()
     figures: dict[str, Callable[[], Figure | bytes]] = {
         "confusion_matrix.png": confusion_figure,
         "precision_recall.png": lambda: plots.precision_recall_figure(predictions, table),
         "calibration.png": lambda: plots.calibration_figure(
-            reliability(predictions), predictions.task
+            reliability(predictions),
+            predictions.task,
+            before=reliability(before) if before else None,
         ),
         "mistakes.png": lambda: mistakes_picture(
             split,
@@ -151,6 +152,8 @@ def write_evaluation(
 
     page = Page(title, f"Split {split.name}, {split.num_samples:,} samples, each counted once.")
     page.cards(headline(summary))
+    for told in words_of_calibration(summary, split.name):
+        page.paragraph(told)
     for name, caption in PICTURES.items():
         page.picture(drawn[name], caption, is_photo=name in PHOTOS)
         if name == "confusion_matrix.png" and pairs:
@@ -166,41 +169,6 @@ def write_evaluation(
         f" mistakes.csv ({len(wrong):,} samples, the most confident first)."
     )
     write_text(out / "report.html", page.render())
-
-
-def headline(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """The cards (value, name, remark) of a ``metrics.json``'s content, the known metrics first."""
-    cards = []
-    names = [n for n in METRICS if n in summary]
-    names += [n for n in summary if n not in METRICS and n not in ("num_samples", "num_classes")]
-    if summary.get("num_classes", TOP_K + 1) <= TOP_K:
-        names = [name for name in names if name != "top5"]  # all samples are within it
-    for name in names:
-        value, metric = summary[name], METRICS.get(name) or Metric(name=name.replace("_", " "))
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        remark = ""
-        if f"{name}_interval" in summary:
-            low, high = summary[f"{name}_interval"]
-            remark = f"95 % interval {100 * low:.2f} to {100 * high:.2f} %"
-        shown = percent(value) if metric.is_share else f"{value:.4f}"
-        cards.append((shown, metric.name, remark))
-    return cards
-
-
-def read_summary(folder: Path) -> dict[str, Any] | None:
-    """The ``metrics.json`` of an evaluation folder; None when it is missing or damaged."""
-    return read_object(folder / "metrics.json") or None
-
-
-def _summary(predictions: Predictions, metrics: dict[str, float], hits: int) -> dict[str, Any]:
-    interval = wilson_interval(hits, predictions.num_samples)
-    return {
-        **{name: float(value) for name, value in metrics.items()},
-        f"{predictions.task.share_right}_interval": [float(bound) for bound in interval],
-        "num_samples": predictions.num_samples,
-        "num_classes": len(predictions.classes),
-    }
 
 
 def _judge(predictions: Predictions) -> _Verdicts:

@@ -171,14 +171,20 @@ def precision_recall_figure(predictions: Predictions, table: Sequence[ClassScore
     return figure
 
 
-def calibration_figure(result: Reliability, task: Task) -> Figure:
-    """A reliability diagram above the histogram of confidences."""
+def calibration_figure(
+    result: Reliability, task: Task, *, before: Reliability | None = None
+) -> Figure:
+    """A reliability diagram above the histogram of confidences.
+
+    before: the same before calibration.
+    """
     multi = task == MULTI_LABEL
     figure = new_figure(7.8, 6.4)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    remark = "" if before is None else f", {before.ece:.3f} before it"
     dress(
         top,
-        title=f"Calibration: expected error {result.ece:.3f}",
+        title=f"Calibration: expected error {result.ece:.3f}{remark}",
         y="share present" if multi else "accuracy",
     )
     width = np.diff(result.edges)
@@ -195,6 +201,20 @@ def calibration_figure(result: Reliability, task: Task) -> Figure:
         linewidth=1.2,
         label="at mean confidence",
     )
+    if before is not None:
+        told = before.counts > 0
+        top.plot(
+            before.confidence[told],
+            before.accuracy[told],
+            color=GREY,
+            marker="s",
+            markersize=4,
+            linewidth=1.2,
+            linestyle=":",
+            label="before calibration",
+        )
+        shares = np.append(before.counts, before.counts[-1]) / before.counts.sum()
+        bottom.step(before.edges, shares, where="post", color=INK, linewidth=1, linestyle=":")
     top.set_xlim(0, 1)
     top.set_ylim(0, 1.02)
     outside_legend(top)

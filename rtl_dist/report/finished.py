@@ -17,9 +17,9 @@ from rtl_dist.core.text import did_you_mean
 from rtl_dist.inference.model import Model
 from rtl_dist.records.results import read_results
 from rtl_dist.records.state import Best
-from rtl_dist.report.evaluation import read_summary
 from rtl_dist.report.history import is_finite, read_history
 from rtl_dist.report.run import REPORT, draw_run
+from rtl_dist.report.summary import read_summary
 
 if TYPE_CHECKING:
     from rtl_dist.inference.predictor import Flips

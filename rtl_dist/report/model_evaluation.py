@@ -26,11 +26,11 @@ from rtl_dist.distributed.stopping import StopRequests
 from rtl_dist.distributed.terminal import configure_logging
 from rtl_dist.evaluation.calibrated import RAW
 from rtl_dist.evaluation.predictions import Predictions
+from rtl_dist.evaluation.same_classes import require_same_classes
 from rtl_dist.evaluation.scoring import metrics_on_every_rank, score_split
 from rtl_dist.inference.export.exported import open_model
 from rtl_dist.model.calibration import UNCALIBRATED, Calibration
 from rtl_dist.model.classifier import Classifier, place
-from rtl_dist.model.folder import LoadedModel
 
 LOG = logging.getLogger("rtl_dist")
 _OVERWRITTEN = (
@@ -147,7 +147,7 @@ def evaluate(
                 data_path, cache_dir=cache_dir, cache_gb=cache_gb, redirects=redirects
             )
         )
-        _require_same_classes(loaded, dataset)
+        require_same_classes(loaded, dataset)
         name = split_name or ("test" if "test" in dataset.split_names else "val")
         out = out or _usual_out(Path(model_path), name)
         runtime.from_main(lambda: _require_own_folder(out))
@@ -210,20 +210,3 @@ def _refresh_page(run: Path, out: Path) -> None:
         return
     with tolerated(f"{run / REPORT} could not be drawn again"):
         draw_run(run)
-
-
-def _require_same_classes(loaded: LoadedModel, dataset: Dataset) -> None:
-    if loaded.task != dataset.task:
-        raise UserError(
-            f"{loaded.source} was trained on {loaded.task} data, {dataset.where} is {dataset.task}"
-        )
-    if loaded.classes != dataset.classes:
-        raise UserError(
-            f"the head in {loaded.source} is for {len(loaded.classes)} classes"
-            f" ({_some(loaded.classes)}), the data in {dataset.where} has {dataset.num_classes}"
-            f" ({_some(dataset.classes)}); evaluate on data packed with the same classes"
-        )
-
-
-def _some(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

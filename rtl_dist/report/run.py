@@ -11,11 +11,12 @@ from rtl_dist.core.tasks import METRICS
 from rtl_dist.core.text import duration
 from rtl_dist.records.results import read_results
 from rtl_dist.report import plots
-from rtl_dist.report.evaluation import PHOTOS, PICTURES, headline, read_summary
+from rtl_dist.report.evaluation import PHOTOS, PICTURES
 from rtl_dist.report.figure import draw
 from rtl_dist.report.history import History, read_history
 from rtl_dist.report.html import Cell, Page, percent
 from rtl_dist.report.rates import falling_stages
+from rtl_dist.report.summary import headline, read_summary, words_of_calibration
 
 REPORT = "report.html"
 
@@ -214,6 +215,8 @@ def _add_evaluations(page: Page, run: Path, results: dict[str, Any]) -> None:
         page.heading(f"Evaluation on {folder.name}")
         page.paragraph(f"{summary.get('num_samples', 0):,} samples, each counted once.", soft=True)
         page.cards(headline(summary))
+        for told in words_of_calibration(summary, folder.name):
+            page.paragraph(told)
         for name, caption in PICTURES.items():
             if (folder / name).is_file():
                 page.picture((folder / name).read_bytes(), caption, is_photo=name in PHOTOS)

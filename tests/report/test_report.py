@@ -17,7 +17,7 @@ from rtl_dist.core.errors import UserError
 from rtl_dist.core.files import write_bytes
 from rtl_dist.core.text import duration
 from rtl_dist.evaluation.metrics import compute_metrics
-from rtl_dist.report.evaluation import PICTURES, headline, write_evaluation
+from rtl_dist.report.evaluation import PICTURES, write_evaluation
 from rtl_dist.report.figure import plain
 from rtl_dist.report.history import read_history
 from rtl_dist.report.html import Page
@@ -32,6 +32,7 @@ from rtl_dist.report.plots import (
 )
 from rtl_dist.report.rates import distinct_rates, falling_stages
 from rtl_dist.report.run import draw_run
+from rtl_dist.report.summary import headline
 
 PLOTS = ("loss.png", "accuracy.png", "learning_rate.png", "throughput.png")
 

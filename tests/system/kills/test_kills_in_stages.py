@@ -22,6 +22,7 @@ from kills import (
 from tiny_runs import require_equal_runs, results, tiny_config, write_config
 
 from rtl_dist.evaluation.logits import logits_from_images, logits_from_view
+from rtl_dist.model.folder import load_model, write_calibration
 from rtl_dist.model.freezing import freeze_for
 from rtl_dist.records.state import TrainState
 from rtl_dist.report.evaluation import write_evaluation
@@ -188,6 +189,15 @@ def test_one_of_two_ranks_killed_in_an_evaluation(tmp_path, config, undisturbed,
 
 
 # --- at the very end ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("after", one_of_each([False, True], name=["before", "after"].__getitem__))
+def test_killed_as_the_best_weights_are_calibrated(tmp_path, config, undisturbed, after):
+    run = tmp_path / "run"
+    killed(config, run, Kill(place=write_calibration, after=after))
+    assert load_model(run).calibration.was_fitted is after
+    gone_on(config, run)
+    require_equal_runs(undisturbed[1], run)
 
 
 def test_killed_after_the_test_split_was_evaluated(tmp_path, config):
