@@ -13,12 +13,12 @@ from rtl_dist.core.text import command
 from rtl_dist.core.urls import Redirects
 from rtl_dist.data.format.dataset import Dataset, check_split, open_dataset
 from rtl_dist.data.loading.workers import resolve_workers
+from rtl_dist.distributed.precision import precision_as_trained
 from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.distributed.stopping import StopRequests
 from rtl_dist.distributed.terminal import configure_logging
 from rtl_dist.evaluation.calibrate import calibrate_on
 from rtl_dist.evaluation.same_classes import require_same_classes
-from rtl_dist.inference.predictor import precision_of
 from rtl_dist.model.folder import DESCRIPTION, LoadedModel, load_model, write_calibration
 
 
@@ -51,7 +51,8 @@ def calibrate(
     """
     loaded = load_model(model_path)
     _require_place(loaded)
-    with StopRequests() as stops, Runtime(precision or precision_of(loaded), stops) as runtime:
+    here = precision or precision_as_trained(loaded.precision)
+    with StopRequests() as stops, Runtime(here, stops) as runtime:
         configure_logging(is_main=runtime.is_main)
         dataset = runtime.on_every_rank(
             lambda: open_dataset(
@@ -68,7 +69,7 @@ def calibrate(
             split,
             wanted,
             runtime=runtime,
-            workers=resolve_workers(workers, local_world_size=runtime.local_world_size),
+            workers=resolve_workers(workers, cpus=runtime.cpus),
         )
         runtime.from_main(lambda: write_calibration(loaded.source, calibration))
         if not runtime.is_main:
