@@ -47,6 +47,7 @@ trap 'stopping=yes; echo "stop requested at $(date): saving" >&2; trap "" USR1 T
 #   trap '' USR1          one that comes before there is a handler must not kill srun or Python
 #   --cpu-bind=none       processes share the node's cores by themselves
 #   --gpu-bind=none       each process takes the GPU of its own number
+#   --export=ALL          what was set here reaches them, after sbatch --export=NONE too
 #   --wait                when a process died, the others may not wait for it for ever, but longer than
 #                         SLURM needs to see that a node is lost: then it requeues the job itself
 node_timeout=$(scontrol show config | sed -n 's/^SlurmdTimeout *= *\([0-9]*\).*/\1/p')
@@ -56,6 +57,7 @@ unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
     trap '' USR1
     exec srun --nodes="$nodes" --ntasks=$((nodes * processes)) --ntasks-per-node="$processes" \
         --overcommit --cpu-bind=none --gpu-bind=none --kill-on-bad-exit=0 --wait="$patience" \
+        --export=ALL \
         bash -c 'trap "" USR1; exec python rtl_dist/train.py --config "$@"' train "$@"
 ) &
 step=$!

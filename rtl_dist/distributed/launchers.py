@@ -8,7 +8,7 @@ for its tasks torchrun's are filled in here.
 from __future__ import annotations
 
 import os
-import subprocess
+import re
 from collections.abc import Mapping, MutableMapping
 from datetime import timedelta
 
@@ -34,7 +34,7 @@ def launched_world_size(env: MutableMapping[str, str] = os.environ) -> int:
         env["WORLD_SIZE"] = env["SLURM_STEP_NUM_TASKS"]
         env["LOCAL_WORLD_SIZE"] = str(_tasks_on_this_node(env))
         if "MASTER_ADDR" not in env:
-            env["MASTER_ADDR"] = _first_host(env["SLURM_STEP_NODELIST"])
+            env["MASTER_ADDR"] = first_host(env["SLURM_STEP_NODELIST"])
         # Another port for each job, so that two on one node do not meet; below 32768, where Linux
         # begins to hand ports out by itself.
         env.setdefault("MASTER_PORT", str(12000 + int(env["SLURM_JOB_ID"]) % 20000))
@@ -83,23 +83,16 @@ def _tasks_on_this_node(env: Mapping[str, str]) -> int:
     return counts[int(env["SLURM_NODEID"])]
 
 
-def _first_host(nodes: str) -> str:
-    """The first of SLURM's compact list of nodes, such as ``gpu[03-07,12]``.
+def allow_forks(env: MutableMapping[str, str] = os.environ) -> None:
+    """Before NCCL opens a network: that of larger EC2 machines (EFA, by libfabric) would end a
+    process that forks, as loaders do, unless it was told that it does. Others do not read this."""
+    for name in ("FI_EFA_FORK_SAFE", "RDMAV_FORK_SAFE"):
+        env.setdefault(name, "1")
 
-    Raises:
-        UserError: there is no scontrol here, as in many containers, or it does not answer.
-    """
-    try:
-        listing = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=60,
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise UserError(
-            f"cannot ask SLURM for the first of the nodes {nodes} ({error}); set MASTER_ADDR to its"
-            " name before srun"
-        ) from error
-    return listing.stdout.split()[0]
+
+def first_host(nodes: str) -> str:
+    """The first of SLURM's compact list of nodes, such as ``gpu[03-07,12],cpu1``; read here, since
+    in a container there is no scontrol to ask."""
+    outside = re.match(r"(?:\[[^\]]*\]|[^,\[])*", nodes)  # up to a comma that is in no bracket
+    assert outside is not None  # it matches anything
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", outside[0])

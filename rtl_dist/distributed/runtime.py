@@ -32,7 +32,12 @@ from rtl_dist.distributed.accelerate_settings import (
     refuse_other_ways,
 )
 from rtl_dist.distributed.devices import gpu_place, local_gpu, uses_gpu, why_not_one_each
-from rtl_dist.distributed.launchers import COLLECTIVE_TIMEOUT, launched_world_size, whole_number
+from rtl_dist.distributed.launchers import (
+    COLLECTIVE_TIMEOUT,
+    allow_forks,
+    launched_world_size,
+    whole_number,
+)
 from rtl_dist.distributed.lost_peers import explained, let_go, may_wait_for_lost_peers
 from rtl_dist.distributed.precision import resolve_precision, set_tf32
 from rtl_dist.distributed.ranks import Ranks
@@ -76,6 +81,7 @@ class Runtime(Ranks):
         self._on_gpu = uses_gpu()
         if self._on_gpu:
             torch.cuda.set_device(local_gpu())
+            allow_forks()
         self.precision = resolve_precision(precision, on_gpu=self._on_gpu)
         self.dtype = torch.float64 if self.precision == "fp64" else torch.float32
         self._settings, settings = contextlib.ExitStack(), overruled()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rtl_dist.core.cpus import available_cpus, container_cpus
+from rtl_dist.core.cpus import available_cpus, container_cpus, share_of_cpus
 
 
 def make_files(root, files):
@@ -32,3 +32,22 @@ def test_a_containers_limit_is_found(tmp_path, files, cpus):
 
 def test_there_is_always_a_cpu():
     assert available_cpus() >= 1
+
+
+ALL, FIRST, SECOND = frozenset(range(16)), frozenset(range(8)), frozenset(range(8, 16))
+
+
+@pytest.mark.parametrize(("processes", "granted", "share"), [
+    ([ALL], None, 16),
+    ([ALL] * 4, None, 4),  # a launcher's, which share the machine
+    ([ALL] * 3, None, 5),
+    ([ALL] * 64, None, 1),
+    ([FIRST, SECOND], None, 8),  # srun --cpus-per-task=8 gave each its own
+    ([FIRST, FIRST, SECOND], None, 4),
+    ([FIRST | {9}, SECOND], None, 8),
+    ([ALL] * 2, 6.0, 3),  # a container's time is that of both
+    ([FIRST, SECOND], 6.0, 6),
+    ([ALL], 0.5, 1),
+])  # fmt: skip
+def test_cpus_are_shared_by_those_that_may_use_them(processes, granted, share):
+    assert share_of_cpus(processes[0], processes, granted) == share

@@ -21,8 +21,7 @@ from safetensors.torch import load_file
 from tiny_runs import make_dataset
 
 import rtl_dist.distributed.runtime
-from rtl_dist.core.errors import UserError
-from rtl_dist.distributed.launchers import launched_world_size
+from rtl_dist.distributed.launchers import allow_forks, first_host, launched_world_size
 from rtl_dist.distributed.precision import resolve_precision
 from rtl_dist.train import main
 from rtl_dist.training.stage_trainer import StageTrainer
@@ -274,11 +273,8 @@ def test_a_port_that_is_taken_is_named(config, tmp_path):
 # --- what srun and the files of launch/ say ---
 
 
-def test_tasks_of_srun_are_told_their_ranks(tmp_path, monkeypatch):
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text("#!/bin/sh\n[ \"$3\" = 'gpu[07-09]' ] && echo gpu07 gpu08 gpu09\n")
-    scontrol.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+def test_tasks_of_srun_are_told_their_ranks_without_asking_scontrol(monkeypatch):
+    monkeypatch.setenv("PATH", "")  # as in a container
     env = {
         "SLURM_JOB_ID": "40123",
         "SLURM_STEP_NUM_TASKS": "5",
@@ -299,13 +295,18 @@ def test_tasks_of_srun_are_told_their_ranks(tmp_path, monkeypatch):
     }
 
 
-def test_without_scontrol_the_cure_is_told(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    env = {"SLURM_JOB_ID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "gpu[07-08]",
-           "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
-           "SLURM_NODEID": "0"}  # fmt: skip
-    with pytest.raises(UserError, match="set MASTER_ADDR"):
-        launched_world_size(env)
+@pytest.mark.parametrize(("nodes", "first"), [
+    ("node7", "node7"), ("a1,a2", "a1"), ("gpu[03-07,12]", "gpu03"), ("gpu[12,3-7],cpu1", "gpu12"),
+    ("rack[2-3]n[001-032]", "rack2n001"), ("ip-10-0-1-[7,9]", "ip-10-0-1-7"), ("n[5]-ib,x", "n5-ib"),
+])  # fmt: skip
+def test_the_first_of_slurm_s_nodes(nodes, first):
+    assert first_host(nodes) == first
+
+
+def test_forks_are_allowed_where_nobody_said_otherwise():
+    env = {"FI_EFA_FORK_SAFE": "0"}
+    allow_forks(env)
+    assert env == {"FI_EFA_FORK_SAFE": "0", "RDMAV_FORK_SAFE": "1"}
 
 
 def test_a_launcher_within_srun_has_the_last_word():

@@ -115,3 +115,39 @@ def test_the_lines_of_the_example_suit_the_config_it_names():
     assert f"--array=0-{len(lines) - 1}" in text
     configs = [load_config(str(ROOT / CONFIG), shlex.split(line)) for line in lines]
     assert len({repr(config) for config in configs}) == len(lines)
+
+
+# --- what the tasks are told ---
+
+SRUN = """#!/bin/bash
+passes=${SLURM_EXPORT_ENV:-ALL}
+while [[ $1 == -* ]]; do
+    case $1 in --export=*) passes=${1#--export=} ;; esac
+    shift
+done
+[ "$passes" = ALL ] && exec "$@"
+exec env -i PATH=/usr/bin:/bin "$@"
+"""
+
+
+def test_after_export_none_the_processes_have_the_environment_of_the_job(tmp_path):
+    """As srun documents it: SLURM_EXPORT_ENV=NONE, which sbatch --export=NONE sets, hands nothing
+    on, unless srun is told otherwise."""
+    programs = {
+        "srun": SRUN,
+        "scontrol": "#!/bin/sh\necho 'SlurmdTimeout = 300 sec'\n",
+        "python": '#!/bin/sh\necho "$OMP_NUM_THREADS threads: $*"\n',
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "activate").write_text(f"export PATH={tmp_path}:$PATH\n")
+    env = {"PATH": "/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NUM_NODES": "1",
+           "SLURM_JOB_ID": "7", "SLURM_CPUS_ON_NODE": "8", "SLURM_GPUS_ON_NODE": "2",
+           "SLURM_EXPORT_ENV": "NONE", "RTL_DIST_ACTIVATE": str(tmp_path / "activate")}  # fmt: skip
+    script = str(SLURM / "one_node.sbatch")
+    result = subprocess.run(
+        ["bash", script, CONFIG], env=env, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"4 threads: rtl_dist/train.py --config {CONFIG}\n"

@@ -4,12 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import make_dataset, metric_rows, results, scale_loss, train, weights
+from tiny_runs import make_dataset, metric_rows, results, scale_loss, weights
+from tiny_runs import train as train_alone
 
 from rtl_dist.training.stage_trainer import StageTrainer
 
 pytestmark = pytest.mark.gpu
 ALL = {"name": "all", "steps": 8, "trainable": "all", "lr": 1e-2, "batchnorm": "train"}
+
+
+def train(*arguments, **changes):
+    """With workers, whose ring is locked in memory and copied from beside the step."""
+    return train_alone(*arguments, **({"data__workers": 2} | changes))
 
 
 @pytest.fixture(scope="module")
