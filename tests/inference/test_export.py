@@ -3,10 +3,12 @@
 import copy
 import csv
 import dataclasses
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -14,7 +16,9 @@ import onnxruntime
 import pytest
 import torch
 from networks import classifier, moved_statistics
+from pack_images import image_bytes
 from PIL import Image
+from serving_examples import example
 from tiny_runs import CLASSES, make_dataset
 
 from rtl_dist.cli import main
@@ -183,6 +187,25 @@ def test_the_example_beside_it_needs_no_torch(exported, model, tmp_path):
         assert label == CLASSES[scores.argmax()]
         assert float(probability) == pytest.approx(float(scores.max()), abs=1e-5)
     assert len((exported / "example.py").read_text().splitlines()) < 50
+
+
+def test_the_examples_of_serving_take_it(exported, model, tmp_path):
+    triton = example("triton_repository")
+    triton.add_model(exported / "model.onnx", tmp_path, "one", batched=False)
+    triton.add_model(exported / "batch.onnx", tmp_path, "many", batched=True)
+    one, many = ((tmp_path / n / "config.pbtxt").read_text() for n in ("one", "many"))
+    assert 'name: "image", data_type: TYPE_UINT8, dims: [ -1, -1, 3 ]' in one
+    assert 'name: "images", data_type: TYPE_UINT8, dims: [ 32, 32, 3 ]' in many
+    assert 'name: "probabilities", data_type: TYPE_FP32, dims: [ 3 ]' in many
+    pytest.importorskip("litserve")
+    server = example("litserve_server").Classify(str(exported / "model.onnx"))
+    server.setup("cpu")
+    content = image_bytes(1, (50, 41), "PNG")
+    pixels = server.decode_request({"request": SimpleNamespace(file=io.BytesIO(content))})
+    told = server.encode_response(server.predict(pixels))
+    predictor = open_predictor(model)
+    wanted = predictor.probabilities(predictor.prepare(content)[None])[0]
+    np.testing.assert_allclose(list(told["probabilities"].values()), wanted, atol=1e-6)
 
 
 def test_where_they_part_is_named_and_nothing_is_written(

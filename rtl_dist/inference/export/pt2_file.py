@@ -21,6 +21,10 @@ IMAGE, BATCH = "model", "batch"
 def save_pt2(
     path: Path, image: ExportedProgram, batch: ExportedProgram, metadata: dict[str, str]
 ) -> None:
+    """Writes one file, without the places in source files of this machine that torch remembers."""
+    for program in (image, batch):
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)
     with quiet():
         package_pt2(
             path,

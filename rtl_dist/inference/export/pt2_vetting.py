@@ -59,6 +59,9 @@ def vetted_metadata(path: Path) -> dict[str, str]:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = {_inner(info): info for info in archive.infolist()}
+            roots = {info.filename.partition("/")[0] for info in archive.infolist()}
+            if len(entries) != len(archive.infolist()) or len(roots) != 1:
+                raise _refused(path, "it holds two files of one name")  # torch may take the other
             _require_plain(entries, path)
             for name, info in entries.items():
                 if name.endswith(".json"):
