@@ -48,6 +48,7 @@ class Task:
     images: uint8 (batch, 3, S, S), contiguous, as a loader hands them over.
     batchnorm: as in the config of a stage; of sides ``ours`` and ``bare``.
     ema: decay of the average of the weights, 0: none; of the same sides.
+    compiled: by torch.compile; of side ``ours``.
     """
 
     images: torch.Tensor
@@ -56,6 +57,7 @@ class Task:
     network: str = "resnet18"
     batchnorm: Literal["frozen", "train"] = "frozen"
     ema: float = 0.0
+    compiled: bool = False
 
 
 Side = Callable[[Task], AbstractContextManager[Step]]
@@ -90,7 +92,7 @@ def _opened(task: Task, folder: Path) -> Iterator[Step]:
             "stages": [{"name": "all", "steps": 10**9, "lr": 1e-4, "batchnorm": task.batchnorm}],
             "optim": {"schedule": "constant", "warmup": 0, "ema": task.ema},
             "batch": {"global": size, "micro": size},
-            "compile": False,
+            "compile": task.compiled,
             "track": {"wandb": "off"},
         }
     )
