@@ -5,6 +5,7 @@ Starting processes costs some ten seconds of imports, so a few runs are shared b
 
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -15,7 +16,15 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from killed_runs import Fault, Signal, replace_everywhere, require_done, run_ranks
+from killed_runs import (
+    Fault,
+    Kill,
+    Signal,
+    replace_everywhere,
+    require_done,
+    require_killed,
+    run_ranks,
+)
 from launched_runs import ROOT, SCRIPT, environment, finish, start
 from safetensors.torch import load_file
 from tiny_runs import make_dataset
@@ -25,6 +34,7 @@ from rtl_dist.distributed.launchers import allow_forks, first_host, launched_wor
 from rtl_dist.distributed.precision import resolve_precision
 from rtl_dist.train import main
 from rtl_dist.training.stage_trainer import StageTrainer
+from rtl_dist.training.step_boundary import StepBoundary
 
 pytestmark = pytest.mark.launch
 
@@ -212,6 +222,20 @@ def test_processes_that_cannot_share_the_microbatches_are_refused(config, tmp_pa
         assert one.code == 2, one.output
         assert "1 microbatch (global 32 / micro 32) cannot be shared equally by 2" in one.output
         assert "add batch.micro=16 to the command" in one.output
+
+
+def test_a_run_of_one_process_goes_on_with_two_as_the_refusal_says(config, tmp_path):
+    run = f"run.dir={tmp_path / 'run'}"
+    kill = Kill(place=StepBoundary.cross, call=20)
+    whole = [run, "batch.micro=32"]  # as batch.micro: auto is on one process
+    require_killed(run_ranks(config, *whole, fault=kill), kill)
+    refused = run_ranks(config, *whole, world_size=2)
+    (typed,) = {re.search(r"add (\S+) to the command", one.last_line)[1] for one in refused}
+    assert typed == "batch.micro=16"
+    require_done(run_ranks(config, run, typed, world_size=2))
+    assert Outcome(tmp_path / "run", "").results["microbatch_halvings"] == [
+        {"from_step": 18, "micro": 16}
+    ]
 
 
 def test_a_process_that_finds_itself_alone_in_a_job_of_two_is_refused(

@@ -8,7 +8,8 @@ import subprocess
 import sys
 
 import pytest
-from tiny_runs import make_dataset, results, train
+from killed_runs import run_ranks
+from tiny_runs import make_dataset, results, tiny_config, train, write_config
 
 from rtl_dist.report import evaluation, figure, plots, run
 from rtl_dist.training import finish
@@ -93,6 +94,17 @@ def test_a_notebooks_backend_is_not_drawn_with(tmp_path):
         drawn.append((tmp_path / "plots" / "loss.png").read_bytes())
         shutil.rmtree(tmp_path / "plots")
     assert drawn[0] == drawn[1]
+
+
+def test_a_run_in_a_notebook_ends_with_its_results_and_pictures(tmp_path, dataset):
+    config = write_config(tmp_path / "c.yaml", tiny_config(dataset, tmp_path / "run"))
+    env = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # which is not installed
+    (one,) = run_ranks(config, env=env, draws=True)
+    assert one.code == 0, one.output
+    assert "could not be drawn" not in one.output
+    assert results(tmp_path / "run")["status"] == "done"
+    assert (tmp_path / "run" / "plots" / "loss.png").stat().st_size
+    assert (tmp_path / "run" / "report.html").exists()
 
 
 def test_a_finished_run_is_trained_longer_as_it_says(tmp_path, dataset, capsys):
