@@ -30,7 +30,7 @@ from rtl_dist.data.format.split import Split
 from rtl_dist.data.order.epochs import EpochOrder
 from rtl_dist.features.ahead import batches_ahead
 from rtl_dist.features.microbatches import ViewMicrobatches
-from rtl_dist.features.view_files import View
+from rtl_dist.features.view import View
 from rtl_dist.prepare.packing.pack import pack
 
 CPU = torch.device("cpu")

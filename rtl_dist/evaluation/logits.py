@@ -23,7 +23,7 @@ from rtl_dist.data.loading.blocks import (
 from rtl_dist.data.loading.loader import make_loader
 from rtl_dist.data.loading.microbatches import SplitMicrobatches
 from rtl_dist.distributed.runtime import Runtime
-from rtl_dist.features.view_files import View
+from rtl_dist.features.view import View
 from rtl_dist.model.classifier import Classifier
 from rtl_dist.model.divided import Divided, divide
 

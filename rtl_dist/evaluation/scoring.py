@@ -16,7 +16,7 @@ from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.evaluation.logits import KeptImages, logits_of_split
 from rtl_dist.evaluation.metrics import compute_metrics
 from rtl_dist.evaluation.predictions import Outcomes, Predictions, outcomes_of
-from rtl_dist.features.view_files import View
+from rtl_dist.features.view import View
 from rtl_dist.model.calibration import UNCALIBRATED, Calibration
 from rtl_dist.model.classifier import Classifier
 from rtl_dist.model.divided import Divided

@@ -18,7 +18,8 @@ from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.distributed.terminal import Progress
 from rtl_dist.features.seal import Seal
 from rtl_dist.features.store import FeatureStore
-from rtl_dist.features.view_files import BlockSums, View
+from rtl_dist.features.view import View
+from rtl_dist.features.view_files import BlockSums
 from rtl_dist.features.views import ViewPlan
 from rtl_dist.features.writing import BlockWriter
 
@@ -207,7 +208,7 @@ def _computed(
         with runtime.accelerator.autocast():
             return plan.frozen(images.to(runtime.device)).cpu()
 
-    batches = _batches(plan, blocks, runtime=runtime, workers=workers)
+    batches = images_of_blocks(plan, blocks, runtime=runtime, workers=workers)
     for first, batch in zip(blocks, batches, strict=True):
         if plan.number is None:
             rows = in_parts(features, batch.inputs)
@@ -220,7 +221,9 @@ def _computed(
         yield _Computed(first, rows, batch.samples[: len(rows)].tolist(), batch.bad)
 
 
-def _batches(plan: ViewPlan, blocks: range, *, runtime: Runtime, workers: int) -> Iterator[Batch]:
+def images_of_blocks(
+    plan: ViewPlan, blocks: range, *, runtime: Runtime, workers: int
+) -> Iterator[Batch]:
     """The images of a rank's blocks, on its device."""
     loader = make_loader(
         plan.microbatches(),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 
 from rtl_dist.config import FeaturesConfig
 from rtl_dist.core.files import user_cache_folder
 from rtl_dist.core.memory import available_memory
-from rtl_dist.core.text import readable_size
+from rtl_dist.core.text import duration, readable_size
 from rtl_dist.data.format.split import Split
 from rtl_dist.data.images.augment import EvalTransform
 from rtl_dist.distributed.runtime import Runtime
@@ -20,11 +21,11 @@ from rtl_dist.features.compute import (
 )
 from rtl_dist.features.seal import Seal, user_secret
 from rtl_dist.features.store import FeatureStore
-from rtl_dist.features.view_files import View
+from rtl_dist.features.trial import HELD_BY_CACHE, TimeTraining, is_in_doubt, measure
+from rtl_dist.features.view import View
 from rtl_dist.features.views import ViewPlan, ViewPlanner
 
 LOG = logging.getLogger("rtl_dist")
-_HELD_BY_CACHE = 0.5  # of the memory, at most: the system's cache of files beside the processes
 
 
 class FeatureMaker:
@@ -38,12 +39,16 @@ class FeatureMaker:
         runtime: Runtime,
         workers: int,
         uses_store: bool,
+        decided: bool | None = None,
+        time_training: TimeTraining = lambda features: 0.0,
     ) -> None:
         """
         Args:
             uses_store: views are kept and found again; else there is only ``view_to_solve_on``.
+            decided: whether the stage trains on views, as an earlier start found; None: not yet.
         """
-        self._uses_store = uses_store
+        self._uses_store, self._decided, self._time_training = uses_store, decided, time_training
+        self._trains_on_views = False
         self._planner, self._runtime, self._workers = planner, runtime, workers
         folder = features.cache_dir
         root = user_cache_folder() / "features" if folder is None else Path(folder)
@@ -55,7 +60,8 @@ class FeatureMaker:
     def training_views(
         self, split: Split, numbers: tuple[int, ...], *, samples_to_come: int
     ) -> dict[int, View] | None:
-        """The views by number; None where they do not fit or would cost more than they save.
+        """The views by number; None where they do not fit or would cost more than they save, or
+        where that was decided at an earlier start.
 
         Args:
             samples_to_come: images that the stage has still to see.
@@ -65,10 +71,13 @@ class FeatureMaker:
             RtlDistError: on every rank, if the loader of one failed.
         """
         plans = [self._planner.training(split, number) for number in numbers]
-        views = self._provide(plans, most_to_compute=samples_to_come)
+        views = None
+        if self._decided is not False:
+            views = self._provide(plans, most_to_compute=samples_to_come)
+        self._trains_on_views = views is not None
         if views is None:
             return None
-        if _bytes_of(plans) > available_memory() * _HELD_BY_CACHE:
+        if _bytes_of(plans) > available_memory() * HELD_BY_CACHE:
             for view in views:
                 view.will_be_read_at_random()
         return dict(zip(numbers, views, strict=True))
@@ -90,9 +99,12 @@ class FeatureMaker:
             return compute_in_memory(plan, runtime=runtime, workers=self._workers, bar=bar)
 
     def evaluation_view(self, split: Split, transform: EvalTransform) -> View | None:
-        """The view that an evaluation of the split has. Raises as ``training_views``, and
-        ``DataError`` on every rank if a sample is damaged."""
+        """The view that an evaluation of the split has; of large activations only where those of
+        training pay. Raises as ``training_views``, and ``DataError`` on every rank if a sample is
+        damaged."""
         plan = self._planner.evaluation(split, transform)
+        if is_in_doubt(plan) and not self._trains_on_views:
+            return None
         views = self._provide([plan], most_to_compute=split.num_samples)
         return None if views is None else views[0]
 
@@ -105,6 +117,8 @@ class FeatureMaker:
         try:
             with self._runtime.heartbeat.phase("checking features", open_ended=True):
                 missing = [plan for plan in plans if not self._is_there(plan)]
+            if plans[0].number is not None and self._decided is None and is_in_doubt(plans[0]):
+                self._require_sooner(plans, missing, to_come=most_to_compute)
             if missing:
                 keep = {plan.key for plan in plans}
                 self._require_worth(missing, most_to_compute=most_to_compute, keep=keep)
@@ -162,6 +176,39 @@ class FeatureMaker:
         why = self._runtime.from_main(lambda: self._store.why_no_room(num_bytes, keep=keep))
         if why:
             raise NoCachedFeaturesError(why)
+
+    def _require_sooner(
+        self, plans: list[ViewPlan], missing: list[ViewPlan], *, to_come: int
+    ) -> None:
+        """
+        Raises:
+            NoCachedFeaturesError: on every rank, if the stage is done sooner without.
+            StopRequested, RtlDistError: see ``measure``.
+        """
+        if missing:
+            keep = {plan.key for plan in plans}
+            self._require_worth(missing, most_to_compute=to_come, keep=keep)
+        runtime = self._runtime
+        with runtime.heartbeat.phase("trying cached features"):
+            times = measure(
+                plans[0],
+                self._store,
+                time_training=self._time_training,
+                total_bytes=_bytes_of(plans),
+                runtime=runtime,
+                workers=self._workers,
+            )
+        overlap = runtime.device.type == "cuda"
+        cached_s = times.cached_s(to_come, to_compute=_images_of(missing), overlap=overlap)
+        afresh_s = times.afresh_s(to_come, overlap=overlap)
+        LOG.info("features of %s, tried: an image takes %s", plans[0].split.name, times.text())
+        if math.isinf(cached_s):
+            raise NoCachedFeaturesError(f"{self._store.root} cannot be written by every process")
+        if cached_s > afresh_s:
+            raise NoCachedFeaturesError(
+                f"the stage takes about {duration(cached_s / runtime.world_size)} with"
+                f" them and {duration(afresh_s / runtime.world_size)} without"
+            )
 
     def _compute(self, missing: list[ViewPlan], keep: set[str]) -> None:
         """Raises as ``compute_view``."""

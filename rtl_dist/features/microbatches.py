@@ -10,7 +10,7 @@ import torch
 
 from rtl_dist.data.format.split import Split
 from rtl_dist.data.order.base import TrainingStream
-from rtl_dist.features.view_files import View, as_features
+from rtl_dist.features.view import View, as_features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,7 @@ class ViewMicrobatches:
         edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), self.size]
         for start, end in itertools.pairwise(edges):
             view, wanted = self.views[int(numbers[start])], samples[start:end]
+            view.ask_for(wanted)
             # "clip", because numpy would copy first to be able to complain
             np.take(view.rows, wanted, axis=0, out=out[start:end], mode="clip")
             used[start:end] = view.used.numpy()[wanted]

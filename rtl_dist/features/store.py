@@ -28,11 +28,10 @@ from rtl_dist.core.whole_folder import (
     publish_folder,
 )
 from rtl_dist.features.seal import Seal
+from rtl_dist.features.view import View, ViewShape
 from rtl_dist.features.view_files import (
     FILES,
     BlockSums,
-    View,
-    ViewShape,
     complete_view,
     fits,
     is_clean,

@@ -14,15 +14,11 @@ from __future__ import annotations
 import hmac
 import io
 import json
-import math
-import mmap
 import os
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -30,63 +26,12 @@ import torch
 from rtl_dist.core.regular_files import open_regular, regular_descriptor
 from rtl_dist.data.loading.blocks import blocks_of_rank
 from rtl_dist.features.seal import Seal
+from rtl_dist.features.view import View, ViewShape, as_stored, map_features
 
 _FEATURES, _USED, _DESCRIPTION = FILES = ("features.bin", "used.npy", "description.json")
 _MOST_HEADER = 4096  # bytes of an array's file before its values
-_OF_ACTIVATIONS = 3  # dimensions of a row
 CHUNK_BYTES = 2**24  # bytes read at a time
 _DTYPES = {str(t): t for t in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ViewShape:
-    """How large a view is."""
-
-    num_samples: int
-    """Rows, one an image."""
-    row: tuple[int, ...]
-    """Shape of what the frozen part makes of one image."""
-    dtype: torch.dtype
-    """Of a row's values; a floating point one."""
-    block_size: int
-    """Rows that are computed, written and checked together; the last block may have fewer."""
-
-    @property
-    def row_bytes(self) -> int:
-        return math.prod(self.row) * self.dtype.itemsize
-
-    @property
-    def num_bytes(self) -> int:
-        return self.num_samples * (self.row_bytes + 8)
-
-
-@dataclass(frozen=True, kw_only=True)
-class View:
-    """A whole view, mapped from disk."""
-
-    features: torch.Tensor
-    """(num_samples, ...) in the precision that the frozen part has, on the host; what is changed in
-    it changes no file. Of activations it is channels-last."""
-    used: torch.Tensor
-    """int64 (num_samples,): the sample that each row really is of, another one where a damaged
-    sample was replaced."""
-    bad: list[str]
-    """What each damaged sample suffers from."""
-    mapping: mmap.mmap | None = field(default=None, repr=False)
-    """That the features lie in; None of one in memory."""
-
-    def will_be_read_at_random(self) -> None:
-        """Has the disk bring what is asked for and nothing besides: of a view larger than memory,
-        what is read ahead (128 KiB, on some disks 8 MiB) is gone before it is used."""
-        if self.mapping is not None and hasattr(mmap, "MADV_RANDOM"):
-            self.mapping.madvise(mmap.MADV_RANDOM)
-
-    @cached_property
-    def rows(self) -> np.ndarray:
-        """uint8 (num_samples, bytes), the features of each image as they lie in memory."""
-        stored = _as_stored(self.features)
-        raw: np.ndarray = stored.view(len(stored), -1).view(torch.uint8).numpy()
-        return raw
 
 
 def reserve_room(folder: Path, shape: ViewShape) -> None:
@@ -119,7 +64,7 @@ def write_block(folder: Path, first: int, rows: torch.Tensor, seal: Seal) -> Blo
     Raises:
         OSError: the disk fails.
     """
-    content = _as_stored(rows).view(-1).view(torch.uint8).numpy().data
+    content = as_stored(rows).view(-1).view(torch.uint8).numpy().data
     # not for reading, too: two nodes' blocks may lie in one page
     with open(regular_descriptor(folder / _FEATURES, os.O_WRONLY), "wb") as file:
         offset = first * (len(content) // max(1, len(rows)))
@@ -234,36 +179,13 @@ def open_view(folder: Path) -> View:
     description = _describe(folder)
     shape = _shape_of(description)
     with open_regular(folder / _FEATURES) as file:
-        # copy on write: torch has no read-only tensors
-        flat = np.memmap(file, dtype=np.uint8, mode="c")
-    stored = torch.from_numpy(flat)[: shape.num_samples * shape.row_bytes]
+        mapping, features = map_features(file, shape)
     return View(
-        features=as_features(stored.view(shape.num_samples, -1), shape.row, shape.dtype),
+        features=features,
         used=torch.from_numpy(_read_used(folder, description, None)),
         bad=list(description["bad"]),
-        mapping=cast(mmap.mmap, flat.base),
+        mapping=mapping,
     )
-
-
-def as_features(rows: torch.Tensor, row: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """What rows of a view's bytes are: (n, ...) in the same memory.
-
-    Args:
-        rows: uint8 (n, bytes).
-        row: see ``ViewShape``.
-    """
-    values = rows.view(dtype)
-    if len(row) != _OF_ACTIVATIONS:
-        return values.view(len(rows), *row)
-    channels, height, width = row
-    return values.view(len(rows), height, width, channels).permute(0, 3, 1, 2)
-
-
-def _as_stored(features: torch.Tensor) -> torch.Tensor:
-    """The same values in the order in which they lie in a file."""
-    if features.ndim == 1 + _OF_ACTIVATIONS:
-        features = features.permute(0, 2, 3, 1)
-    return features.contiguous()
 
 
 def _read_used(folder: Path, description: dict[str, Any], seal: Seal | None) -> np.ndarray:

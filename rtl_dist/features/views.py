@@ -18,7 +18,7 @@ from rtl_dist.data.images.augment import EvalTransform, TrainTransform, training
 from rtl_dist.data.loading.blocks import EVAL_BLOCK
 from rtl_dist.data.loading.microbatches import SplitMicrobatches
 from rtl_dist.distributed.runtime import Runtime
-from rtl_dist.features.view_files import ViewShape
+from rtl_dist.features.view import ViewShape
 from rtl_dist.model.divided import FrozenPart
 from rtl_dist.model.freezing import digest
 

@@ -65,6 +65,9 @@ class TrainState:
     is_compiled: bool | None = None
     """Whether compiling the current stage was found to pay, where the config says auto; None: not
     yet judged."""
+    is_cached: bool | None = None
+    """Whether the current stage trains on cached features, where the config says auto; None: not
+    yet decided."""
     skipped_steps: int = 0
     """Steps not taken so far, as their gradient was not finite."""
     skipped_in_a_row: int = 0
@@ -102,7 +105,7 @@ class TrainState:
     def begin_next_stage(self) -> None:
         self.stage += 1
         self.stage_first_step = self.step
-        self.stage_best = self.is_compiled = None
+        self.stage_best = self.is_compiled = self.is_cached = None
         self.evals_without_best = self.evals_at_rate = self.times_lowered = 0
         self.skipped_in_a_row = 0
         self.stopped_early = False

@@ -12,7 +12,7 @@ from rtl_dist.core.errors import UserError
 from rtl_dist.core.keys import Stream, stream_key
 from rtl_dist.core.tasks import MULTI_LABEL
 from rtl_dist.evaluation.logits import eval_transform
-from rtl_dist.features.view_files import View
+from rtl_dist.features.view import View
 from rtl_dist.optim.head_problem import head_problem
 from rtl_dist.optim.losses import make_loss
 from rtl_dist.optim.principal_axes import principal_axes

@@ -16,7 +16,7 @@ from rtl_dist.data.order.training import training_order
 from rtl_dist.evaluation.logits import eval_transform
 from rtl_dist.evaluation.scoring import metrics_on_every_rank, score_split
 from rtl_dist.features.maker import FeatureMaker
-from rtl_dist.features.view_files import View
+from rtl_dist.features.view import View
 from rtl_dist.model.batchnorm import learning_layers
 from rtl_dist.model.classifier import Classifier
 from rtl_dist.model.divided import Divided, divide

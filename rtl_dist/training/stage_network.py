@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,7 @@ from rtl_dist.model.freezing import (
     trainable_tensors,
 )
 from rtl_dist.model.parts import first_trainable_part
-from rtl_dist.training.compilation import compiling_pays
+from rtl_dist.training.compilation import compiling_pays, time_passes
 from rtl_dist.training.run import Run
 
 _STAND_IN_SIZE = 2  # images
@@ -54,6 +55,13 @@ class StageNetwork:
     def is_head_alone(self) -> bool:
         """Only the head learns, from features that stay as they are."""
         return self.frozen is not None and self.first_trained == "head"
+
+    def time_training(self, features: torch.Tensor) -> float:
+        """Seconds of a forward and a backward pass of the trained part on this rank, of what the
+        frozen part made of a microbatch; on a copy, before ``wrap``."""
+        if self._run.config.batch.sync_batchnorm:
+            return 0.0  # one rank's would wait for the others
+        return time_passes(copy.deepcopy(self.trained), features, self._run.runtime)
 
     def wrap(self, *, on_features: bool) -> None:
         """DDP around what is trained, and mixed precision; first tries whether compiling pays."""

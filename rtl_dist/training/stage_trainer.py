@@ -87,6 +87,8 @@ class StageTrainer:
         self._batches = open_stage_batches(
             reading, features=self.features, num_classes=dataset.num_classes
         )
+        if state.is_cached is None:  # a run that goes on does as before, whatever it measures then
+            state.is_cached = self._batches.are_features
         self._bad = list(self._batches.bad)
         self._failure: RtlDistError | None = None
         self._data_wait_s = 0.0
@@ -270,6 +272,8 @@ class StageTrainer:
             runtime=run.runtime,
             workers=run.workers,
             uses_store=uses_store,
+            decided=run.state.is_cached,
+            time_training=self.network.time_training,
         )
 
     def _microbatch(self, microbatch: int, per_rank: int, *, last: bool) -> None:

@@ -11,7 +11,8 @@ from small_sets import order_of, packed
 from rtl_dist.features.ahead import batches_ahead
 from rtl_dist.features.microbatches import ViewMicrobatches
 from rtl_dist.features.seal import Seal
-from rtl_dist.features.view_files import ViewShape, complete_view, open_view, reserve_room
+from rtl_dist.features.view import View, ViewShape
+from rtl_dist.features.view_files import complete_view, open_view, reserve_room
 from rtl_dist.features.writing import BlockWriter
 
 CPU = torch.device("cpu")
@@ -85,6 +86,22 @@ def test_activations_are_channels_last_in_the_file_and_not_copied_on_opening(tmp
     )
     assert view.rows.ctypes.data == view.features.data_ptr()
     assert view.features.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_microbatch_s_rows_are_asked_for_at_once_before_they_are_copied(cached, monkeypatch):
+    asked = []
+    monkeypatch.setattr(View, "ask_for", lambda view, samples: asked.append((view, list(samples))))
+    position = NUM - 1  # in two epochs
+    samples, _ = cached.order.samples_at(position, SIZE)
+    next(batches_ahead(cached.microbatches, iter([position]), device=CPU))
+    views = cached.microbatches.views
+    assert asked == [(views[0], samples[:1].tolist()), (views[1], samples[1:].tolist())]
+
+
+def test_the_first_and_the_last_row_can_be_asked_for(cached):
+    for view in cached.microbatches.views.values():
+        assert view.mapping is not None
+        view.ask_for(np.array([0, NUM - 1]))
 
 
 def test_the_asking_thread_gathers_nothing_and_the_next_one_waits(cached, monkeypatch):

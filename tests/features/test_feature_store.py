@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from rtl_dist.features.store import FeatureStore
-from rtl_dist.features.view_files import View, ViewShape, write_block
+from rtl_dist.features.view import View, ViewShape
+from rtl_dist.features.view_files import write_block
 from rtl_dist.features.views import key_of
 
 MB = 10**6

@@ -8,7 +8,7 @@ import pytest
 from tiny_runs import make_dataset, same, train, weights
 
 from rtl_dist.features import maker
-from rtl_dist.features.view_files import View
+from rtl_dist.features.view import View
 
 pytestmark = pytest.mark.usefixtures("undrawn", "own_features")
 

@@ -11,7 +11,8 @@ import torch
 
 from rtl_dist.features.seal import Seal, user_secret
 from rtl_dist.features.store import FeatureStore
-from rtl_dist.features.view_files import ViewShape, write_block
+from rtl_dist.features.view import ViewShape
+from rtl_dist.features.view_files import write_block
 from rtl_dist.features.views import key_of
 
 CONTENT = {"weights": "abc", "split": "train", "view": 0, "mean": [0.1, 1e-7]}

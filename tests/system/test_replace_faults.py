@@ -21,7 +21,8 @@ from rtl_dist.config import load_config
 from rtl_dist.core import files
 from rtl_dist.data.format.dataset import open_dataset
 from rtl_dist.features.store import FeatureStore
-from rtl_dist.features.view_files import ViewShape, write_block
+from rtl_dist.features.view import ViewShape
+from rtl_dist.features.view_files import write_block
 from rtl_dist.model.build import build_model
 from rtl_dist.model.folder import load_model, write_model_folder
 
