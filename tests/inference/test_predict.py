@@ -45,7 +45,9 @@ def evaluated(model, dataset, tmp_path_factory):
     """The rows of evaluate's predictions.csv."""
     out = tmp_path_factory.mktemp("evaluated")
     words = ["evaluate", str(model), "--data", str(dataset), "--split", "val", "--out", str(out)]
-    assert main([*words, "--workers", "0"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rtl_dist.report.evaluation.draw", lambda path, make: None)  # takes longest
+        assert main([*words, "--workers", "0"]) == 0
     return table(out / "predictions.csv")
 
 
