@@ -16,7 +16,8 @@ import pytest
 from killed_runs import Fault, Kill, Together, require_done, require_killed, run_command
 from model_folders import model_folder
 from PIL import Image, ImageOps
-from tiny_runs import make_dataset
+from remote_helpers import serving
+from tiny_runs import damage, make_dataset
 
 from rtl_dist.cli import main
 from rtl_dist.core.tasks import MULTI_LABEL
@@ -415,3 +416,29 @@ def test_weights_that_diverged_are_named(images, tmp_path, capsys):
         "000.png has no finite probabilities: the model's weights diverged"
         in capsys.readouterr().err
     )
+
+
+# --- data sets elsewhere, and damaged ones --------------------------------------------------------
+
+
+def test_a_remote_split_is_fetched(model, dataset, evaluated, tmp_path):
+    with serving(dataset) as server:
+        words = (server.url, "--split", "val", "--cache-dir", tmp_path / "cache", "--workers", 0)
+        rows = predicted(model, *words, out=tmp_path / "o.csv")
+    assert [row["input"] for row in rows] == [row["key"] for row in evaluated]
+    assert said(rows) == [(row["predicted"], row["confidence"]) for row in evaluated]
+
+
+def test_a_damaged_sample_is_a_row_and_the_others_are_as_they_were(
+    model, dataset, evaluated, tmp_path
+):
+    data = shutil.copytree(dataset, tmp_path / "packed")
+    damage(data, "val", 70)
+    words = (data, "--split", "val", "--workers", 0)
+    rows = predicted(model, *words, "--allow-errors", 1, out=tmp_path / "o.csv")
+    assert rows[70]["input"] == evaluated[70]["key"]
+    assert rows[70]["error"].startswith("fails its checksum: the shard was altered or damaged")
+    as_evaluated = [(row["predicted"], row["confidence"]) for row in evaluated]
+    assert said(rows[:70] + rows[71:]) == as_evaluated[:70] + as_evaluated[71:]
+    next(data.glob("val/*.tar")).unlink()  # a whole shard is no matter of a row
+    predicted(model, *words, "--allow-errors", 150, out=tmp_path / "o.csv", code=3)
