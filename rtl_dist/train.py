@@ -54,7 +54,13 @@ def run_job(config: Config, stops: StopRequests) -> str:
     from rtl_dist.training.resolve import resolve
 
     with (
-        Runtime(config.precision, stops, patience=WATCHED, tf32=config.tf32) as runtime,
+        Runtime(
+            config.precision,
+            stops,
+            patience=WATCHED,
+            tf32=config.tf32,
+            deterministic=config.deterministic,
+        ) as runtime,
         owned_run_folder(config.run, runtime) as folder,
     ):
         dataset = open_data(config, runtime)

@@ -187,6 +187,11 @@ class Config:
     """On GPUs from Ampere on convolutions in float32 (``precision: no``) round their factors to
     TF32, 10 bits of mantissa, as torch does by itself. false: float32 to the end, several times
     slower. Matrix products are float32 in either case."""
+    deterministic: bool = True
+    """On GPUs cuDNN's deterministic kernels, chosen by its rules: the same in every run and after a
+    kill. false: whichever are fastest when tried at each new shape (``cudnn.benchmark``); samples,
+    pixels and schedule stay the same, but a run, repeated or resumed, rounds otherwise, so that its
+    weights come out close and not equal."""
     compile: Literal["auto"] | bool = "auto"
     """torch.compile of each stage's network. auto: where much work remains, both ways are timed
     when the stage begins, and the faster one is taken."""

@@ -30,6 +30,8 @@ def described(device: torch.device, precision: Precision, *, local_world_size: i
     if precision == "no" and computes_in_tf32(device):
         words += ", convolutions in TF32: tf32=false keeps them from it"
     if device.type == "cuda":
+        if torch.backends.cudnn.benchmark:
+            words += ", the fastest kernels (deterministic: false)"
         here = torch.cuda.device_count()
         used = min(local_world_size, here)
         count = f"{used} of {here} GPUs" if here > 1 else "1 GPU"

@@ -56,6 +56,13 @@ def set_tf32(wanted: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
+def set_determinism(wanted: bool) -> None:
+    """Whether cuDNN's kernels are deterministic ones chosen by its rules, else the fastest of all,
+    found by trying them: what it finds differs between runs."""
+    torch.backends.cudnn.deterministic = wanted
+    torch.backends.cudnn.benchmark = not wanted
+
+
 def computes_in_tf32(device: torch.device) -> bool:
     """Whether float32 convolutions are TF32's there."""
     return (

@@ -39,7 +39,7 @@ from rtl_dist.distributed.launchers import (
     whole_number,
 )
 from rtl_dist.distributed.lost_peers import explained, let_go, may_wait_for_lost_peers
-from rtl_dist.distributed.precision import resolve_precision, set_tf32
+from rtl_dist.distributed.precision import resolve_precision, set_determinism, set_tf32
 from rtl_dist.distributed.ranks import Ranks
 from rtl_dist.distributed.stopping import StopRequests, was_launched
 from rtl_dist.distributed.terminal import Progress, progress
@@ -63,6 +63,7 @@ class Runtime(Ranks):
         *,
         patience: timedelta = COLLECTIVE_TIMEOUT,
         tf32: bool = True,
+        deterministic: bool = True,
     ) -> None:
         """
         Args:
@@ -70,7 +71,7 @@ class Runtime(Ranks):
             stops: the requests to stop that reach this process; None: it is never asked.
             patience: how long an exchange of decisions and counts waits for the other ranks. One
                 on the device, of gradients, waits for ``COLLECTIVE_TIMEOUT``.
-            tf32: as the config has it.
+            tf32, deterministic: as the config has them.
 
         Raises:
             UserError: the processes were not told of each other, differ in their precision, have
@@ -104,10 +105,9 @@ class Runtime(Ranks):
         self.cpus = self._share_of_cpus()
         if not self._on_gpu and not user_chose_threads:
             torch.set_num_threads(self.cpus)
-        self._tf32 = tf32
+        self._tf32, self._deterministic = tf32, deterministic
         set_tf32(tf32)
-        torch.backends.cudnn.benchmark = False  # its choice differs between runs
-        torch.backends.cudnn.deterministic = True
+        set_determinism(deterministic)
 
     def _meet(self) -> Accelerator:
         """Waits for the other processes, and makes the group in which the devices exchange."""
@@ -199,7 +199,8 @@ class Runtime(Ranks):
     @property
     def precision_in_words(self) -> str:
         """With what else of the config says how products are rounded."""
-        return self.precision if self._tf32 else f"{self.precision}, without TF32"
+        words = self.precision if self._tf32 else f"{self.precision}, without TF32"
+        return words if self._deterministic else f"{words}, by the fastest kernels"
 
     @property
     def device_name(self) -> str:

@@ -44,7 +44,13 @@ def find_lr(config: Config, stage_name: str | None) -> str:
     config = _beside_the_run(config)
     with (
         StopRequests() as stops,
-        Runtime(config.precision, stops, patience=WATCHED, tf32=config.tf32) as runtime,
+        Runtime(
+            config.precision,
+            stops,
+            patience=WATCHED,
+            tf32=config.tf32,
+            deterministic=config.deterministic,
+        ) as runtime,
         _folder(config, runtime) as folder,
     ):
         dataset = open_data(config, runtime)

@@ -499,6 +499,7 @@ def everything_set():
             "features": {"cache_dir": "f", "cache_gb": 2.5},
             "precision": "fp64",
             "tf32": False,
+            "deterministic": False,
             "compile": True,
             "checkpoint": {"every": "0.00001 epochs", "keep": 5},
             "early_stop": {"metric": "val/loss", "patience": 2},

@@ -300,6 +300,28 @@ def test_tf32_is_said_and_can_be_kept_out(machine, monkeypatch):
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
+def test_kernels_are_deterministic_unless_the_fastest_are_asked_for(machine):
+    machine(count=0, file=False)
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    gpu = torch.device("cuda", 0)
+    try:
+        with Runtime("no") as runtime:
+            assert (cudnn.deterministic, cudnn.benchmark) == (True, False)
+            assert runtime.precision_in_words == "no"  # older features are found by it
+        with Runtime("no", deterministic=False) as runtime:
+            assert (cudnn.deterministic, cudnn.benchmark) == (False, True)
+            assert runtime.precision_in_words == "no, by the fastest kernels"
+        machine(capability=(8, 0), file=False)
+        assert "the fastest kernels (deterministic: false)" in described(
+            gpu, "no", local_world_size=1
+        )
+        cudnn.benchmark = False
+        assert "kernels" not in described(gpu, "no", local_world_size=1)
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
+
+
 def test_the_first_line_names_the_gpus(machine):
     machine(count=4, name="NVIDIA L4", capability=(8, 9))
     gpu = SimpleNamespace(type="cuda")

@@ -59,6 +59,15 @@ def test_validation_images_are_decoded_once(tmp_path, dataset, monkeypatch):
     assert metric_rows(kept) == metric_rows(again)
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_run_has_the_kernels_that_its_config_asks_for(tmp_path, dataset, monkeypatch, wanted):
+    asked = []
+    monkeypatch.setattr("rtl_dist.distributed.runtime.set_determinism", asked.append)
+    stages = [{"name": "head", "steps": 1, "trainable": "head", "lr": 1e-2}]
+    train(tmp_path, dataset, stages=stages, deterministic=wanted)
+    assert asked == [wanted]
+
+
 def test_only_the_trainable_parts_of_a_stage_move(tmp_path, dataset):
     head = {"name": "head", "steps": 4, "trainable": "head", "lr": 0.1}
     one = weights(train(tmp_path, dataset, "one", stages=[head]))
