@@ -12,6 +12,7 @@ import resource
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 import torch
 
@@ -26,7 +27,8 @@ _ONE_AT_A_TIME = threading.Lock()  # of one process Accelerate and process group
 @contextmanager
 def as_guest() -> Iterator[None]:
     """Within the block jobs of this thread are guests; afterwards the process is as it was before:
-    its signal handlers, logging, seeds, threads, cuDNN's choices, limits and garbage collection.
+    its signal handlers, logging, seeds, threads, cuDNN's choices and TF32, limits, collection of
+    garbage.
 
     A process that a launcher started is there for the job: its signals and its end are the job's,
     as in a command, for the other processes wait for it.
@@ -65,11 +67,15 @@ def _logging_as_it_is(log: logging.Logger) -> Callable[[], None]:
 
 
 def _cudnn_as_it_is() -> Callable[[], None]:
-    cudnn = torch.backends.cudnn
+    cudnn: Any = torch.backends.cudnn
     benchmark, deterministic = cudnn.benchmark, cudnn.deterministic
+    rounded = [cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul]  # allow_tf32 cannot tell all
+    before = [each.fp32_precision for each in rounded]
 
     def restore() -> None:
         cudnn.benchmark, cudnn.deterministic = benchmark, deterministic
+        for each, precision in zip(rounded, before, strict=True):
+            each.fp32_precision = precision
 
     return restore
 

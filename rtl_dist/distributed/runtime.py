@@ -82,6 +82,7 @@ class Runtime(Ranks):
         self._on_gpu = uses_gpu()
         if self._on_gpu:
             torch.cuda.set_device(local_gpu())
+        if self._on_gpu and launched > 1:
             allow_forks()
         self.precision = resolve_precision(precision, on_gpu=self._on_gpu)
         self.dtype = torch.float64 if self.precision == "fp64" else torch.float32

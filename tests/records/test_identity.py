@@ -47,6 +47,7 @@ def identity() -> dict:
         (("optim",), "skip_limit"),
         (("optim",), "step_size"),
         (("model",), "small_stem"),
+        ((), "tf32"),
     ],
 )
 def test_a_key_that_an_earlier_version_did_not_know_counts_as_its_default(tmp_path, section, key):

@@ -62,6 +62,7 @@ def state_of_process():
         (list(log.handlers), log.level, log.propagate),
         (torch.get_rng_state().tolist(), torch.get_num_threads()),
         (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
+        (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision),
         (gc.isenabled(), gc.get_threshold()),
         {k: v for k, v in os.environ.items() if not k.startswith("KMP_")},  # scikit-learn's
     )
