@@ -114,6 +114,19 @@ class _ChannelsLast(nn.Module):
         return images.permute(0, 2, 3, 1)
 
 
+class _Tokens(nn.Module):
+    """As a vision transformer's: one that is of no place, then those of places."""
+
+    def forward(self, images):
+        tokens = images.flatten(2).mT
+        return torch.cat([torch.full_like(tokens[:, :1], 9.0), tokens], 1)
+
+
+class _MeanOfTokens(nn.Module):
+    def forward(self, tokens):
+        return tokens[:, 1:].mean(1)
+
+
 class _Mean(nn.Module):
     def forward(self, images):
         return images.mean((1, 2))
@@ -124,15 +137,19 @@ def own(trunk, features, size=16):
     return Classifier(trunk, Head(features, 2), native_head="fc", preprocessing=view)
 
 
-def test_channels_may_be_last_and_a_relu_may_change_what_it_is_given():
+def test_channels_may_be_last_places_tokens_and_a_relu_may_change_what_it_is_given():
     conv = nn.Conv2d(3, 5, 3)
     last = own(nn.Sequential(conv, nn.ReLU(inplace=True), _ChannelsLast(), _Mean()), 5)
     first = own(nn.Sequential(conv, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), 5)
-    first.head.load_state_dict(last.head.state_dict())
+    tokens = own(nn.Sequential(conv, nn.ReLU(), _Tokens(), _MeanOfTokens()), 5)
     images = pictures(3, 16)
-    one, other = (heatmaps(model, images, [0, 1, 0]) for model in (last, first))
-    assert one.exact.all()
-    np.testing.assert_allclose(one.maps, other.maps, atol=1e-6)
+    expected = heatmaps(first, images, [0, 1, 0])
+    for model, layer in ((last, "2"), (tokens, "2")):
+        model.head.load_state_dict(first.head.state_dict())
+        found = heatmaps(model, images, [0, 1, 0])
+        assert found.layer == layer
+        assert found.exact.all()
+        np.testing.assert_allclose(found.maps, expected.maps, atol=1e-6)
 
 
 def test_a_network_without_places_is_refused():

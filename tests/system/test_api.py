@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_runs import make_dataset, tiny_config
+from tiny_runs import ROOT, make_dataset, tiny_config
 
 import rtl_dist
 from rtl_dist.data.format.reader import SampleReader
@@ -289,3 +290,19 @@ def test_a_notebook_has_a_bar(monkeypatch):
     assert "training" in stream.getvalue()
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert isinstance(progress(total=3, what="training", unit="step"), ProgressLines)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/api.md"])
+def test_what_the_pages_say_runs(run, tmp_path, monkeypatch, page):
+    """Every Python line of a page that predicts; the others are the tests above."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.S | re.M)
+    assert blocks
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "photos").symlink_to(run.folder)
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "one.jpg")
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        compiled = compile(block, page, "exec")
+        if "load(" in block:
+            exec(compiled, {"print": lambda *values: None})
