@@ -139,11 +139,11 @@ def test_any_number_of_processes_finds_the_same(doubled, tmp_path):
     flip_byte(open_dataset(doubled).split("train"), 3)
     (doubled / "train" / "train-000001.tar").unlink()
     reports = []
-    for workers in (1, 2, 5):
+    for workers in (1, 3):
         out = tmp_path / f"{workers}.json"
         assert main(["verify", str(doubled), "--out", str(out), "--workers", str(workers)]) == 3
         reports.append(out.read_text())
-    assert reports[0] == reports[1] == reports[2]
+    assert reports[0] == reports[1]
 
 
 def test_odd_sizes_are_told(tmp_path):

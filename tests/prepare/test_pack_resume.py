@@ -74,7 +74,12 @@ def pack_until_killed(source, out, at, **options):
     return process.exitcode != 0
 
 
-def test_killed_before_any_file_operation_and_resumed(source, tmp_path, no_fsync):
+# a share each day, of a number that no shard's operations are a multiple of; the whole at night
+EVERY = pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.exhaustive)])
+
+
+@EVERY
+def test_killed_before_any_file_operation_and_resumed(source, tmp_path, no_fsync, every):
     pack(str(source), tmp_path / "whole", shard_size=5)
     expected = files_of(tmp_path / "whole")
     out = tmp_path / "out"
@@ -91,12 +96,13 @@ def test_killed_before_any_file_operation_and_resumed(source, tmp_path, no_fsync
             assert shards_of(out).items() >= kept.items()
         assert files_of(out) == expected
         shutil.rmtree(out)
-        kills += 1
+        kills += every
     assert kills > 20
     assert files_of(out) == expected
 
 
-def test_replacing_a_data_set_survives_kills_too(source, tmp_path, no_fsync):
+@EVERY
+def test_replacing_a_data_set_survives_kills_too(source, tmp_path, no_fsync, every):
     old, out = tmp_path / "old", tmp_path / "out"
     pack(str(source), old, shard_size=2)
     pack(str(source), tmp_path / "whole", shard_size=5)
@@ -108,7 +114,7 @@ def test_replacing_a_data_set_survives_kills_too(source, tmp_path, no_fsync):
         pack(str(source), out, shard_size=5, workers=1, overwrite=True)
         assert files_of(out) == files_of(tmp_path / "whole")
         shutil.rmtree(out)
-        kills += 1
+        kills += every
     assert kills > 20
 
 

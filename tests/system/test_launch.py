@@ -151,7 +151,9 @@ def largest_difference(one: Outcome, other: Outcome, name: str) -> float:
 # --- one group, the same result ---
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+@pytest.mark.parametrize(
+    "launcher", [pytest.param("torchrun", marks=pytest.mark.exhaustive), "accelerate"]
+)
 class TestTwoProcesses:
     def test_they_are_one_group(self, launcher, launched):
         outcome = launched(launcher)

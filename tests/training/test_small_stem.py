@@ -15,6 +15,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_dataset(tmp_path_factory.mktemp("data"))
 
 
+@pytest.mark.exhaustive
 def test_a_run_with_the_small_stem_goes_on_after_a_kill(tmp_path, dataset, monkeypatch):
     features = tmp_path / "features"
     changes = {
