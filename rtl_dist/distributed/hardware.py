@@ -16,6 +16,7 @@ from rtl_dist.distributed.precision import computes_in_tf32
 # What schedulers and users say to ask for GPUs: which, and how many.
 _WHICH = ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS")
 _HOW_MANY = ("SLURM_GPUS_ON_NODE", "SLURM_GPUS", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_PER_TASK")
+_CORES_A_GPU, _FEW_CORES = 8, 4  # what a GPU is asked for, and below which it is said
 _PRECISIONS = {
     "no": "float32",
     "bf16": "bfloat16 beside float32",
@@ -49,14 +50,7 @@ def shortfall(device: torch.device, *, local_world_size: int, cpus: int) -> list
         cpus: this rank's share.
     """
     if device.type == "cuda":
-        idle = torch.cuda.device_count() - local_world_size
-        if idle <= 0:
-            return []
-        return [
-            f"{idle} GPU(s) of this machine are not used: start one process for each, as with"
-            f" torchrun --nproc-per-node {torch.cuda.device_count()}, or hide them with"
-            " CUDA_VISIBLE_DEVICES"
-        ]
+        return [*_idle_gpus(local_world_size), *_few_cores(local_world_size, cpus)]
     found = []
     if (asked := _asked_for_gpu()) and not torch.cuda.is_available():
         found.append(f"a GPU was asked for ({asked}) and none can be used: {why_no_gpu()}")
@@ -69,6 +63,27 @@ def shortfall(device: torch.device, *, local_world_size: int, cpus: int) -> list
             f" set OMP_NUM_THREADS={cpus}"
         )
     return found
+
+
+def _idle_gpus(local_world_size: int) -> list[str]:
+    here = torch.cuda.device_count()
+    if here <= local_world_size:
+        return []
+    return [
+        f"{here - local_world_size} GPU(s) of this machine are not used: start one process for"
+        f" each, as with torchrun --nproc-per-node {here}, or hide them with CUDA_VISIBLE_DEVICES"
+    ]
+
+
+def _few_cores(local_world_size: int, cpus: int) -> list[str]:
+    """Only of what can be asked for: a machine has the cores that it has."""
+    if cpus >= _FEW_CORES or "SLURM_JOB_ID" not in os.environ:
+        return []
+    wanted = _CORES_A_GPU * local_world_size
+    return [
+        f"{cpus} CPU(s) read and decode images for each GPU, which may wait for them: ask SLURM for"
+        f" {_CORES_A_GPU} a GPU (sbatch --cpus-per-task={wanted} slurm/...)"
+    ]
 
 
 def cpu_name() -> str:

@@ -300,6 +300,23 @@ def test_tf32_is_said_and_can_be_kept_out(machine, monkeypatch):
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
+@pytest.mark.parametrize(
+    ("cpus", "job", "said"), [(1, "7", True), (3, "7", True), (4, "7", False), (1, None, False)]
+)
+def test_few_cores_beside_gpus_are_said_where_more_can_be_asked_for(
+    machine, monkeypatch, cpus, job, said
+):
+    machine(count=4, name="NVIDIA L4", capability=(8, 9))
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    if job:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+    gpu = SimpleNamespace(type="cuda")
+    told = hardware.shortfall(gpu, local_world_size=4, cpus=cpus)
+    assert [f"{cpus} CPU(s)" in line and "--cpus-per-task=32" in line for line in told] == (
+        [True] if said else []
+    )
+
+
 def test_kernels_are_deterministic_unless_the_fastest_are_asked_for(machine):
     machine(count=0, file=False)
     cudnn = torch.backends.cudnn

@@ -59,6 +59,15 @@ def test_a_range_of_nodes_is_asked_for_without_a_number_of_tasks():
     assert not {"ntasks", "ntasks-per-node"} & asked.keys()
 
 
+@pytest.mark.parametrize("script", BATCH_SCRIPTS[:3], ids=lambda path: path.name)
+def test_the_cores_that_are_asked_for_grow_with_the_gpus(script):
+    header = script.read_text().replace("\\\n#", " ")
+    asked = re.findall(r"^# +sbatch .*--gpus-per-node=(\d+)(.*)", header, re.MULTILINE)
+    assert asked
+    for gpus, rest in asked:
+        assert f"--cpus-per-task={8 * int(gpus)} " in rest
+
+
 # --- what they refuse ---
 
 
