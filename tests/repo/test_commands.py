@@ -56,8 +56,11 @@ WORDS_OF_A_COMMAND = re.compile(
 
 @dataclass(frozen=True)
 class Printed:
+    """A command. is_whole: it stands by itself, to be copied; one within a sentence may be cut."""
+
     where: str
     text: str
+    is_whole: bool = True
 
     def __str__(self) -> str:
         return f"{self.where}: {self.text}"[:110]
@@ -68,28 +71,32 @@ def joined_lines(text: str, mark: str) -> str:
     return re.sub(rf"\s*\\\n{mark}\s*", " ", text)
 
 
-def printed_in_page(path: Path) -> Iterator[str]:
+def printed_in_page(path: Path) -> Iterator[tuple[str, bool]]:
     text = path.read_text(encoding="utf-8")
     blocks = re.findall(r"^```(?:bash|sh)\n(.*?)^```", text, re.M | re.S)
     spans = re.findall(r"(?<!`)`([^`]+)`(?!`)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
-    for piece in itertools.chain(*(joined_lines(b, "").splitlines() for b in blocks), spans):
-        yield from WORDS_OF_A_COMMAND.findall(" ".join(piece.split()))
+    lines = list(itertools.chain(*(joined_lines(block, "").splitlines() for block in blocks)))
+    for pieces, is_whole in ((lines, True), (spans, False)):
+        for piece in pieces:
+            for found in WORDS_OF_A_COMMAND.findall(" ".join(piece.split())):
+                yield found, is_whole
 
 
-def printed_in_script(path: Path) -> Iterator[str]:
+def printed_in_script(path: Path) -> Iterator[tuple[str, bool]]:
     """Lines of a comment that are set in, as commands are."""
     for line in joined_lines(path.read_text(encoding="utf-8"), "#").splitlines():
         if found := re.match(r"# {3,}(.*)", line):
-            yield from WORDS_OF_A_COMMAND.findall(found[1])
-    yield from re.findall(r'usage: (.*)"', path.read_text(encoding="utf-8"))
+            yield from ((text, True) for text in WORDS_OF_A_COMMAND.findall(found[1]))
+    for usage in re.findall(r'usage: (.*)"', path.read_text(encoding="utf-8")):
+        yield usage, True
 
 
 def all_printed() -> list[Printed]:
     found = [
-        Printed(str(path.relative_to(ROOT)), text.strip())
+        Printed(str(path.relative_to(ROOT)), text.strip(), is_whole)
         for read, paths in ((printed_in_page, PAGES), (printed_in_script, SCRIPTS))
         for path in sorted(paths)
-        for text in read(path)
+        for text, is_whole in read(path)
     ]
     return list(dict.fromkeys(found))
 
@@ -278,6 +285,10 @@ def test_a_command_of_ours_takes_its_options(printed, name, words):
     module = importlib.import_module(COMMANDS[name][0])
     parser = argparse.ArgumentParser(exit_on_error=False)
     module.add_arguments(parser)
+    known = parser._option_string_actions
+    assert {word.partition("=")[0] for word in words if word.startswith("--")} <= known.keys()
+    if not (printed.is_whole or name in TRAINS):
+        return
     said = parse(parser, words)
     if name in TRAINS and said.config not in ANY_CONFIG:
         load(said.config, tuple(said.overrides))
