@@ -110,7 +110,7 @@ class Explainer:
         self._tell(found)
         for row, place in enumerate(places):
             prediction, picture = predictions[place], picture_of(images[place])
-            laid = with_heatmap(picture, found.maps[row])
+            laid = with_heatmap(picture, found.spread[row])
             path = self._folder / f"{first + place:08d}-{_name_of(prediction.source)}.png"
             try:
                 write_bytes(path, _page(prediction, picture, laid))

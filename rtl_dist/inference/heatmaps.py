@@ -46,6 +46,18 @@ class Heatmaps:
     layer: str
     """The path of the trunk's layer that the maps are of."""
 
+    @property
+    def spread(self) -> np.ndarray:
+        """float32 (N, h, w): the maps with what is of no place, the bias, spread evenly over all:
+        their mean is the score. Where the map is exact, each value is the score of a picture that
+        is everywhere as at that place.
+
+        This is what to look at: activations are positive, so that a map alone may speak for a class
+        everywhere, and the bias take as much back."""
+        rest = self.scores - self.maps.mean((1, 2))
+        whole: np.ndarray = self.maps + rest[:, None, None]
+        return whole
+
 
 def heatmaps(
     model: Classifier,

@@ -35,11 +35,12 @@ class Explanation:
     label: str
     """The class."""
     heatmap: np.ndarray
-    """float32 (h, w): what each place of the square that the network saw gave to the class's score
-    (single-label: less the mean of all classes'); above 0 it speaks for the class, below 0 against
-    it."""
+    """float32 (h, w): what each place of the square that the network saw says of the class's score
+    (single-label: less the mean of all classes'), which is their mean; above 0 it speaks for the
+    class, below 0 against it."""
     exact: bool
-    """Whether the map's mean plus the head's bias is that score; see ``inference/heatmaps.py``."""
+    """Whether each value is the score of a picture that is everywhere as at that place; else it
+    shows where the score reacts. See ``inference/heatmaps.py``."""
     picture: Image.Image
     """What the network saw, RGB."""
 
@@ -250,7 +251,7 @@ def _explained(predictor: Predictor, some: Sequence[Given], label: str | None) -
             picture=picture_of(image),
         )
         for each, number, places, exact, image in zip(
-            some, numbers, found.maps, found.exact, seen, strict=True
+            some, numbers, found.spread, found.exact, seen, strict=True
         )
     ]
 

@@ -25,6 +25,7 @@ MOST_CELLS = 64
 # Okabe and Ito's, which colour-blind readers tell apart too; on white, as in the reports
 FOR, AGAINST = (213, 94, 0), (0, 114, 178)
 _PAPER, _INK, _SOFT, _EMPTY = (255, 255, 255), (34, 34, 34), (90, 98, 112), (238, 238, 238)
+_WIDE = 1060  # pixels that pages give a picture; a sheet of many is wider
 _STRONGEST = 0.8  # of a place's colour in the picture
 _TINY = 128  # pixels; smaller pictures are enlarged without blur, so that their pixels are seen
 
@@ -75,7 +76,7 @@ def grid(cells: Sequence[Cell], *, title: str = "") -> Image.Image:
     cells = cells[:MOST_CELLS]
     pairs = any(cell.heatmap is not None for cell in cells)
     columns = max(1, math.ceil(math.sqrt(len(cells) / (3 if pairs else 1))))
-    side = max(152, min(320, 1280 // columns))
+    side = max(152, min(320, _WIDE // columns // (2 if pairs else 1)))
     gap, size = 12, 14 if side < 200 else 16
     width, height = (2 * side + 4 if pairs else side), side + _height(cells, size)
     head = 2 * size + gap if title else 0

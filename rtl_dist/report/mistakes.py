@@ -115,7 +115,7 @@ def _with_maps(
     if seen:
         images, numbers = torch.stack(list(seen.values())), [mistakes[n].label for n in seen]
         found = heatmaps(model, images, numbers, against_others=task != MULTI_LABEL)
-        for (number, image), places in zip(seen.items(), found.maps, strict=True):
+        for (number, image), places in zip(seen.items(), found.spread, strict=True):
             for_its_answer = places if mistakes[number].was_said else -places
             laid[number] = with_heatmap(picture_of(image), for_its_answer)
     return laid

@@ -60,6 +60,7 @@ def test_behind_an_average_the_maps_mean_and_the_bias_are_the_score(name, layer,
     bias = model.head.bias.detach().numpy()[classes]
     np.testing.assert_allclose(found.maps.mean((1, 2)) + bias, scores, rtol=1e-4, atol=1e-4)
     assert not any(p.grad is not None for p in model.parameters())
+    np.testing.assert_allclose(found.spread.mean((1, 2)), scores, rtol=1e-4, atol=1e-4)
 
 
 def test_it_is_the_class_activation_map_of_the_literature():
@@ -86,6 +87,19 @@ def test_against_the_others_a_place_that_speaks_for_all_says_nothing():
         model.head.bias.add_(3.0)
     again = heatmaps(model, images, [2, 2], against_others=True)
     np.testing.assert_allclose(again.maps, found.maps, atol=1e-4)
+
+
+def test_spread_over_the_places_a_value_is_the_score_of_a_picture_of_that_place_alone():
+    """As of a network without borders: a picture of one colour on the left, of another right."""
+    conv = nn.Conv2d(3, 5, 1)
+    model = own(nn.Sequential(conv, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), 5)
+    images = torch.full((3, 3, 16, 16), 30, dtype=torch.uint8)
+    images[1] = 220
+    images[2, :, :, 8:] = 220
+    left, right = logits(model, images[:2], [1, 1])
+    found = heatmaps(model, images[2:], [1]).spread[0]
+    np.testing.assert_allclose(found[:, :8], left, rtol=1e-4)
+    np.testing.assert_allclose(found[:, 8:], right, rtol=1e-4)
 
 
 def test_a_head_that_standardises_counts_as_the_plain_one_it_is():
