@@ -12,7 +12,10 @@ from rtl_dist.core.errors import UserError
 from rtl_dist.data.format.dataset import Dataset
 
 # What may differ between a run and its continuation: where things are and what is reported.
-_FREE = ("run", "track", "checkpoint", "eval", "early_stop", "compile", "features", "recipe")
+_FREE = (
+    *("run", "track", "checkpoint", "eval", "early_stop", "compile", "features", "recipe"),
+    "calibrate",
+)
 _FREE_KEYS = {
     "data": (
         "path",

@@ -1,5 +1,6 @@
 """A model as a folder that timm itself loads, and a checkpoint as one."""
 
+import errno
 import json
 
 import pytest
@@ -13,6 +14,7 @@ from rtl_dist.config import parse_config, to_yaml
 from rtl_dist.core.errors import UserError
 from rtl_dist.data.format.dataset import Dataset
 from rtl_dist.data.format.split import DatasetPlace
+from rtl_dist.model import folder
 from rtl_dist.model.build import build_model
 from rtl_dist.model.calibration import Calibration
 from rtl_dist.model.folder import load_model, write_calibration, write_model_folder
@@ -117,6 +119,24 @@ def test_a_calibration_comes_back_and_timm_still_loads_the_folder(tmp_path, task
     write_calibration(tmp_path, calibration)  # other weights make it void
     write_model_folder(tmp_path, model, config.model, data, precision=config.precision)
     assert (tmp_path / "config.json").read_bytes() == plain
+
+
+def test_new_weights_void_the_calibration_before_they_come(tmp_path, monkeypatch):
+    model, config = built("test_resnet")
+    write_model_folder(tmp_path, model, config.model, dataset(), precision=config.precision)
+    write_calibration(tmp_path, CALIBRATION)
+    before = digest(load_model(tmp_path).model.state_dict())
+
+    def no_space(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(folder, "save_tensors", no_space)
+    other, config = built("test_resnet", seed=2)
+    with pytest.raises(OSError, match="No space"):
+        write_model_folder(tmp_path, other, config.model, dataset(), precision=config.precision)
+    loaded = load_model(tmp_path)
+    assert digest(loaded.model.state_dict()) == before
+    assert loaded.calibration == Calibration()
 
 
 def test_writing_again_replaces(tmp_path):

@@ -48,6 +48,7 @@ def identity() -> dict:
         (("optim",), "step_size"),
         (("model",), "small_stem"),
         ((), "tf32"),
+        ((), "optim"),  # a whole section
     ],
 )
 def test_a_key_that_an_earlier_version_did_not_know_counts_as_its_default(tmp_path, section, key):
@@ -58,5 +59,5 @@ def test_a_key_that_an_earlier_version_did_not_know_counts_as_its_default(tmp_pa
     del place[key]
     refuse_other_identity(tmp_path, then, identity())
     place[key] = "another"
-    with pytest.raises(UserError, match=f"{'.'.join(map(str, section))}.{key} was 'another'"):
+    with pytest.raises(UserError, match=f"{'.'.join([*map(str, section), key])} was 'another'"):
         refuse_other_identity(tmp_path, then, identity())
