@@ -15,44 +15,22 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from networks import classifier, moved_statistics
+from exported_models import FITTED, export, images_of, model_folder
 from pack_images import image_bytes
 from PIL import Image
 from serving_examples import example
 from tiny_runs import CLASSES, make_dataset
 
 from rtl_dist.cli import main
-from rtl_dist.config import ModelConfig
 from rtl_dist.core.errors import UserError
-from rtl_dist.core.tasks import MULTI_LABEL, SINGLE_LABEL
-from rtl_dist.data.format.dataset import open_dataset
-from rtl_dist.data.format.reader import SampleReader
+from rtl_dist.core.tasks import MULTI_LABEL
 from rtl_dist.data.images.decode import decode
 from rtl_dist.inference.export import export as story
 from rtl_dist.inference.export.exported import open_model
 from rtl_dist.inference.export.graphs import BatchGraph, ImageGraph
 from rtl_dist.inference.export.onnx_file import make_onnx, require_onnx
 from rtl_dist.inference.opening import open_predictor
-from rtl_dist.model.calibration import Calibration
-from rtl_dist.model.folder import LoadedModel, load_model, write_loaded
-
-FITTED = Calibration(temperature=1.7, num_samples=21, split="val")
-
-
-def model_folder(folder, name="test_resnet", *, channels=3, task=SINGLE_LABEL, calibration=FITTED):
-    loaded = LoadedModel(
-        model=moved_statistics(classifier(name, channels=channels)).eval(),
-        classes=CLASSES,
-        task=task,
-        dataset_fingerprint="made up",
-        precision="no",
-        source=folder,
-        network=ModelConfig(name=name, weights="none"),
-        calibration=calibration,
-    )
-    folder.mkdir()
-    write_loaded(folder, loaded)
-    return folder
+from rtl_dist.model.folder import load_model
 
 
 @pytest.fixture(scope="module")
@@ -83,17 +61,6 @@ def exported(tmp_path_factory, model, dataset, graphs):
         patch.setattr(story, "make_onnx", lambda graph: copy.deepcopy(graphs))
         assert export(model, out, "onnx", "--data", dataset) == 0
     return out
-
-
-def export(model, out, format, *words):
-    words = ["export", model, "--format", format, "--out", out, *words]
-    return main([str(word) for word in words])
-
-
-def images_of(dataset):
-    split = open_dataset(dataset).split("val")
-    reader = SampleReader(split)
-    return [reader.read(sample) for sample in range(split.num_samples)]
 
 
 def session(path):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rtl_dist.core.errors import UserError
-from rtl_dist.inference.export.graphs import ImageGraph
+from rtl_dist.inference.export.graphs import BatchGraph, ImageGraph
 from rtl_dist.inference.export.programs import batch_program, cannot_export, image_program, quiet
 
 OPSET = 18  # the first with all that is used, which onnxruntime 1.14 and later know
@@ -38,13 +38,19 @@ def make_onnx(graph: ImageGraph) -> OnnxGraphs:
     """
     onnx = require_onnx()
     channels = graph.batch.classifier.preprocessing.channels
-    batch = _converted(batch_program(graph.batch), "images", "probabilities")
     view = _converted(image_program(graph.view, channels), "image", "pixels")
-    _name_sizes(batch.graph.input[0], ["batch"])
-    _name_sizes(batch.graph.output[0], ["batch"])
     _name_sizes(view.graph.input[0], ["height", "width"])
     view = onnx.compose.add_prefix(view, VIEW, rename_inputs=False)
-    return OnnxGraphs(view=view, batch=batch)
+    return OnnxGraphs(view=view, batch=make_batch_onnx(graph.batch))
+
+
+def make_batch_onnx(graph: BatchGraph) -> Any:
+    """A ModelProto, see ``OnnxGraphs``. Raises as ``make_onnx``."""
+    require_onnx()
+    batch = _converted(batch_program(graph), "images", "probabilities")
+    for value in (batch.graph.input[0], batch.graph.output[0]):
+        _name_sizes(value, ["batch"])
+    return batch
 
 
 def joined(graphs: OnnxGraphs) -> Any:

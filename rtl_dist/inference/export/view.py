@@ -77,7 +77,10 @@ class View(nn.Module):
 
         # a line's scale exceeds that of the shorter side by less than this, as sizes are floored
         most = max(self.short_side - 1, 1)
-        every = torch.arange(self.short_side * longer // shorter, dtype=_F64)
+        # of an enlarged line, which may be long, the largest weight is 1, at its beginning
+        at_least = longer * (shorter // self.short_side) + 1
+        count = torch.sym_min(self.short_side * longer // shorter, at_least)
+        every = torch.arange(count, dtype=_F64)
         every = torch.minimum(every, resized[:, None] - 1)[..., None]
         largest = weigh(every, 2 * (shorter // most + 2) + 1)[1].flatten(1).amax(1)
         powers = 2.0 ** torch.arange(1, _MOST_BITS + 1, dtype=_F64)
