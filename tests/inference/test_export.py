@@ -200,6 +200,20 @@ def test_a_view_of_other_pixels_is_found_too(graphs, model, dataset, tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_image_that_it_does_not_take_is_named(
+    graphs, model, dataset, tmp_path, monkeypatch, capsys
+):
+    broken = copy.deepcopy(graphs)
+    image = broken.view.graph.input[0].type.tensor_type.shape
+    image.dim[0].dim_value = 16  # as an exporter that fixes what it was traced with
+    monkeypatch.setattr(story, "make_onnx", lambda graph: broken)
+    assert export(model, tmp_path / "out", "onnx", "--data", dataset) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "does not take" in told
+    assert "(1 x 1 pixels)" in told
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.usefixtures("traced")
 def test_eight_bits_are_gated_by_what_they_lose(model, dataset, tmp_path, capsys):
     words = ("onnx", "--int8", "--data", dataset)

@@ -14,6 +14,7 @@ from rtl_dist.core.tasks import SINGLE_LABEL
 from rtl_dist.data.images.augment import EvalTransform
 from rtl_dist.inference.export.graphs import BatchGraph
 from rtl_dist.inference.export.onnx_file import make_batch_onnx
+from rtl_dist.inference.export.programs import image_program
 from rtl_dist.inference.export.view import View
 
 NETWORKS = {
@@ -65,3 +66,14 @@ def test_the_view_of_a_strip_takes_no_more_memory_than_the_strip():
     transform = EvalTransform(image_size=64, crop_pct=0.875, channels=3)
     found = View(image_size=64, crop_pct=0.875)(image.permute(1, 2, 0))[0].permute(2, 0, 1)
     assert torch.equal(found, transform.of_pixels(image))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("side", [16, 224])
+def test_a_traced_view_takes_all_sizes(side):
+    """Torch fixes what it thinks cannot vary, as it sees one image of one size."""
+    view = View(image_size=side, crop_pct=0.875)
+    traced = image_program(view, 3).module()
+    for size in [*SIZES, (side, side), (1500, 1600)]:
+        image = torch.randint(0, 256, (*size, 3)).to(torch.uint8)
+        assert torch.equal(traced(image), view(image)), size

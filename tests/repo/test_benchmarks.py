@@ -13,6 +13,7 @@ BENCHMARKS = ROOT / "benchmarks"
 SMALLEST = {
     "cached_activations.py": "--images 32 --batch 4 --row 8 4 4 --rounds 1 --use-ms 0",
     "checkpoint.py": "--rounds 1 --model test_resnet",
+    "export_formats.py": "--rounds 1 --formats timm",
     "loader.py": "--images {images} --sides ours --repeats 1 --batches 1 --workers 1",
     "predict.py": "--images 64 --side 32 --repeats 1 --model basic_cnn --workers 0",
     "scale.py": "--shards 5000",

@@ -40,7 +40,7 @@ def card_of(
         if scored is None
         else _measured(scored, source),
         _calibration(loaded),
-        _limits(loaded, scored),
+        _limits(loaded, scored, source),
         _origin(loaded, origin, fingerprint),
     ]
     return "\n".join(parts)
@@ -118,7 +118,7 @@ def _calibration(loaded: LoadedModel) -> str:
     return f"## Calibration\n\n{' '.join(parts)}\n"
 
 
-def _limits(loaded: LoadedModel, scored: Predictions | None) -> str:
+def _limits(loaded: LoadedModel, scored: Predictions | None, source: str) -> str:
     told = [
         "It says one of its classes of every image, also of one that shows none of them."
         if loaded.task == Task.SINGLE_LABEL
@@ -126,6 +126,8 @@ def _limits(loaded: LoadedModel, scored: Predictions | None) -> str:
         "The figures are of images like those that it was measured on; other cameras, places and"
         " times of year give other figures.",
     ]
+    if scored is not None and source.startswith("split val "):
+        told.append("The best weights were chosen by this split, so its figures flatter them.")
     rows = [] if scored is None else per_class_table(scored)
     if few := [row for row in rows if row.num_samples < _FEW]:
         names = ", ".join(f"{_cell(row.name)} ({row.num_samples})" for row in few[:20])

@@ -80,7 +80,9 @@ def export(request: Request) -> str:
         if request.format == "hf":
             _write_card(request, destination, checking, told["fingerprint"])
         write_json(destination.folder / "export.json", told)
-    return json.dumps(told, ensure_ascii=False) if request.as_json else _said(told, checking, rows)
+    if request.as_json:
+        return json.dumps(told | {"out": str(request.out)}, ensure_ascii=False)
+    return _said(request, checking, rows)
 
 
 def _require_sense(request: Request) -> None:
@@ -187,11 +189,10 @@ def _told(request: Request, checking: Checking, rows: list[Row]) -> dict[str, An
         },
         "metric": checking.metric_name,
         "formats": as_json(rows),
-        "out": str(request.out),
     }
 
 
-def _said(told: dict[str, Any], checking: Checking, rows: list[Row]) -> str:
+def _said(request: Request, checking: Checking, rows: list[Row]) -> str:
     parity = checking.parity
     assert parity is not None
     lines = [table_of(rows, checking.metric_name)]
@@ -199,7 +200,7 @@ def _said(told: dict[str, Any], checking: Checking, rows: list[Row]) -> str:
     if rows[-1].name.endswith("int8") and before is not None and after is not None:
         lines.append(f"int8 loses {before - after:.4f} of {checking.metric_name}")
     lines.append(
-        f"{told['out']}: says what the model says of {parity.num_images:,} images of"
+        f"{request.out}: says what the model says of {parity.num_images:,} images of"
         f" {checking.images.source} and {parity.num_more} made of them (within"
         f" {parity.tolerance.images:g}), in batches too"
     )

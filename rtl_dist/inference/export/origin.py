@@ -69,9 +69,17 @@ def _weights_of(config: Config) -> tuple[str, str, str]:
     return f"timm's pretrained weights {tagged}", licence, base
 
 
+def _set_in(section: Any) -> Any:
+    """Without the keys that are null, as they are where nobody sets them."""
+    if isinstance(section, dict):
+        return {key: _set_in(value) for key, value in section.items() if value is not None}
+    return [_set_in(each) for each in section] if isinstance(section, list) else section
+
+
 def _training_of(config: Config) -> str:
     sections: dict[str, Any] = {k: v for k, v in to_dict(config).items() if k in _SECTIONS}
     if sections["model"]["weights"] not in ("none", "pretrained"):
         sections["model"]["weights"] = Path(sections["model"]["weights"]).name
+    sections = {name: _set_in(section) for name, section in sections.items()}
     data = {k: getattr(config.data, k) for k in ("image_size", "crop_pct", "channels")}
     return str(yaml.safe_dump(sections | {"data": data}, sort_keys=False, allow_unicode=True))

@@ -10,6 +10,7 @@ import torch
 
 from rtl_dist.core.errors import RtlDistError
 from rtl_dist.core.tasks import MULTI_LABEL
+from rtl_dist.core.text import brief
 from rtl_dist.data.images.decode import decode
 from rtl_dist.evaluation.logits import eval_transform
 from rtl_dist.inference.export.graphs import BatchGraph
@@ -129,7 +130,15 @@ class _Comparison:
         self.largest, self.num_ties = 0.0, 0
 
     def __call__(self, name: str, image: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        wanted, found = self.original.of_image(image), self.runner.of_image(image)
+        wanted = self.original.of_image(image)
+        try:
+            found = self.runner.of_image(image)
+        except Exception as error:  # a runtime's own
+            size = f"{image.shape[2]} x {image.shape[1]}"
+            raise NotTheSame(
+                f"{self.what} does not take {name} ({size} pixels):"
+                f" {brief(' '.join(str(error).split()))}. Nothing was written"
+            ) from error
         difference = difference_of(found, wanted)
         moved = self._other_class(wanted, found)
         if not difference <= self.tolerance or moved:

@@ -36,7 +36,7 @@ class RealImages:
     labels: np.ndarray | None
     """As ``Split.labels`` has them; None: nobody says."""
     source: str
-    """Where they are from, for people."""
+    """Where they are from, for people, whoever's machine it is."""
 
     def __len__(self) -> int:
         return len(self.files)
@@ -58,7 +58,7 @@ def images_of_split(split: Split, where: str, most: int) -> RealImages:
         names=tuple(split.name_of(int(sample)) for sample in samples),
         files=files,
         labels=split.labels(samples),
-        source=f"split {split.name} of {where}",
+        source=f"split {split.name} of {where.rstrip('/').rpartition('/')[2]}",
     )
 
 
@@ -86,7 +86,7 @@ def images_of_folder(folder: Path, most: int) -> RealImages:
         names=tuple(str(path.relative_to(folder)) for path in chosen),
         files=tuple(files),
         labels=None,
-        source=str(folder),
+        source=folder.absolute().name,
     )
 
 

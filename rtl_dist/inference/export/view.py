@@ -78,7 +78,7 @@ class View(nn.Module):
         # a line's scale exceeds that of the shorter side by less than this, as sizes are floored
         most = max(self.short_side - 1, 1)
         # of an enlarged line, which may be long, the largest weight is 1, at its beginning
-        at_least = longer * (shorter // self.short_side) + 1
+        at_least = longer * (shorter // self.short_side) + 2  # torch takes 1 for another case
         count = torch.sym_min(self.short_side * longer // shorter, at_least)
         every = torch.arange(count, dtype=_F64)
         every = torch.minimum(every, resized[:, None] - 1)[..., None]
