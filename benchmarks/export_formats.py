@@ -1,7 +1,7 @@
 """One model in all formats of ``rtl-dist export``: size, accuracy, time an image, distance.
 
-Each is exported, which checks and times it, one decoded image at a time; then all are timed in turns,
-in batches of 64 views, on the CPU:
+Each is exported, which checks and times it, one decoded image at a time; then all are timed in
+turns, in batches of 64 views, on the CPU:
 
     python benchmarks/export_formats.py RUN --data DATASET [--split val] [--limit 200] [--rounds 3]
 

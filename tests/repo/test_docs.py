@@ -20,6 +20,7 @@ WRITTEN_BY_RUNS = (
     "val/",
     "test/",
     "wandb/",
+    "example.py",
     "best/",
 )
 WRITTEN_BY_RUNS += (
