@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_file_column(parser, "tables")
     add_json(parser, "print JSON: without --out the rows, else what was done")
-    add_overwrite(parser, "replace OUT whatever it is, and begin anew what was begun")
+    add_overwrite(parser, "replace OUT whatever it is, and what was begun by another command")
     add_workers(parser, "processes that read and decode")
     add_precision(parser)
     add_cache(parser)

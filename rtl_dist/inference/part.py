@@ -46,18 +46,20 @@ class Part:
     def rows(self) -> Path:
         return self.folder / ROWS
 
-    def begin(self, asked: dict[str, Any], *, header: str, anew: bool) -> None:
+    def begin(self, asked: dict[str, Any], *, header: str, overwrite: bool) -> None:
         """Goes on with what is there, or begins.
 
         Args:
             asked: plain values by what they are called in a message; with others, nothing goes on.
             header: what ``rows`` begins with.
-            anew: whether what is there is given up.
+            overwrite: whether what was begun with something else is given up.
 
         Raises:
             UserError: what is there was begun with something else.
         """
-        record = {} if anew else read_object(self.folder / RECORD)
+        record = read_object(self.folder / RECORD)
+        if overwrite and record.get("asked") != asked:
+            record = {}
         self._asked = asked
         has_rows = self.rows.is_file() and self.rows.stat().st_size >= record.get("bytes", 0)
         if record and has_rows:
@@ -119,7 +121,8 @@ class Part:
         if self._rows is not None:
             with suppress(OSError):  # a full disk was told already
                 self.record()
-            self._rows.close()
+            with suppress(OSError):
+                self._rows.close()
             self._rows = None
         self._lock.close()
         if not (self.folder / RECORD).exists():

@@ -51,7 +51,7 @@ class Request:
     file_column: str | None = None
     """Of tables; None: it is found."""
     overwrite: bool = False
-    """Whether OUT is replaced whatever it is, and what was begun is begun anew."""
+    """Whether OUT is replaced whatever it is, and what another request began is given up."""
     as_json: bool = False
     """Whether what is printed is JSON."""
     cache_dir: str | None = None

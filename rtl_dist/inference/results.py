@@ -124,7 +124,7 @@ class FileResults:
         """See ``Results``."""
         self._columns = columns
         header = csv_header(columns) if self._form == ".csv" else ""
-        self._part.begin(asked | {"format": self._form}, header=header, anew=self._overwrite)
+        self._part.begin(asked | {"format": self._form}, header=header, overwrite=self._overwrite)
 
     def append(self, texts: Sequence[str], failed: Sequence[str]) -> None:
         """See ``Results``."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
+from rtl_dist import __version__
 from rtl_dist.config import DataConfig, ModelConfig, Precision, parse_section
 from rtl_dist.core.errors import UserError
 from rtl_dist.core.tasks import Task
@@ -65,8 +66,31 @@ def parse_description(text: str, where: Path) -> Described:
         where: it is from, for errors.
 
     Raises:
-        UserError: it was not written by rtl-dist or is damaged.
+        UserError: it was not written by rtl-dist, is damaged or is of another version.
     """
+    try:
+        return _parsed(text, where)
+    except UserError as error:
+        version = _version_in(text)
+        if version in ("", __version__):
+            raise
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(
+            f"{where} was written by rtl-dist {version} and is not understood by this one,"
+            f" {__version__}: use that version ({reason})"
+        ) from error
+
+
+def _version_in(text: str) -> str:
+    """The version that wrote a description; empty: it does not say."""
+    try:
+        version = json.loads(text)["rtl_dist"]["version"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ""
+    return brief(version).strip("'")
+
+
+def _parsed(text: str, where: Path) -> Described:
     try:
         content = _section(json.loads(text), "it")
         ours = _section(content.get("rtl_dist"), "rtl_dist")

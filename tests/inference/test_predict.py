@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -398,6 +399,43 @@ def test_mistakes_are_told_in_a_line(
     assert error.startswith("rtl-dist: ")
     assert error.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_model_of_another_version_is_told_as_one(model, images, tmp_path, capsys):
+    other = shutil.copytree(model, tmp_path / "m")
+    description = json.loads((other / "config.json").read_text())
+    description["rtl_dist"]["version"] = "9.1"
+    description["rtl_dist"]["model"]["attention"] = 3
+    (other / "config.json").write_text(json.dumps(description))
+    assert main(["predict", str(other), str(images)]) == 2
+    told = capsys.readouterr().err
+    assert (
+        f"{other}/config.json was written by rtl-dist 9.1 and is not understood by this one" in told
+    )
+    assert told.count("\n") == 1
+
+
+def test_a_full_disk_costs_nothing_but_time(model, images, tmp_path, monkeypatch, capsys):
+    words = (images, "--workers", 0)
+    record, calls = Part.record, []
+
+    def full(self):
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device", str(self.rows))
+        record(self)
+
+    monkeypatch.setattr(part, "RECORDED_EVERY_S", 0.0)
+    monkeypatch.setattr(Part, "record", full)
+    predicted(model, *words, out=tmp_path / "o.csv", code=1)
+    told = capsys.readouterr().err
+    assert told.splitlines()[-1].startswith(
+        f"rtl-dist: cannot write {tmp_path}/o.csv.part/rows: No"
+    )
+    predicted(model, *words, out=tmp_path / "o.csv")
+    assert "going on after " in capsys.readouterr().err
+    predicted(model, *words, out=tmp_path / "w.csv")
+    assert (tmp_path / "w.csv").read_bytes() == (tmp_path / "o.csv").read_bytes()
 
 
 def test_parquet_without_pyarrow_names_the_cure(model, images, tmp_path, monkeypatch, capsys):
