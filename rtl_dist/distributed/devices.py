@@ -23,6 +23,14 @@ from rtl_dist.distributed.launchers import whole_number
 DEVICES = Path("/dev")
 _ON_THE_CPU = "to train on the CPU all the same, set CUDA_VISIBLE_DEVICES=-1"
 _OTHER_TORCH = "pytorch.org/get-started/previous-versions"
+_OF_THE_HARDWARE = (  # in what CUDA says
+    "ECC error",
+    "NVLink error",
+    "hardware",
+    "launch failure",
+    "busy or unavailable",
+    "unknown error",  # as when a GPU has fallen off the bus
+)
 _OLDEST_OF_CUDA_13 = 75  # compute capability, times ten; older ones were left out of it
 
 
@@ -126,6 +134,20 @@ def why_no_gpu(env: Mapping[str, str] = os.environ) -> str:
     if "No CUDA GPUs" in said and (visible := env.get("CUDA_VISIBLE_DEVICES")):
         return f"{said}: CUDA_VISIBLE_DEVICES={brief(visible)} names none of them"
     return f"{said.removesuffix('.')} (does nvidia-smi work here?)"
+
+
+def why_it_failed(error: BaseException | None) -> str | None:
+    """What to say of a GPU that fails while it computes; None: it is no fault of the hardware's."""
+    said = str(error).split("\n")[0].removeprefix("CUDA error: ")
+    is_its_own = isinstance(error, torch.AcceleratorError)
+    if not is_its_own or not any(words in said for words in _OF_THE_HARDWARE):
+        return None
+    number = torch.cuda.current_device()
+    return (
+        f"GPU {number} ({_name_of(number)}) of {socket.gethostname()} failed: {said}; the kernel's"
+        " log may say why (dmesg, Xid); start the same command again, on another GPU if it fails"
+        " again"
+    )
 
 
 def _is_told_to_use_cpus(env: Mapping[str, str]) -> bool:

@@ -22,7 +22,6 @@ from torch.distributed import distributed_c10d as c10d
 
 from rtl_dist.config import Precision
 from rtl_dist.core.cpus import container_cpus, own_cpus, share_of_cpus
-from rtl_dist.core.device_memory import is_shortage
 from rtl_dist.core.errors import RtlDistError, StopRequested, UserError
 from rtl_dist.core.memory import available_memory
 from rtl_dist.distributed.accelerate_settings import (
@@ -31,7 +30,13 @@ from rtl_dist.distributed.accelerate_settings import (
     overruled,
     refuse_other_ways,
 )
-from rtl_dist.distributed.devices import gpu_place, local_gpu, uses_gpu, why_not_one_each
+from rtl_dist.distributed.devices import (
+    gpu_place,
+    local_gpu,
+    uses_gpu,
+    why_not_one_each,
+)
+from rtl_dist.distributed.failures import told_to_the_user
 from rtl_dist.distributed.launchers import (
     COLLECTIVE_TIMEOUT,
     allow_forks,
@@ -224,7 +229,8 @@ class Runtime(Ranks):
             self.close()
         else:
             self._close_before_the_others(error)
-        if (for_the_user := self._explanation(error)) is not None:
+        if (for_the_user := told_to_the_user(error, world_size=self.world_size)) is not None:
+            for_the_user.was_told = self._is_let_go and explained(error) is not None
             raise for_the_user from error
 
     def let_go(self, error: BaseException) -> None:
@@ -244,18 +250,6 @@ class Runtime(Ranks):
             dist.destroy_process_group(self.group)
         else:
             self.close()  # gloo's threads abort a process that ends before its group is closed
-
-    def _explanation(self, error: BaseException | None) -> RtlDistError | None:
-        """What to tell the user instead of an error that is not of our making; None: nothing."""
-        if is_shortage(error):
-            return RtlDistError(
-                f"out of memory ({str(error).splitlines()[0]}); set batch.micro lower or use a"
-                " smaller data.image_size, and start the same command again"
-            )
-        reason = explained(error) if self.world_size > 1 else None
-        if reason is not None:
-            reason.was_told = self._is_let_go
-        return reason
 
     def wrap(self, network: nn.Module) -> nn.Module:
         """DDP around what is trained, where there are several ranks, and mixed precision."""

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,21 @@ def test_the_best_weights_give_the_metrics_that_were_reported(run, dataset, caps
     assert metrics["num_samples"] == 21
     assert metrics["top1"] == pytest.approx(results(run)["best"]["value"])
     assert "Evaluation on val" in (run / "report.html").read_text()
+
+
+def test_a_precision_that_this_device_lacks_is_told(run, dataset, tmp_path, capsys):
+    model = tmp_path / "from-a-gpu"
+    shutil.copytree(run / "best", model)
+    described = (model / "config.json").read_text()
+    assert '"precision": "no"' in described
+    (model / "config.json").write_text(
+        described.replace('"precision": "no"', '"precision": "fp16"')
+    )
+    assert main(["evaluate", str(model), "--data", str(dataset), "--workers", "0"]) == 0
+    told = capsys.readouterr().err
+    assert "trained in fp16, which is not for this device (cpu, " in told
+    assert main(["evaluate", str(run), "--data", str(dataset), "--workers", "0"]) == 0
+    assert "trained in" not in capsys.readouterr().err
 
 
 def test_raw_figures_are_those_of_the_training(run, dataset, tmp_path):

@@ -10,9 +10,15 @@ import torch
 from killed_runs import Fault, replace_everywhere, run_ranks
 from tiny_runs import make_dataset, tiny_config, write_config
 
-from rtl_dist.core.errors import UserError
+from rtl_dist.core.errors import RtlDistError, UserError
 from rtl_dist.distributed import devices, hardware, precision
-from rtl_dist.distributed.devices import gpu_place, local_gpu, uses_gpu, why_not_one_each
+from rtl_dist.distributed.devices import (
+    gpu_place,
+    local_gpu,
+    uses_gpu,
+    why_it_failed,
+    why_not_one_each,
+)
 from rtl_dist.distributed.hardware import described
 from rtl_dist.distributed.precision import precision_as_trained, resolve_precision
 from rtl_dist.distributed.runtime import Runtime
@@ -163,6 +169,28 @@ def test_a_start_with_an_unusable_gpu_ends_with_one_line(machine, monkeypatch, t
     assert told.startswith("rtl-dist: there is a GPU here (")
     assert told.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_that_fails_while_it_computes_is_told_and_a_fault_of_ours_is_not(
+    machine, monkeypatch
+):
+    machine(capability=(9, 0), name="NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    more = "\nCUDA kernel errors might be asynchronously reported at some other API call"
+    failed = torch.AcceleratorError(f"CUDA error: uncorrectable ECC error encountered{more}")
+    told = why_it_failed(failed)
+    assert "GPU 3 (NVIDIA H100, compute capability 9.0) of " in told
+    assert "failed: uncorrectable ECC error encountered; the kernel's log may say why" in told
+    assert "\n" not in told
+    assert (
+        why_it_failed(torch.AcceleratorError(f"CUDA error: device-side assert triggered{more}"))
+        is None
+    )
+    assert why_it_failed(RuntimeError("CUDA error: unknown error")) is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    with pytest.raises(RtlDistError, match="uncorrectable ECC error encountered"), Runtime("no"):
+        raise failed
 
 
 # --- one GPU a process ---
