@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar, overload
+from typing import overload
 
 import numpy as np
 import torch
@@ -23,7 +25,7 @@ from rtl_dist.inference.pictures import picture_of, png_of, with_heatmap
 from rtl_dist.inference.prediction import Prediction
 from rtl_dist.inference.predictor import Flips, Predicting, Predictor
 
-T = TypeVar("T")
+_CHOOSING = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -215,7 +217,8 @@ class Model:
         predictor = self._predictor
         for some in _blocks(images, block):
             seen, errors = _seen(predictor, some)
-            values = predictor.probabilities(seen)
+            with _kernels_as_in_commands():
+                values = predictor.probabilities(seen)
             for place, each in enumerate(some):
                 error = errors.get(place)
                 if error is None and not np.isfinite(values[place]).all():
@@ -232,7 +235,10 @@ class Model:
 
     def _features(self, images: Iterable[object], block: int) -> Iterator[np.ndarray]:
         for some in _blocks(images, block):
-            yield from self._predictor.features(_all_seen(self._predictor, some))
+            seen = _all_seen(self._predictor, some)
+            with _kernels_as_in_commands():
+                rows = self._predictor.features(seen)
+            yield from rows
 
 
 def _explained(predictor: Predictor, some: Sequence[Given], label: str | None) -> list[Explanation]:
@@ -254,6 +260,20 @@ def _explained(predictor: Predictor, some: Sequence[Given], label: str | None) -
             some, numbers, found.spread, found.exact, seen, strict=True
         )
     ]
+
+
+@contextmanager
+def _kernels_as_in_commands() -> Iterator[None]:
+    """Within the block cuDNN chooses its kernels as for an evaluation, or the last bits would
+    differ; one thread at a time, as there is one choice a process."""
+    cudnn = torch.backends.cudnn
+    with _CHOOSING:
+        before = cudnn.benchmark, cudnn.deterministic
+        cudnn.benchmark, cudnn.deterministic = False, True
+        try:
+            yield
+        finally:
+            cudnn.benchmark, cudnn.deterministic = before
 
 
 def _several(images: object) -> Iterable[object]:

@@ -14,6 +14,7 @@ from PIL import Image
 from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.core.tasks import MULTI_LABEL
 from rtl_dist.inference.model import Model
+from rtl_dist.inference.predictor import Predictor
 
 # torchvision 0.29 announces that its decoder will move to another package.
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
@@ -209,6 +210,21 @@ def test_any_thread_may_use_it(model, path):
     assert len(found) == 4
     for probabilities in found:
         np.testing.assert_array_equal(probabilities, expected)
+
+
+def test_kernels_are_chosen_as_in_commands_and_the_choice_is_set_back(model, pixels, monkeypatch):
+    chosen, compute = [], Predictor.probabilities
+
+    def noting(self, images):
+        chosen.append((torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic))
+        return compute(self, images)
+
+    monkeypatch.setattr(Predictor, "probabilities", noting)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    model.predict(pixels)
+    assert chosen == [(False, True)]
+    assert torch.backends.cudnn.benchmark is True
+    assert torch.backends.cudnn.deterministic is False
 
 
 def test_it_tells_what_it_is(model):
