@@ -136,11 +136,10 @@ def quickstart(place: Place) -> Iterator[Finding]:
 
 def chaos(place: Place) -> Iterator[Finding]:
     """Killed at random moments, with BatchNorm that learns and an average: the same bytes."""
-    overrides = in_run(
-        place, "chaos", "optim.ema=0.9", "stages.1.epochs=3", "checkpoint.every=1 epoch"
-    )
+    keys = ("stages.1.epochs=null", "stages.1.steps=20", "checkpoint.every=5 steps")
+    overrides = in_run(place, "chaos", "optim.ema=0.9", *keys)
     command = ("-m", "rtl_dist", "chaos", "--config", QUICKSTART, "--kills", "2")
-    ended = run(*command, *overrides, limit_s=150)
+    ended = run(*command, *overrides, limit_s=400 if place.small else 150)
     yield Finding(
         check="chaos",
         what="two random SIGKILLs of a run with BatchNorm train and an average",

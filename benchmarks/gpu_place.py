@@ -50,9 +50,12 @@ class Ended:
     @property
     def last_words(self) -> str:
         """Its last line that says something, with its code where that is none of success."""
-        lines = [line for line in (self.out + "\n" + self.err).splitlines() if line.strip()]
-        own = [line for line in lines if line.startswith("rtl-dist: ")]
-        said = (own or lines or ["nothing"])[-1][:200]
+        told, complained = (
+            [line for line in text.splitlines() if line.strip()] for text in (self.out, self.err)
+        )
+        own = [line for line in complained if line.startswith("rtl-dist: ")]
+        said = (own or (told if self.is_well else complained) or ["nothing"])[-1]
+        said = said.partition(" See ")[0][:200]
         if self.code is None:
             return f"ended after {self.wall_s:.0f} s without an end; last: {said}"
         return said if self.is_well else f"code {self.code}: {said}"

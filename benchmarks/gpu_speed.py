@@ -34,7 +34,7 @@ WAYS: dict[str, dict] = {
 def steps(place: Place) -> Iterator[Finding]:
     """Images a second of whole steps on a batch in memory, in turn with a bare loop's."""
     ways = dict(list(WAYS.items())[:2]) if place.small else WAYS
-    network, batch, size = ("resnet18", 2, 32) if place.small else ("resnet50", 256, 224)
+    network, batch, size = ("resnet18", 2, 32) if place.small else ("resnet50", _batch(), 224)
     for name, way in ways.items():
         if place.left_s() <= 0:
             return
@@ -59,7 +59,7 @@ def steps(place: Place) -> Iterator[Finding]:
 
 def from_shards(place: Place) -> Iterator[Finding]:
     """Whole runs from JPEG shards: speed, the wait for data, cached activations or not."""
-    count, side, num_steps = (24, 40, 4) if place.small else (4096, 256, 40)
+    count, side, num_steps = (24, 40, 4) if place.small else (2048, 256, 40)
     data = _jpeg_shards(place.folder / "jpegs", count, side)
     everything = {"trainable": "all", "batchnorm": "train"}
     top = {"trainable": "layer4+", "views": 1}
@@ -114,6 +114,11 @@ def _speeds(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return speeds
+
+
+def _batch() -> int:
+    """Images, of which two networks hold the activations in turn."""
+    return 256 if torch.cuda.get_device_properties(0).total_memory > 30 * 2**30 else 64
 
 
 def _jpeg_shards(folder: Path, count: int, side: int) -> Path:

@@ -23,7 +23,7 @@ def allow_fp16(monkeypatch: pytest.MonkeyPatch, **of_scaler: Any) -> None:
                 self.native_amp = True
                 self.scaler = torch.amp.GradScaler("cpu", **of_scaler)
 
-    monkeypatch.setattr(runtime, "resolve_precision", lambda wanted: wanted)
+    monkeypatch.setattr(runtime, "resolve_precision", lambda wanted, **_: wanted)
     monkeypatch.setattr(runtime, "Accelerator", ScalingAccelerator)
 
 

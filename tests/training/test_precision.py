@@ -36,8 +36,9 @@ def multiplied_in(monkeypatch) -> list[torch.dtype | None]:
     return seen
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16", "no"])
-@pytest.mark.parametrize("trainable", ["all", "head"])
+@pytest.mark.parametrize(
+    ("trainable", "precision"), [("all", "bf16"), ("head", "fp16"), ("all", "no")]
+)
 def test_two_stages_that_train_the_same(
     tmp_path, dataset, monkeypatch, multiplied_in, trainable, precision
 ):
