@@ -181,7 +181,7 @@ def calibration_figure(
     multi = task == MULTI_LABEL
     figure = new_figure(7.8, 6.4)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    remark = "" if before is None else f", {before.ece:.3f} before it"
+    remark = "" if before is None else f" ({before.ece:.3f} before)"
     dress(
         top,
         title=f"Calibration: expected error {result.ece:.3f}{remark}",

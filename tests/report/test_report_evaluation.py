@@ -17,7 +17,9 @@ from rtl_dist.core.errors import DataError
 from rtl_dist.core.tasks import MULTI_LABEL, SINGLE_LABEL, Task
 from rtl_dist.evaluation.metrics import compute_metrics, wilson_interval
 from rtl_dist.evaluation.predictions import Outcomes, Predictions
+from rtl_dist.evaluation.reliability import reliability
 from rtl_dist.report.evaluation import PICTURES, write_evaluation
+from rtl_dist.report.evaluation_plots import calibration_figure
 
 # torchvision 0.29 announces that its decoder will move to another package.
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
@@ -178,3 +180,20 @@ def test_many_classes_are_listed_and_not_squared(tmp_path):
     for name in PICTURES:
         assert_drawn(out / name)
     assert (out / "report.html").stat().st_size < 2**20
+
+
+@pytest.mark.parametrize("task", list(Task))
+def test_the_reliability_diagram_shows_what_was_before_calibration(task):
+    after, before = (
+        reliability(make_predictions(200, ("a", "b", "c"), task=task, skill=skill))
+        for skill in (3.0, 0.5)
+    )
+    figure = calibration_figure(after, task, before=before)
+    top, bottom = figure.axes
+    title = f"Calibration: expected error {after.ece:.3f} ({before.ece:.3f} before)"
+    assert top.get_title(loc="left") == title
+    shown = {line.get_label(): line.get_xdata() for line in top.lines}
+    np.testing.assert_array_equal(shown["before calibration"], before.confidence[before.counts > 0])
+    assert len(bottom.lines) == 1
+    alone = calibration_figure(after, task).axes[0]
+    assert "before calibration" not in {line.get_label() for line in alone.lines}
