@@ -1,13 +1,14 @@
-"""A server of an exported model on LitServe.
+r"""A server of an exported model on LitServe.
 
     python litserve_server.py model.onnx
 
     pip install litserve onnxruntime pillow numpy
-    curl -F request=@photo.jpg http://127.0.0.1:8000/predict
+    echo "{\"image\": \"$(base64 -w 0 photo.jpg)\"}" | curl --json @- 127.0.0.1:8000/predict
 
 No torch, no rtl_dist: resize, crop, normalisation, softmax and temperature are in the graph.
 """
 
+import base64
 import io
 import json
 import sys
@@ -41,7 +42,7 @@ class Classify(litserve.LitAPI):
         self._channels = int(about["channels"])
 
     def decode_request(self, request):
-        with Image.open(io.BytesIO(request["request"].file.read())) as picture:
+        with Image.open(io.BytesIO(base64.b64decode(request["image"]))) as picture:
             mode = "RGB" if self._channels == 3 else "L"
             upright = ImageOps.exif_transpose(picture).convert(mode)
         return np.asarray(upright).reshape(upright.height, upright.width, self._channels)
@@ -58,4 +59,6 @@ class Classify(litserve.LitAPI):
 
 
 if __name__ == "__main__":
-    litserve.LitServer(Classify(sys.argv[1]), accelerator="auto").run(port=PORT)
+    litserve.LitServer(Classify(sys.argv[1]), accelerator="auto").run(
+        port=PORT, generate_client_file=False
+    )

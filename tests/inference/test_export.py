@@ -1,14 +1,13 @@
 """``rtl-dist export``: what is written says what the model says, or nothing is written."""
 
+import base64
 import copy
 import csv
 import dataclasses
-import io
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -168,7 +167,7 @@ def test_the_examples_of_serving_take_it(exported, model, tmp_path):
     server = example("litserve_server").Classify(str(exported / "model.onnx"))
     server.setup("cpu")
     content = image_bytes(1, (50, 41), "PNG")
-    pixels = server.decode_request({"request": SimpleNamespace(file=io.BytesIO(content))})
+    pixels = server.decode_request({"image": base64.b64encode(content).decode()})
     told = server.encode_response(server.predict(pixels))
     predictor = open_predictor(model)
     wanted = predictor.probabilities(predictor.prepare(content)[None])[0]
@@ -260,6 +259,11 @@ def test_what_makes_no_sense_is_refused_in_a_line(model, dataset, tmp_path, caps
     assert code == 2
     assert told in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_an_export_is_not_exported_again(exported, tmp_path, capsys):
+    assert export(exported, tmp_path / "out", "pt2") == 2
+    assert "is exported already: give the run" in capsys.readouterr().err
 
 
 def test_nothing_is_overwritten(model, dataset, tmp_path, capsys):

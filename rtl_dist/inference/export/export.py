@@ -17,6 +17,7 @@ from rtl_dist.inference.export.card import card_of
 from rtl_dist.inference.export.checked_images import CheckedOn
 from rtl_dist.inference.export.checking import FOLDER, GRAPH, Checking, size_of
 from rtl_dist.inference.export.destination import EXAMPLE, Destination
+from rtl_dist.inference.export.exported import exported_file
 from rtl_dist.inference.export.folder_runner import TimmRunner, TransformersRunner
 from rtl_dist.inference.export.folders import require_timm_knows, write_folder
 from rtl_dist.inference.export.graphs import BatchGraph, ImageGraph
@@ -67,6 +68,8 @@ def export(request: Request) -> str:
         NotTheSame: the export says something else; nothing is written.
     """
     _require_sense(request)
+    if exported_file(request.model) is not None:
+        raise UserError(f"{request.model} is exported already: give the run that it was made of")
     destination = Destination(request.out, request.format)
     loaded = load_model(request.model)
     if request.format in ("timm", "hf"):
