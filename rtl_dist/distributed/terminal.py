@@ -127,6 +127,8 @@ def progress(
             disable=silent,
             leave=False,
             dynamic_ncols=True,
+            # a notebook's page has no lines to go up to: bars take turns on one
+            position=0 if _is_notebook() else None,
         )
         return bar
     return ProgressLines(total=total, what=what, unit=unit, done=done, images=images)

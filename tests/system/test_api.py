@@ -286,8 +286,12 @@ def test_a_notebook_has_a_bar(monkeypatch):
     stream = OutStream()
     monkeypatch.setattr(sys, "stderr", stream)
     with progress(total=3, what="training", unit="step") as bar:
+        with progress(total=2, what="evaluating", unit="batch") as other:
+            other.update()
         bar.update()
     assert "training" in stream.getvalue()
+    assert "evaluating" in stream.getvalue()
+    assert "\x1b" not in stream.getvalue()  # one line: none to go up to
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert isinstance(progress(total=3, what="training", unit="step"), ProgressLines)
 
