@@ -15,7 +15,7 @@ from rtl_dist.core.text import and_more, shorten, shown
 from rtl_dist.core.urls import Redirects, is_url, secret_in
 from rtl_dist.data.format.description import DESCRIPTION
 from rtl_dist.data.format.tar_reader import walk
-from rtl_dist.data.storage.remote import files_of
+from rtl_dist.data.storage.remote import files_of, size_of
 from rtl_dist.inference.listing import ListingWriter
 from rtl_dist.prepare.image_file import may_be_image
 from rtl_dist.prepare.indexing.local_copy import local_copy
@@ -160,11 +160,13 @@ class Finder:
             self._listing.add_url(url)
 
     def _fetched(self, url: str) -> str:
-        """The local copy of a tar; it stays until all is predicted."""
+        """The local copy of a tar; it stays until all is predicted, also for the next start."""
         path = self._folder / f"{sha256(url.encode()).hexdigest()[:16]}.fetched"
+        if path.is_file() and path.stat().st_size == size_of(url, self._redirects):
+            return str(path)
         with local_copy(url, self._folder, self._redirects) as copy:
             with suppress(FileNotFoundError):
-                path.unlink()  # of an earlier start: it may be another by now
+                path.unlink()  # of an earlier start: it is another by now
             os.link(copy, path)
         return str(path)
 

@@ -58,7 +58,8 @@ class Part:
             UserError: what is there was begun with something else.
         """
         record = read_object(self.folder / RECORD)
-        if overwrite and record.get("asked") != asked:
+        is_sound = record.keys() >= {"asked", "blocks", "bytes", "failed", "first_failed"}
+        if not is_sound or (overwrite and record["asked"] != asked):
             record = {}
         self._asked = asked
         has_rows = self.rows.is_file() and self.rows.stat().st_size >= record.get("bytes", 0)

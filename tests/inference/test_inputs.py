@@ -169,6 +169,9 @@ def test_urls_are_fetched_and_those_that_fail_have_a_reason(tmp_path, photos):
         assert found.contents[2] == found.contents[5] == (photos / "b/2.png").read_bytes()
         assert found.contents[3] == encoded()
         assert found.reasons[urls[1]] == "cannot be had: is not there"
+        server.forget()
+        assert Found(tmp_path, f"{server.url}/s.tar").contents[0] == encoded()  # is there still
+        assert not server.gets("/s.tar")
         with pytest.raises(UserError, match="what a web server holds cannot be listed"):
             Found(tmp_path, f"{server.url}/b/")
 
