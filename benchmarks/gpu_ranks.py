@@ -32,7 +32,8 @@ def launch(place: Place, count: int, name: str, *overrides: str) -> list[Process
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    own = torch.cuda.device_count() >= count
+    given = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    gpus = given.split(",")[: max(1, torch.cuda.device_count())]
     ranks = []
     for rank in range(count):
         environment = {
@@ -45,7 +46,7 @@ def launch(place: Place, count: int, name: str, *overrides: str) -> list[Process
             "NCCL_MULTI_RANK_GPU_ENABLE": "1",
         }
         if place.device == "cuda":
-            environment["CUDA_VISIBLE_DEVICES"] = str(rank if own else 0)
+            environment["CUDA_VISIBLE_DEVICES"] = gpus[rank if len(gpus) >= count else 0]
         else:
             environment["ACCELERATE_USE_CPU"] = "true"
         config = in_run(place, name, *overrides)

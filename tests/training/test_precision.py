@@ -12,7 +12,7 @@ from rtl_dist.model.head import Head
 from rtl_dist.training.stage_trainer import StageTrainer
 
 pytestmark = pytest.mark.usefixtures("undrawn", "own_features")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +36,7 @@ def multiplied_in(monkeypatch) -> list[torch.dtype | None]:
     return seen
 
 
-@pytest.mark.parametrize(
-    ("trainable", "precision"), [("all", "bf16"), ("head", "fp16"), ("all", "no")]
-)
+@pytest.mark.parametrize(("trainable", "precision"), [("all", "bf16"), ("head", "fp16")])
 def test_two_stages_that_train_the_same(
     tmp_path, dataset, monkeypatch, multiplied_in, trainable, precision
 ):
