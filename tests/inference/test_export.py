@@ -27,7 +27,7 @@ from rtl_dist.data.images.decode import decode
 from rtl_dist.inference.export import export as story
 from rtl_dist.inference.export.exported import open_model
 from rtl_dist.inference.export.graphs import BatchGraph, ImageGraph
-from rtl_dist.inference.export.onnx_file import make_onnx, require_onnx
+from rtl_dist.inference.export.onnx_file import make_batch_onnx, make_onnx, require_onnx
 from rtl_dist.inference.opening import open_predictor
 from rtl_dist.model.folder import load_model
 
@@ -297,7 +297,7 @@ def test_an_operation_that_cannot_be_written_is_named(model):
     loaded.model.head = torch.nn.Linear(3, 3)
     loaded.model.head.fold = lambda: None
     with pytest.raises(UserError, match=r"the operation aten.special_airy_ai"):
-        make_onnx(ImageGraph(BatchGraph(loaded)))
+        make_batch_onnx(BatchGraph(loaded))
 
 
 def test_a_pt2_file_of_a_grey_multi_label_model(dataset, tmp_path):
@@ -314,6 +314,4 @@ def test_a_pt2_file_of_a_grey_multi_label_model(dataset, tmp_path):
     np.testing.assert_allclose(
         of_file.probabilities(views), predictor.probabilities(views), atol=1e-6
     )
-    image = torch.export.load(out).module()
-    assert image(torch.zeros(5, 300, 1, dtype=torch.uint8)).shape == (1, 3)
     assert str(Path(story.__file__).parent).encode() not in out.read_bytes()
