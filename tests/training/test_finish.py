@@ -52,7 +52,7 @@ def require_done(folder, capsys, *said):
 
 @pytest.mark.parametrize("fault", [no_space, no_memory])
 def test_pictures_that_cannot_be_drawn_are_left_out(tmp_path, dataset, monkeypatch, capsys, fault):
-    monkeypatch.setattr(figure, "png", fault)
+    monkeypatch.setattr(figure, "write_bytes", fault)  # of plots, and of the mistakes
     folder = short_run(tmp_path, dataset)
     require_done(folder, capsys, "loss.png could not be drawn", "mistakes.png could not be drawn")
     assert not list(folder.rglob("*.png"))
