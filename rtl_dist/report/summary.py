@@ -77,7 +77,9 @@ def words_of_calibration(summary: dict[str, Any], split: str) -> list[str]:
         return ["Probabilities are the model's own: not calibrated."]
     told = [f"Calibrated: {found.get('told')}."]
     if found.get("split") == split:
-        told.append("That is this split, by which the figures of the calibration are flattered.")
+        told.append(
+            "A split of this name: where it is this one, the figures of the calibration are flattered."
+        )
     return told
 
 

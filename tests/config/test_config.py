@@ -237,6 +237,11 @@ def test_null_is_a_value_where_the_type_allows_it(load):
         ("batch: {micro: 0}", "batch.micro: must be auto or positive"),
         ("batch: {global: 10, micro: 4}", "batch.micro: 4 does not divide batch.global 10"),
         ("checkpoint: {keep: 0}", "checkpoint.keep: must be at least 1"),
+        ("calibrate: {coverage: 1}", "calibrate.coverage: must lie between 0 and 1, not 1.0"),
+        (
+            "calibrate: {precision_target: 95}",
+            "calibrate.precision_target: must lie between 0 and 1",
+        ),
         ("early_stop: {metric: val/top2}", "early_stop.metric: must be one of auto, val/top1, "),
         ("early_stop: {patience: 0}", "early_stop.patience: must be positive or null"),
         ("model: {dropout: 1}", "model.dropout: must lie in 0 to 1, not 1.0"),

@@ -83,6 +83,7 @@ def test_labels_get_thresholds_of_their_own(tmp_path, target):
     run = train(tmp_path, data, **options)
     found = load_model(run).calibration
     assert found.precision_target == target
+    assert "A split of this name: where it is this one" in (run / "report.html").read_text()
     assert found.abstain_below is None
     assert len(found.thresholds) == 3
     told = results(run)["test"]
