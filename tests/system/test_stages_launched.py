@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from faulty_run import Injected
 from killed_runs import Exit, Fault, require_done, run_ranks
 from safetensors.torch import load_file
-from tiny_runs import make_dataset
+from tiny_runs import make_dataset, results
+
+from rtl_dist.model.divided import FrozenPart
 
 pytestmark = pytest.mark.launch
 SHORT = ("stages.0.steps=6", "stages.1.steps=4")
@@ -145,3 +148,38 @@ def test_no_memory_while_gradients_are_shared_ends_the_job(config, tmp_path):
     require_done(run_ranks(config, run, *SHORT, "batch.micro=4", world_size=2))
     results = json.loads((tmp_path / "two" / "results.json").read_text())
     assert results["microbatch_halvings"] == [{"from_step": 7, "micro": 4}]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LittleMemory(Fault):
+    """A rank whose device holds no more than ``most`` images outside of training steps."""
+
+    most: int
+
+    def install(self, mark: int) -> None:
+        forward, most = FrozenPart.forward, self.most
+
+        def limited(self, images):
+            if len(images) > most and not torch.is_grad_enabled():
+                os.write(mark, b"fired")
+                raise torch.OutOfMemoryError("injected")
+            return forward(self, images)
+
+        FrozenPart.forward = limited
+
+
+@pytest.mark.parametrize("most", [0, 5])
+def test_a_rank_of_little_memory_evaluates_in_parts_or_ends_all_alike(tmp_path, config, most):
+    rank = 1 if most else 0  # which has the one block of validation images
+    exits = run_ranks(
+        config, f"run.dir={tmp_path / 'run'}", *SHORT, f"stages.0.views={1 if most else 'null'}",
+        world_size=2, fault=LittleMemory(rank=rank, most=most),
+    )  # fmt: skip
+    assert exits[rank].fired
+    if most:
+        require_done(exits)
+        # in computing the views, by all ranks
+        assert results(tmp_path / "run")["microbatch_halvings"] == [{"from_step": 0, "micro": 4}]
+    else:
+        assert [one.code for one in exits] == [1, 1]
+        assert all("one image at a time; use a smaller model" in one.last_line for one in exits)
