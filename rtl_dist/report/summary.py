@@ -78,7 +78,8 @@ def words_of_calibration(summary: dict[str, Any], split: str) -> list[str]:
     told = [f"Calibrated: {found.get('told')}."]
     if found.get("split") == split:
         told.append(
-            "A split of this name: where it is this one, the figures of the calibration are flattered."
+            "A split of this name: where it is this one, the figures of the calibration are"
+            " flattered."
         )
     return told
 
