@@ -221,6 +221,7 @@ def test_kernels_are_chosen_as_in_commands_and_the_choice_is_set_back(model, pix
 
     monkeypatch.setattr(Predictor, "probabilities", noting)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
     model.predict(pixels)
     assert chosen == [(False, True)]
     assert torch.backends.cudnn.benchmark is True
