@@ -6,6 +6,7 @@ import argparse
 
 from rtl_dist.commands.common import (
     add_cache,
+    add_data,
     add_debug,
     add_precision,
     add_split,
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", type=place, help="a run folder (its best weights) or a model folder"
     )
-    parser.add_argument("--data", required=True, type=place, help="folder or URL of a data set")
+    add_data(parser, "folder or URL of a data set", required=True)
     add_split(parser, "default: val")
     parser.add_argument(
         "--coverage",
