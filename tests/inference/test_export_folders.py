@@ -66,9 +66,7 @@ def test_a_folder_for_transformers_is_loaded_by_a_pipeline_and_by_timm(
 
 
 def test_the_card_tells_what_was_measured(model, dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        story, "TransformersRunner", lambda folder, task, classes: TimmRunner(folder, task)
-    )
+    monkeypatch.setattr(story, "TransformersRunner", lambda *given: TimmRunner(*given[:3]))
     out = tmp_path / "hf"
     assert export(model, out, "hf", "--data", dataset) == 0
     card = (out / "README.md").read_text()
@@ -82,6 +80,20 @@ def test_the_card_tells_what_was_measured(model, dataset, tmp_path, monkeypatch)
     assert "data of fingerprint `made up`" in card
     assert "exported without the folder of its run" in card
     assert "fewer than 30 images: blue (7), green (7), red (7)" in card
+
+
+def test_another_layer_is_named_and_nothing_is_written(
+    model, dataset, tmp_path, monkeypatch, capsys
+):
+    class Spoilt(TimmRunner):
+        def __init__(self, *given):
+            super().__init__(*given)
+            self.model.layer2[0].conv1.weight.data *= 1.5
+
+    monkeypatch.setattr(story, "TimmRunner", Spoilt)
+    assert export(model, tmp_path / "out", "timm", "--data", dataset) == 1
+    assert "they part at trunk.layer2.0.conv1 (" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_card_says_how_to_make_it_again(tmp_path):

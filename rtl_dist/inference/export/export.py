@@ -115,11 +115,12 @@ def _filled(
         size = size_of(destination.image_file)
         return [checking.right(runner, GRAPH, name="pt2", size=size)]
     folder = destination.folder
+    transform = checking.original.transform
     write_folder(folder, loaded, for_transformers=request.format == "hf")
     of_folder = (
-        TransformersRunner(folder, loaded.task, loaded.classes)
+        TransformersRunner(folder, loaded.task, transform, loaded.classes)
         if request.format == "hf"
-        else TimmRunner(folder, loaded.task)
+        else TimmRunner(folder, loaded.task, transform)
     )
     return [checking.right(of_folder, FOLDER, name=request.format, size=size_of(folder))]
 

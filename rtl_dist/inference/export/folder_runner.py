@@ -12,14 +12,18 @@ from PIL import Image
 
 from rtl_dist.core.errors import UserError
 from rtl_dist.core.tasks import MULTI_LABEL, Task
+from rtl_dist.data.images.augment import EvalTransform
 from rtl_dist.inference.export.programs import quiet
 
 
 class TimmRunner:
     """See ``Runner``; a folder that ``timm.create_model("local-dir:...")`` loads."""
 
-    def __init__(self, folder: Path, task: Task) -> None:
+    def __init__(self, folder: Path, task: Task, ours: EvalTransform) -> None:
         """
+        Args:
+            ours: by which layers are compared of the same pixels.
+
         Raises:
             UserError: timm cannot load it; its reason is told.
         """
@@ -36,7 +40,7 @@ class TimmRunner:
         shape = (1, len(config["mean"]), 1, 1)
         self._mean = torch.tensor(config["mean"]).view(shape)
         self._std = torch.tensor(config["std"]).view(shape)
-        self._is_multi_label = task == MULTI_LABEL
+        self._is_multi_label, self._ours = task == MULTI_LABEL, ours
 
     def of_image(self, image: torch.Tensor) -> np.ndarray:
         return self._of(self._transform(picture_of(image))[None])[0]
@@ -59,7 +63,7 @@ class TimmRunner:
             for name, module in self.model.named_modules()
             if name
         ]
-        self.of_image(image)
+        self.of_views(self._ours.of_pixels(image)[None])
         for hook in hooks:
             hook.remove()
         yield from heard.items()
@@ -75,12 +79,14 @@ class TransformersRunner(TimmRunner):
     """See ``Runner``; a folder that ``transformers.pipeline`` loads. Views go through timm, which
     transformers wraps."""
 
-    def __init__(self, folder: Path, task: Task, classes: tuple[str, ...]) -> None:
+    def __init__(
+        self, folder: Path, task: Task, ours: EvalTransform, classes: tuple[str, ...]
+    ) -> None:
         """
         Raises:
             UserError: transformers is not installed, or cannot load it; its reason is told.
         """
-        super().__init__(folder, task)
+        super().__init__(folder, task, ours)
         try:
             from transformers import pipeline
             from transformers.utils import logging

@@ -32,7 +32,7 @@ def first_difference(
                 return f"the resize and crop (by {difference:g} of 255)"
         elif difference > _RELATIVE * max(1e-3, float(np.abs(wanted).max())):
             return f"{_shown(name)} (by {difference:.3g})"
-    return "no layer of it alone: rounding adds up"
+    return "no layer alone: its own resize, the head, or rounding that adds up"
 
 
 def _layers(graph: BatchGraph, view: torch.Tensor) -> Iterator[tuple[str, np.ndarray]]:
