@@ -174,18 +174,40 @@ def test_the_examples_of_serving_take_it(exported, model, tmp_path):
     np.testing.assert_allclose(list(told["probabilities"].values()), wanted, atol=1e-6)
 
 
-def test_where_they_part_is_named_and_nothing_is_written(
-    graphs, model, dataset, tmp_path, monkeypatch, capsys
-):
+def times(factor, graphs):
+    """The graphs, with a layer whose weights are multiplied."""
     broken = copy.deepcopy(graphs)
     weight = next(each for each in broken.batch.graph.initializer if "layer3.0.conv1" in each.name)
-    changed = onnx.numpy_helper.to_array(weight) * np.float32(1.5)
+    changed = onnx.numpy_helper.to_array(weight) * np.float32(factor)
     weight.CopyFrom(onnx.numpy_helper.from_array(changed, weight.name))
+    return broken
+
+
+@pytest.mark.parametrize("factor", [1.5, float("nan")])
+def test_where_they_part_is_named_and_nothing_is_written(
+    graphs, model, dataset, tmp_path, monkeypatch, capsys, factor
+):
+    broken = times(factor, graphs)
     monkeypatch.setattr(story, "make_onnx", lambda graph: broken)
     assert export(model, tmp_path / "out", "onnx", "--data", dataset) == 1
     told = capsys.readouterr().err.splitlines()[-1]
     assert "does not say what the model says" in told
     assert "part at trunk.layer3.0" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_file_of_batches_is_checked_as_it_lies_on_the_disk(
+    graphs, model, dataset, tmp_path, monkeypatch, capsys
+):
+    broken, save = times(1.5, graphs).batch, story.save_onnx
+
+    def saved(model, path, metadata):
+        save(broken if path.name == "batch.onnx" else model, path, metadata)
+
+    monkeypatch.setattr(story, "make_onnx", lambda graph: copy.deepcopy(graphs))
+    monkeypatch.setattr(story, "save_onnx", saved)
+    assert export(model, tmp_path / "out", "onnx", "--data", dataset) == 1
+    assert "onnx says something else in batches: of 1, from image 1" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from rtl_dist.core.tasks import MULTI_LABEL
 from rtl_dist.data.images.decode import decode
@@ -16,6 +17,7 @@ from rtl_dist.inference.export.parity import (
     Parity,
     Tolerance,
     difference_of,
+    require_batches,
     require_parity,
 )
 from rtl_dist.inference.export.real_images import RealImages
@@ -23,6 +25,7 @@ from rtl_dist.inference.export.runner import Runner
 from rtl_dist.inference.export.table import Row, ms_an_image
 
 _TIMED = 30  # images
+_LEVEL = 1e-3  # of a probability of 8 bits, alone or in a batch: rounding may move a level
 
 GRAPH = Tolerance(views=1e-4, images=1e-4)
 """Of graphs that resize as we do, to the last bit: rounding of float32 in the network."""
@@ -59,7 +62,10 @@ class Checking:
         """
         assert self.parity is not None
         channels = self.original.transform.channels
-        found = np.stack([runner.of_image(decode(file, channels)) for file in self.images.files])
+        images = [decode(file, channels) for file in self.images.files]
+        found = np.stack([runner.of_image(image) for image in images])
+        views = torch.stack([self.original.transform.of_pixels(image) for image in images])
+        require_batches(runner, found, views, _LEVEL, name)
         metric, before = self._metric(found), self._metric(self.parity.wanted)
         assert metric is not None
         assert before is not None

@@ -130,8 +130,8 @@ def _filled_with_onnx(
 ) -> list[Row]:
     loaded = checking.original.loaded
     graphs = make_onnx(ImageGraph(checking.original.graph))
-    _write_onnx(destination, graphs, metadata_of(loaded, "float32"))
-    runner, size = OnnxRunner(read_onnx(destination.image_file)), size_of(destination.image_file)
+    runner = _written_onnx(destination, graphs, metadata_of(loaded, "float32"))
+    size = size_of(destination.image_file)
     rows = [checking.right(runner, GRAPH, name="onnx", size=size)]
     if request.int8:
         from rtl_dist.inference.export.int8 import quantized
@@ -139,8 +139,7 @@ def _filled_with_onnx(
         assert dataset is not None
         small = quantized(graphs.batch, _training_views(dataset, checking.original))
         graphs = OnnxGraphs(view=graphs.view, batch=small)
-        _write_onnx(destination, graphs, metadata_of(loaded, "int8"))
-        runner = OnnxRunner(read_onnx(destination.image_file))
+        runner = _written_onnx(destination, graphs, metadata_of(loaded, "int8"))
         size = size_of(destination.image_file)
         rows.append(checking.near(runner, request.most_loss, name="onnx int8", size=size))
     text = Path(__file__).with_name(EXAMPLE).read_text(encoding="utf-8")
@@ -148,9 +147,13 @@ def _filled_with_onnx(
     return rows
 
 
-def _write_onnx(destination: Destination, graphs: OnnxGraphs, metadata: dict[str, str]) -> None:
+def _written_onnx(
+    destination: Destination, graphs: OnnxGraphs, metadata: dict[str, str]
+) -> OnnxRunner:
+    """Both files, as they lie on the disk."""
     save_onnx(joined(graphs), destination.image_file, metadata)
     save_onnx(graphs.batch, destination.batch_file, metadata)
+    return OnnxRunner(read_onnx(destination.image_file), read_onnx(destination.batch_file))
 
 
 def _training_views(dataset: Dataset, original: Original) -> torch.Tensor:
@@ -187,7 +190,7 @@ def _told(request: Request, checking: Checking, rows: list[Row]) -> dict[str, An
             "source": checking.images.source,
             "images": parity.num_images,
             "odd_sizes_grey_and_turned": parity.num_more,
-            "other_top1_of_equal_probability": parity.num_ties,
+            "other_top1_within_tolerance": parity.num_ties,
             "max_difference_in_batches": parity.max_difference_views,
             "tolerance": vars(parity.tolerance),
         },
@@ -201,11 +204,19 @@ def _said(request: Request, checking: Checking, rows: list[Row]) -> str:
     assert parity is not None
     lines = [table_of(rows, checking.metric_name)]
     before, after = rows[0].metric, rows[-1].metric
-    if rows[-1].name.endswith("int8") and before is not None and after is not None:
-        lines.append(f"int8 loses {before - after:.4f} of {checking.metric_name}")
+    images = f"{parity.num_images:,} images of {checking.images.source}"
+    if request.int8 and before is not None and after is not None:
+        lines.append(
+            f"{request.out}: in 8 bits, which lose {before - after:.4f} of {checking.metric_name} on"
+            f" {images}; in float32 it said what the model says (within"
+            f" {parity.tolerance.images:g})"
+        )
+        return "\n".join(lines)
+    ties = ""
+    if parity.num_ties:
+        ties = f"; of {parity.num_ties} another class comes first, as probable within that"
     lines.append(
-        f"{request.out}: says what the model says of {parity.num_images:,} images of"
-        f" {checking.images.source} and {parity.num_more} made of them (within"
-        f" {parity.tolerance.images:g}), in batches too"
+        f"{request.out}: says what the model says of {images} and {parity.num_more} made of them"
+        f" (within {parity.tolerance.images:g}{ties}), in batches too"
     )
     return "\n".join(lines)

@@ -20,17 +20,18 @@ _QUIET = 3  # errors, which are raised too
 class OnnxRunner:
     """See ``Runner``."""
 
-    def __init__(self, whole: Any) -> None:
+    def __init__(self, whole: Any, batch: Any = None) -> None:
         """
         Args:
             whole: a ModelProto, as ``joined`` makes it.
+            batch: the one of a batch of views, as it lies beside it; None: the part of ``whole``.
 
         Raises:
             UserError: onnxruntime cannot run it; its reason is told.
         """
         self._whole = whole
         self._of_image = session_of(whole)
-        self._of_views = session_of(batch_part(whole))
+        self._of_views = session_of(batch_part(whole) if batch is None else batch)
 
     def of_image(self, image: torch.Tensor) -> np.ndarray:
         fed = image.permute(1, 2, 0).contiguous().numpy()

@@ -103,7 +103,7 @@ def require_parity(
     for name, pixels in _more(images, channels):
         compare(name, pixels)
         num_more += 1
-    largest = _require_batches(runner, np.stack(wanted), torch.stack(views), tolerance.views, what)
+    largest = require_batches(runner, np.stack(wanted), torch.stack(views), tolerance.views, what)
     return Parity(
         num_images=len(images),
         num_more=num_more,
@@ -140,20 +140,28 @@ class _Comparison:
                 f" {brief(' '.join(str(error).split()))}. Nothing was written"
             ) from error
         difference = difference_of(found, wanted)
-        moved = self._other_class(wanted, found)
-        if not difference <= self.tolerance or moved:
-            where = first_difference(
-                self.runner, self.original.graph, self.original.transform, image
-            )
-            worst = int(np.nanargmax(np.abs(found - wanted)))
-            label = self.original.loaded.classes[worst]
-            raise NotTheSame(
-                f"{self.what} does not say what the model says: of {name} it gives {label!r}"
-                f" {found[worst]:.6f}, the model {wanted[worst]:.6f} (tolerance"
-                f" {self.tolerance:g}); they part at {where}. Nothing was written"
-            )
+        if not difference <= self.tolerance or self._other_class(wanted, found):
+            raise self._parted(name, image, wanted, found)
         self.largest = max(self.largest, difference)
         return wanted, found
+
+    def _parted(
+        self, name: str, image: torch.Tensor, wanted: np.ndarray, found: np.ndarray
+    ) -> NotTheSame:
+        does_not = f"{self.what} does not say what the model says: of {name} it gives"
+        if found.shape != wanted.shape:
+            return NotTheSame(
+                f"{does_not} {found.size:,} probabilities, the model {wanted.size:,}. Nothing was"
+                " written"
+            )
+        where = first_difference(self.runner, self.original.graph, self.original.transform, image)
+        # the first that is no number counts most
+        worst = int(np.abs(found - wanted).argmax())
+        label = self.original.loaded.classes[worst]
+        return NotTheSame(
+            f"{does_not} {label!r} {found[worst]:.6f}, the model {wanted[worst]:.6f} (tolerance"
+            f" {self.tolerance:g}); they part at {where}. Nothing was written"
+        )
 
     def _other_class(self, wanted: np.ndarray, found: np.ndarray) -> bool:
         """Whether another class comes first, and not because two are equal but for rounding."""
@@ -166,9 +174,11 @@ class _Comparison:
         return bool(wanted[one] - wanted[other] > self.tolerance)
 
 
-def _require_batches(
+def require_batches(
     runner: Runner, wanted: np.ndarray, views: torch.Tensor, tolerance: float, what: str
 ) -> float:
+    """The largest difference in batches of ``BATCH_SIZES``. Raises NotTheSame: it is larger than
+    ``tolerance``."""
     largest = 0.0
     for size in BATCH_SIZES:
         count = len(views) if size == BATCH_SIZES[-1] else min(len(views), _IN_SMALL_BATCHES)
@@ -177,9 +187,8 @@ def _require_batches(
             difference = difference_of(found, wanted[first : first + size])
             if not difference <= tolerance:
                 raise NotTheSame(
-                    f"{what} does not say what the model says: in batches of {size} it is"
-                    f" {difference:.3g} from it at image {first + 1} (tolerance {tolerance:g})."
-                    " Nothing was written"
+                    f"{what} says something else in batches: of {size}, from image {first + 1} on,"
+                    f" it is {difference:.3g} off (tolerance {tolerance:g}). Nothing was written"
                 )
             largest = max(largest, difference)
     return largest
