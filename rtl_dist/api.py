@@ -28,6 +28,7 @@ from rtl_dist.inference.request import Request
 from rtl_dist.prepare.packing.pack import PackReport, pack
 from rtl_dist.report.finished import Evaluation, Metrics, Picture, Run
 from rtl_dist.report.model_evaluation import evaluate as evaluate_into
+from rtl_dist.report.model_evaluation import usual_out, usual_split
 from rtl_dist.train import train as train_by
 
 __all__ = [
@@ -149,10 +150,11 @@ def evaluate(
     pictures and a page.
 
     Args:
-        model: a folder, or what ``train`` or ``load`` gave (scored anew from its files).
+        model: a folder, or what ``train`` or ``load`` gave (scored anew from its files, ``raw`` if
+            it was loaded so).
         data: a data set's folder or URL, or what ``open_dataset`` gave.
         split: None takes test where there is one, else val.
-        out: None takes ``evaluation/<split>`` in the model's folder.
+        out: None takes ``evaluation/<split>`` in the model's folder, or in one of a file's name.
         workers: loader processes.
         precision: None: that of the training.
         cache_dir, cache_gb, redirects: of remote data; see ``Cache``.
@@ -164,13 +166,19 @@ def evaluate(
         StopRequested: it was interrupted.
     """
     where = _place_of(model)
+    if isinstance(model, Model):
+        raw = raw or model.raw
+        if model.tta is not None:
+            raise UserError(
+                f"model: it was loaded with tta={model.tta}, and an evaluation looks at each image"
+                " once; load it without, or predict"
+            )
     data = data.where if isinstance(data, Dataset) else os.fspath(data)
-    if split is None:  # as the command does
-        names = open_dataset(
-            data, cache_dir=cache_dir, cache_gb=cache_gb, redirects=redirects
-        ).split_names
-        split = "test" if "test" in names else "val"
-    folder = Path(where) / "evaluation" / split if out is None else Path(out)
+    if split is None:
+        split = usual_split(
+            open_dataset(data, cache_dir=cache_dir, cache_gb=cache_gb, redirects=redirects)
+        )
+    folder = usual_out(Path(where), split) if out is None else Path(out)
     with as_guest():
         evaluate_into(
             where,
@@ -258,6 +266,9 @@ def predict(
             f"out: a {type(strange[0]).__name__} has no name to stand in a file; give paths, or"
             " leave out= out"
         )
+    if isinstance(model, Model):  # of what it is read anew from, it is this that was asked for
+        options.setdefault("raw", model.raw)
+        options.setdefault("tta", model.tta)
     explain, picture = options.pop("explain", None), options.pop("grid", None)
     request = Request(
         model=_place_of(model),

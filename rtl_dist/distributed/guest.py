@@ -12,13 +12,13 @@ import resource
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
 
 import torch
 
 from rtl_dist.core.errors import UserError
 from rtl_dist.core.open_files import raise_limit
 from rtl_dist.distributed.launchers import launched_world_size
+from rtl_dist.distributed.precision import kernels_set_back
 from rtl_dist.distributed.stopping import IS_GUEST, was_launched
 
 _ONE_AT_A_TIME = threading.Lock()  # of one process Accelerate and process groups have one state
@@ -47,7 +47,7 @@ def as_guest() -> Iterator[None]:
         restoring.callback(IS_GUEST.reset, IS_GUEST.set(is_alone))
         restoring.callback(_logging_as_it_is(logging.getLogger("rtl_dist")))
         restoring.callback(torch.set_num_threads, torch.get_num_threads())
-        restoring.callback(_cudnn_as_it_is())
+        restoring.enter_context(kernels_set_back())
         restoring.callback(_restore_limit, resource.getrlimit(resource.RLIMIT_NOFILE))
         restoring.callback(gc.enable if gc.isenabled() else gc.disable)
         restoring.enter_context(torch.random.fork_rng())
@@ -62,20 +62,6 @@ def _logging_as_it_is(log: logging.Logger) -> Callable[[], None]:
         log.handlers[:] = handlers
         log.setLevel(level)
         log.propagate = propagate
-
-    return restore
-
-
-def _cudnn_as_it_is() -> Callable[[], None]:
-    cudnn: Any = torch.backends.cudnn
-    benchmark, deterministic = cudnn.benchmark, cudnn.deterministic
-    rounded = [cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul]  # allow_tf32 cannot tell all
-    before = [each.fp32_precision for each in rounded]
-
-    def restore() -> None:
-        cudnn.benchmark, cudnn.deterministic = benchmark, deterministic
-        for each, precision in zip(rounded, before, strict=True):
-            each.fp32_precision = precision
 
     return restore
 

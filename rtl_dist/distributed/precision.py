@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,6 +64,21 @@ def set_determinism(wanted: bool) -> None:
     found by trying them: what it finds differs between runs."""
     torch.backends.cudnn.deterministic = wanted
     torch.backends.cudnn.benchmark = not wanted
+
+
+@contextmanager
+def kernels_set_back() -> Iterator[None]:
+    """After the block the process chooses cuDNN's kernels and TF32 as it did before."""
+    cudnn: Any = torch.backends.cudnn
+    benchmark, deterministic = cudnn.benchmark, cudnn.deterministic
+    rounded = [cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul]  # allow_tf32 cannot tell all
+    before = [each.fp32_precision for each in rounded]
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = benchmark, deterministic
+        for each, precision in zip(rounded, before, strict=True):
+            each.fp32_precision = precision
 
 
 def computes_in_tf32(device: torch.device) -> bool:

@@ -18,6 +18,7 @@ from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.core.tasks import MULTI_LABEL, Task
 from rtl_dist.core.text import did_you_mean
 from rtl_dist.data.loading.blocks import EVAL_BLOCK
+from rtl_dist.distributed.precision import kernels_set_back, set_determinism, set_tf32
 from rtl_dist.inference.drawn import explained, with_layers
 from rtl_dist.inference.given import Given, ImageLike, given, is_one_image
 from rtl_dist.inference.opening import open_predictor
@@ -25,7 +26,7 @@ from rtl_dist.inference.pictures import picture_of, png_of, with_heatmap
 from rtl_dist.inference.prediction import Prediction
 from rtl_dist.inference.predictor import Flips, Predicting, Predictor
 
-_CHOOSING = threading.Lock()
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,6 +78,7 @@ class Model:
         Raises:
             UserError: it is none of these, or is damaged.
         """
+        self.raw, self.tta = raw, tta
         self._predictor: Predicting = open_predictor(path, raw=raw, tta=tta)
 
     @property
@@ -217,7 +219,7 @@ class Model:
         predictor = self._predictor
         for some in _blocks(images, block):
             seen, errors = _seen(predictor, some)
-            with _kernels_as_in_commands():
+            with _computing():
                 values = predictor.probabilities(seen)
             for place, each in enumerate(some):
                 error = errors.get(place)
@@ -236,18 +238,19 @@ class Model:
     def _features(self, images: Iterable[object], block: int) -> Iterator[np.ndarray]:
         for some in _blocks(images, block):
             seen = _all_seen(self._predictor, some)
-            with _kernels_as_in_commands():
+            with _computing():
                 rows = self._predictor.features(seen)
             yield from rows
 
 
 def _explained(predictor: Predictor, some: Sequence[Given], label: str | None) -> list[Explanation]:
     seen = _all_seen(predictor, some)
-    if label is None:
-        numbers = predictor.probabilities(seen).argmax(1).tolist()
-    else:
-        numbers = [predictor.classes.index(label)] * len(some)
-    found = explained(predictor, seen, numbers)
+    with _computing():
+        if label is None:
+            numbers = predictor.probabilities(seen).argmax(1).tolist()
+        else:
+            numbers = [predictor.classes.index(label)] * len(some)
+        found = explained(predictor, seen, numbers)
     return [
         Explanation(
             source=each.source,
@@ -263,17 +266,14 @@ def _explained(predictor: Predictor, some: Sequence[Given], label: str | None) -
 
 
 @contextmanager
-def _kernels_as_in_commands() -> Iterator[None]:
-    """Within the block cuDNN chooses its kernels as for an evaluation, or the last bits would
-    differ; one thread at a time, as there is one choice a process."""
-    cudnn = torch.backends.cudnn
-    with _CHOOSING:
-        before = cudnn.benchmark, cudnn.deterministic
-        cudnn.benchmark, cudnn.deterministic = False, True
-        try:
-            yield
-        finally:
-            cudnn.benchmark, cudnn.deterministic = before
+def _computing() -> Iterator[None]:
+    """Within the block kernels are chosen as for an evaluation, or the last bits would differ; one
+    thread at a time, as there is one choice a process, and a network that is watched for heatmaps
+    is one that nobody else computes."""
+    with _ONE_AT_A_TIME, kernels_set_back():
+        set_determinism(True)
+        set_tf32(True)
+        yield
 
 
 def _several(images: object) -> Iterable[object]:

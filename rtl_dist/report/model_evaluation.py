@@ -148,8 +148,8 @@ def evaluate(
             )
         )
         require_same_classes(loaded, dataset)
-        name = split_name or ("test" if "test" in dataset.split_names else "val")
-        out = out or _usual_out(Path(model_path), name)
+        name = split_name or usual_split(dataset)
+        out = out or usual_out(Path(model_path), name)
         runtime.from_main(lambda: _require_own_folder(out))
         scored = score_with(
             loaded.model,
@@ -171,8 +171,13 @@ def evaluate(
         return f"{name}: {figures} on {metrics['num_samples']:,} images. See {out}/report.html"
 
 
-def _usual_out(model: Path, split: str) -> Path:
-    """In the model's folder; of an exported file in one of its name, without the ending."""
+def usual_split(dataset: Dataset) -> str:
+    """That is evaluated where none is asked for."""
+    return "test" if "test" in dataset.split_names else "val"
+
+
+def usual_out(model: Path, split: str) -> Path:
+    """Where an evaluation goes if nothing else is asked for: in the model's folder; of an exported file in one of its name, without the ending."""
     return (model.with_suffix("") if model.is_file() else model) / "evaluation" / split
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.core.tasks import MULTI_LABEL
+from rtl_dist.distributed.precision import kernels_set_back, set_determinism
 from rtl_dist.inference.model import Model
 from rtl_dist.inference.predictor import Predictor
 
@@ -198,34 +199,51 @@ def test_several_labels_have_a_threshold_and_one_has_none(model, path, tmp_path)
 
 
 def test_any_thread_may_use_it(model, path):
-    expected, found = model.predict(path).probabilities, []
-    threads = [
-        threading.Thread(target=lambda: found.append(model.predict(path).probabilities))
-        for _ in range(4)
-    ]
+    """For heatmaps a network's layers are watched, which is not to be seen by who predicts."""
+    expected, map_of_one = model.predict(path).probabilities, model.explain(path).heatmap
+    found, maps, failed = [], [], []
+
+    def work(number):
+        try:
+            for _ in range(20):
+                if number % 2:
+                    maps.append(model.explain(path).heatmap)
+                else:
+                    found.append(model.predict(path).probabilities)
+        except BaseException as error:  # noqa: BLE001 - told by the test
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 4
+    assert not failed
+    assert len(found) == len(maps) == 40
     for probabilities in found:
         np.testing.assert_array_equal(probabilities, expected)
+    for heatmap in maps:
+        np.testing.assert_array_equal(heatmap, map_of_one)
 
 
 def test_kernels_are_chosen_as_in_commands_and_the_choice_is_set_back(model, pixels, monkeypatch):
     chosen, compute = [], Predictor.probabilities
 
     def noting(self, images):
-        chosen.append((torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic))
+        cudnn, cuda = torch.backends.cudnn, torch.backends.cuda
+        chosen.append((cudnn.benchmark, cudnn.deterministic, cuda.matmul.fp32_precision))
         return compute(self, images)
 
     monkeypatch.setattr(Predictor, "probabilities", noting)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
-    model.predict(pixels)
-    assert chosen == [(False, True)]
-    assert torch.backends.cudnn.benchmark is True
-    assert torch.backends.cudnn.deterministic is False
+    with kernels_set_back():
+        set_determinism(False)
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        model.predict(pixels)
+        model.explain(pixels)
+        assert chosen == [(False, True, "ieee")] * 2
+        cudnn, cuda = torch.backends.cudnn, torch.backends.cuda
+        after = cudnn.benchmark, cudnn.deterministic, cuda.matmul.fp32_precision
+        assert after == (True, False, "tf32")
 
 
 def test_it_tells_what_it_is(model):

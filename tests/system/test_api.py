@@ -172,6 +172,19 @@ def test_files_are_predicted_into_a_file_as_by_the_command(run, tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_a_model_is_used_as_it_was_loaded_where_its_files_are_read_again(run, data, tmp_path):
+    as_it_is = rtl_dist.predict(run, data, tmp_path / "a.csv", split="val", workers=0)
+    options = rtl_dist.predict(run, data, tmp_path / "b.csv", split="val", raw=True, workers=0)
+    raw = run.load(raw=True)
+    loaded = rtl_dist.predict(raw, data, tmp_path / "c.csv", split="val", workers=0)
+    assert loaded.read_bytes() == options.read_bytes() != as_it_is.read_bytes()
+    evaluated = rtl_dist.evaluate(raw, data, "val", out=tmp_path / "raw")
+    assert "ece_raw" not in evaluated.metrics  # there is no other
+    with pytest.raises(rtl_dist.UserError, match="model: it was loaded with tta=hflip"):
+        rtl_dist.evaluate(run.load(tta="hflip"), data, "val")
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_it_trains_again_in_one_process_and_in_a_thread(data, tmp_path):
     """A config may be a file, a dict or one that was read; equal ones give equal weights."""
     tree = config_of(data, tmp_path / "one")
