@@ -177,7 +177,8 @@ def usual_split(dataset: Dataset) -> str:
 
 
 def usual_out(model: Path, split: str) -> Path:
-    """Where an evaluation goes if nothing else is asked for: in the model's folder; of an exported file in one of its name, without the ending."""
+    """Where an evaluation goes if nothing else is asked for: in the model's folder; of an exported
+    file in one of its name, without the ending."""
     return (model.with_suffix("") if model.is_file() else model) / "evaluation" / split
 
 

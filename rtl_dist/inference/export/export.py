@@ -207,8 +207,8 @@ def _said(request: Request, checking: Checking, rows: list[Row]) -> str:
     images = f"{parity.num_images:,} images of {checking.images.source}"
     if request.int8 and before is not None and after is not None:
         lines.append(
-            f"{request.out}: in 8 bits, which lose {before - after:.4f} of {checking.metric_name} on"
-            f" {images}; in float32 it said what the model says (within"
+            f"{request.out}: in 8 bits, which lose {before - after:.4f} of {checking.metric_name}"
+            f" on {images}; in float32 it said what the model says (within"
             f" {parity.tolerance.images:g})"
         )
         return "\n".join(lines)
