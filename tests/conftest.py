@@ -33,9 +33,21 @@ def pytest_configure(config):
 
 def pytest_collection_finish():
     """Runs collect garbage often; all that was imported by now would take most of their time."""
+    _freeze()
+    atexit.register(gc.unfreeze)  # or triton would complain of what is never freed
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """So would what the tests of a file were the first to import, in all files behind it: after
+    those of exports (transformers, onnx) a tiny prediction took seconds instead of a tenth."""
+    if nextitem is None or nextitem.path != item.path:
+        _freeze()
+
+
+def _freeze():
     gc.collect()
     gc.freeze()
-    atexit.register(gc.unfreeze)  # or triton would complain of what is never freed
 
 
 def pytest_runtest_setup(item):
