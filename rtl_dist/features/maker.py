@@ -191,10 +191,9 @@ class FeatureMaker:
         runtime = self._runtime
         with runtime.heartbeat.phase("trying cached features"):
             times = measure(
-                plans[0],
+                plans,
                 self._store,
                 time_training=self._time_training,
-                total_bytes=_bytes_of(plans),
                 runtime=runtime,
                 workers=self._workers,
             )

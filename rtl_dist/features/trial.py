@@ -86,24 +86,23 @@ def is_in_doubt(plan: ViewPlan) -> bool:
 
 
 def measure(
-    plan: ViewPlan,
+    plans: list[ViewPlan],
     store: FeatureStore,
     *,
     time_training: TimeTraining,
-    total_bytes: int,
     runtime: Runtime,
     workers: int,
 ) -> ImageTimes:
     """Times a few microbatches of a view; the slowest rank's of each. Called by all ranks.
 
     Args:
-        total_bytes: of all views that the stage will read: where the host's memory does not hold
-            them, reading is tried from the disk.
+        plans: of all views that the stage will read: none of them is given up for the try, and
+            where the host's memory does not hold them, reading is tried from the disk.
 
     Raises:
         StopRequested: on every rank. RtlDistError: on every rank, if the loader of one failed.
     """
-    shape = plan.shape
+    plan, shape = plans[0], plans[0].shape
     rounds = max(_LEAST_ROUNDS, 2 * workers)
     blocks = blocks_of_rank(
         shape.num_samples, shape.block_size, rank=runtime.rank, world_size=runtime.world_size
@@ -117,18 +116,17 @@ def measure(
     load_s = (time.perf_counter() - started_at) / max(1, count)
     times = ImageTimes(load_s=load_s, frozen_s=0.0, train_s=0.0, write_s=0.0, read_s=0.0)
     if images is not None:
-        times = _on_device(plan, store, images, times, time_training, total_bytes, runtime)
+        times = _on_device(plans, store, images, times, time_training, runtime)
     of_ranks = [asdict(one) for one in runtime.gather(times)]
     return ImageTimes(**{name: max(one[name] for one in of_ranks) for name in of_ranks[0]})
 
 
 def _on_device(
-    plan: ViewPlan,
+    plans: list[ViewPlan],
     store: FeatureStore,
     images: torch.Tensor,
     times: ImageTimes,
     time_training: TimeTraining,
-    total_bytes: int,
     runtime: Runtime,
 ) -> ImageTimes:
     """With what is not the loader's."""
@@ -137,7 +135,7 @@ def _on_device(
     @torch.no_grad()
     def compute() -> torch.Tensor:
         with runtime.accelerator.autocast():
-            out: torch.Tensor = plan.frozen(images.to(runtime.device))
+            out: torch.Tensor = plans[0].frozen(images.to(runtime.device))
         if runtime.device.type == "cuda":
             torch.cuda.synchronize(runtime.device)
         return out
@@ -148,24 +146,24 @@ def _on_device(
         times = replace(times, train_s=time_training(features) / count)
     if features is None:  # the memory does not hold a microbatch: then it will be halved
         return times
-    write_s, read_s = _write_and_read(plan, store, features.cpu(), total_bytes)
+    write_s, read_s = _write_and_read(plans, store, features.cpu())
     return replace(times, write_s=write_s / count, read_s=read_s / count)
 
 
 def _write_and_read(
-    plan: ViewPlan, store: FeatureStore, rows: torch.Tensor, total_bytes: int
+    plans: list[ViewPlan], store: FeatureStore, rows: torch.Tensor
 ) -> tuple[float, float]:
     """Seconds of both; endless where the disk fails."""
-    shape = replace(plan.shape, num_samples=len(rows))
+    shape = replace(plans[0].shape, num_samples=len(rows))
     try:
-        folder = store.reserve(plan.key, shape, keep=set())
+        folder = store.reserve(plans[0].key, shape, keep={plan.key for plan in plans})
     except OSError:
         return float("inf"), float("inf")
     try:
         started_at = time.perf_counter()
         write_block(folder, 0, rows, store.seal)
         write_s = time.perf_counter() - started_at
-        is_cold = total_bytes > available_memory() * HELD_BY_CACHE
+        is_cold = sum(plan.shape.num_bytes for plan in plans) > available_memory() * HELD_BY_CACHE
         if is_cold:
             _drop_from_memory(folder / FILES[0])
         with open(folder / FILES[0], "rb") as file:

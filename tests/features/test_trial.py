@@ -111,6 +111,23 @@ def test_all_is_measured_and_nothing_is_left(tmp_path, dataset, monkeypatch, mem
 
 
 @pytest.mark.usefixtures("undrawn", "own_features")
+def test_a_try_in_a_full_store_gives_up_none_of_the_stages_views(
+    tmp_path, dataset, monkeypatch, computed
+):
+    monkeypatch.setattr(trial, "LEAST_BYTES", 0)
+    measure = maker.measure
+    monkeypatch.setattr(maker, "measure", lambda *a, **k: measure(*a, **k) and TIMES)
+    folder = tmp_path / "features"
+    train(tmp_path, dataset, "one", **CHANGES, features={"cache_dir": str(folder)})
+    held = sum(path.stat().st_size for path in folder.glob("*/*"))
+    computed.clear()
+    full = {"cache_dir": str(folder), "cache_gb": (held + 100) / 1e9}
+    two = train(tmp_path, dataset, "two", **CHANGES, features=full)
+    assert is_cached(two) is True
+    assert "train" not in computed
+
+
+@pytest.mark.usefixtures("undrawn", "own_features")
 def test_a_disk_that_cannot_be_tried_is_not_relied_on(tmp_path, dataset, monkeypatch, capsys):
     monkeypatch.setattr(trial, "LEAST_BYTES", 0)
 
