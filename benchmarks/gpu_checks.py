@@ -137,7 +137,8 @@ def quickstart(place: Place) -> Iterator[Finding]:
 def chaos(place: Place) -> Iterator[Finding]:
     """Killed at random moments, with BatchNorm that learns and an average: the same bytes."""
     keys = ("stages.1.epochs=null", "stages.1.steps=20", "checkpoint.every=5 steps")
-    overrides = in_run(place, "chaos", "optim.ema=0.9", *keys)
+    learning = ("stages.1.batchnorm=train", "optim.ema=0.9")
+    overrides = in_run(place, "chaos", *learning, *keys)
     command = ("-m", "rtl_dist", "chaos", "--config", QUICKSTART, "--kills", "2")
     ended = run(*command, *overrides, limit_s=400 if place.small else 150)
     yield Finding(
