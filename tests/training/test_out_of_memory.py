@@ -7,6 +7,7 @@ import torch
 from short_memory import refuse_copies, refuse_passes
 from tiny_runs import make_dataset, metric_rows, results, same, train, weights
 
+from rtl_dist.core.device_memory import Attempt
 from rtl_dist.data.loading import loader
 from rtl_dist.model.classifier import Classifier
 from rtl_dist.model.divided import FrozenPart
@@ -126,23 +127,27 @@ def test_in_solving_a_head(tmp_path, dataset, monkeypatch, capsys):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("where", ["copy", "evaluation"])
-def test_on_a_real_gpu(tmp_path, dataset, monkeypatch, where):
-    plain = train(tmp_path, dataset, "plain", stages=[ALL], batch=SMALL)
+def test_on_a_real_gpu(tmp_path, dataset, monkeypatch, capsys, where):
+    plain = train(tmp_path, dataset, "plain", stages=[ALL])
+    ran_out = []
     if where == "copy":
         to_device = loader.to_device
 
         def crowded(batch, device):
             if len(batch.inputs) <= 2:
                 return to_device(batch, device)
-            torch.cuda.set_per_process_memory_fraction(1e-6)
-            try:
-                return to_device(batch, device)
-            finally:
-                torch.cuda.set_per_process_memory_fraction(1.0)
+            with Attempt() as attempt:
+                torch.empty(2**50, dtype=torch.uint8, device=device)  # no GPU has as much
+            ran_out.append(attempt.ran_out)
+            return batch
 
         monkeypatch.setattr(loader, "to_device", crowded)
     else:
-        refuse_passes(monkeypatch, FrozenPart, over=4)
-    run = train(tmp_path, dataset, stages=[ALL], batch=SMALL)
+        ran_out = refuse_passes(monkeypatch, FrozenPart, over=4)
+    run = train(tmp_path, dataset, stages=[ALL])
+    assert ran_out
+    assert all(ran_out)
+    told = "evaluating val: 3 images at a time" in capsys.readouterr().err
+    assert told is (where == "evaluation")
     for name, value in weights(plain).items():
         torch.testing.assert_close(weights(run)[name], value, rtol=1e-4, atol=1e-5)
