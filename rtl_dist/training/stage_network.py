@@ -183,8 +183,6 @@ class StageNetwork:
             # what is compiled is kept by the code of forward, which stages share: after eight of
             # them (torch's recompile_limit) nothing would be compiled any more
             torch.compiler.reset()
-        # what it was marked with: another stage that trains the same would get it back as it is,
-        # in float32 (accelerate 1.15)
 
     def _require_agreement(self) -> None:
         model, runtime, average = self._run.model, self._run.runtime, self._run.average
