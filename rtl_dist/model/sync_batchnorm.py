@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from timm.layers import convert_sync_batchnorm
-
 from rtl_dist.model.classifier import Classifier
 
 
@@ -13,4 +11,6 @@ def synchronize_batchnorm(model: Classifier) -> None:
     timm's converter, not torch's: that one makes a plain SyncBatchNorm of timm's ``BatchNormAct2d``
     too, whose activation (and drop) is then gone without a word.
     """
+    from timm.layers import convert_sync_batchnorm  # all of timm, a second that few runs need
+
     model.trunk = convert_sync_batchnorm(model.trunk)

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -131,6 +132,22 @@ def test_wandb_has_one_place():
         if "wandb" in {name.split(".")[0] for name in imports_of(path)}
     }
     assert users == {Path("records/wandb_copy.py")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_timm_is_imported_where_it_is_needed(path):
+    """It imports W&B and hundreds of modules; runs of other networks start without it."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    at_once = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    for node in at_once:
+        names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+        assert "timm" not in {name.split(".")[0] for name in names}
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest would not collect the second."""
+    names = [path.name for path in (PACKAGE.parent / "tests").rglob("test_*.py")]
+    assert not [name for name, count in Counter(names).items() if count > 1]
 
 
 def test_modules_are_imported_by_name_in_one_place():
