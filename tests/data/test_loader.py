@@ -66,8 +66,10 @@ def damaged(dataset, tmp_path):
     return open_dataset(tmp_path / "copy")
 
 
-def microbatches(split, *, seed=0, views=None, size=MICRO, channels=3, augment=None, window=None):
-    transform = TrainTransform(augment or AugmentConfig(), image_size=SIDE, channels=channels)
+def microbatches(
+    split, *, seed=0, views=None, size=MICRO, channels=3, augment=None, window=None, side=SIDE
+):
+    transform = TrainTransform(augment or AugmentConfig(), image_size=side, channels=channels)
     order = order_of(split, seed=seed, window=window)
     return TrainingMicrobatches(split, transform, order=order, size=size, views=views)
 
@@ -127,6 +129,12 @@ def test_workers_change_nothing(train, workers):
     alone = read(microbatches(train), positions(3), 0)
     assert len(alone) == 12
     shared = read(microbatches(train), positions(3), workers)
+    assert all(same(a, b) for a, b in zip(alone, shared, strict=True))
+
+
+def test_microbatches_of_an_odd_number_of_bytes_come_whole(train):
+    odd = microbatches(train, size=3, side=9)
+    alone, shared = (read(odd, range(0, 18, 3), workers) for workers in (0, 1))
     assert all(same(a, b) for a, b in zip(alone, shared, strict=True))
 
 

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, Sampler
 
 from rtl_dist.data.images.tiny import TinyBatch, enlarge
 from rtl_dist.data.loading.batch import Batch, Microbatches
-from rtl_dist.data.loading.transfer import label_room, packed_batch
+from rtl_dist.data.loading.transfer import aligned, label_room, packed_batch
 
 
 class Request(NamedTuple):
@@ -73,7 +73,8 @@ class Ring(Dataset[Reply]):
 
     def __getitem__(self, request: Request) -> Reply:
         room, tiny = self.slots[request.slot], None
-        slot = room[self._label_room :].view(self._microbatches.shape)
+        pixels = room[self._label_room :][: math.prod(self._microbatches.shape)]
+        slot = pixels.view(self._microbatches.shape)
         if self._enlarge_here:
             tiny = self._microbatches.fill_tiny(request.position, slot)
             self._enlarge_here = tiny is not None  # where one image is not tiny, more are not
@@ -132,7 +133,7 @@ class Requests(Sampler[Request]):
 
 def slot_bytes(microbatches: Microbatches) -> int:
     """How large a slot is that holds any of these."""
-    return _label_room(microbatches) + math.prod(microbatches.shape)
+    return _label_room(microbatches) + aligned(math.prod(microbatches.shape))
 
 
 def _label_room(microbatches: Microbatches) -> int:

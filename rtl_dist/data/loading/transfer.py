@@ -12,12 +12,17 @@ from rtl_dist.core.device_memory import Attempt
 from rtl_dist.data.loading.batch import Batch
 
 T = TypeVar("T")
-_ALIGNED = 64  # bytes, of which inputs begin at a multiple
+_ALIGNED = 64  # bytes, of which labels and inputs begin at a multiple: no value lies across
+
+
+def aligned(num_bytes: int) -> int:
+    """The room for so many bytes behind which values of any type may begin."""
+    return math.ceil(num_bytes / _ALIGNED) * _ALIGNED
 
 
 def label_room(count: int, label_bytes: int) -> int:
     """Bytes before the inputs of so many samples, for their labels."""
-    return math.ceil(count * label_bytes / _ALIGNED) * _ALIGNED
+    return aligned(count * label_bytes)
 
 
 def packed_batch(
