@@ -185,17 +185,13 @@ def test_a_model_is_used_as_it_was_loaded_where_its_files_are_read_again(run, da
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_it_trains_again_in_one_process_and_in_a_thread(data, tmp_path):
+def test_it_trains_again_in_one_process_and_in_a_thread(run, data, tmp_path):
     """A config may be a file, a dict or one that was read; equal ones give equal weights."""
-    tree = config_of(data, tmp_path / "one")
-    (tmp_path / "c.yaml").write_text(json.dumps(tree))
-    one = rtl_dist.train(tmp_path / "c.yaml", ["seed=7"])
-    two = rtl_dist.train(one.config, {"run.dir": tmp_path / "two"})
-    three, failed = [], []
+    made, failed = [], []
 
     def work():
         try:
-            three.append(rtl_dist.train(tree, {"seed": 7, "run": {"dir": tmp_path / "three"}}))
+            made.append(rtl_dist.train(run.config, {"run": {"dir": tmp_path / "again"}}))
         except BaseException as error:  # noqa: BLE001 - told by the test
             failed.append(error)
 
@@ -203,11 +199,13 @@ def test_it_trains_again_in_one_process_and_in_a_thread(data, tmp_path):
     thread.start()
     thread.join()
     assert not failed
-    weights = [load_file(r.folder / "best/model.safetensors") for r in (one, two, three[0])]
-    for name, value in weights[0].items():
-        assert all(torch.equal(value, other[name]) for other in weights[1:]), name
-    again = rtl_dist.train(tmp_path / "c.yaml", ["seed=7"])  # it is done: nothing to do
-    assert again.results == one.results
+    one, other = (load_file(r.folder / "best/model.safetensors") for r in (run, made[0]))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    (tmp_path / "c.yaml").write_text(json.dumps(config_of(data, tmp_path / "again")))
+    done = rtl_dist.train(tmp_path / "c.yaml", ["stages.0.lr=2e-2"])  # the same: nothing to do
+    assert done.results == made[0].results
+    with pytest.raises(rtl_dist.UserError, match="the config differs from that of the run"):
+        rtl_dist.train(tmp_path / "c.yaml")
 
 
 def test_what_is_wrong_is_an_exception_and_no_exit(data, tmp_path):
@@ -236,8 +234,7 @@ def test_one_job_runs_at_a_time(data, tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_ctrl_c_saves_and_the_same_call_goes_on(data, tmp_path, monkeypatch, capfd):
-    whole = rtl_dist.train(config_of(data, tmp_path / "whole"))
+def test_ctrl_c_saves_and_the_same_call_goes_on(run, data, tmp_path, monkeypatch, capfd):
     steps, step = [], StageTrainer.step
 
     def interrupted(self, *arguments, **options):
@@ -248,14 +245,14 @@ def test_ctrl_c_saves_and_the_same_call_goes_on(data, tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(StageTrainer, "step", interrupted)
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    tree = config_of(data, tmp_path / "stopped")
+    tree, same = config_of(data, tmp_path / "stopped"), {"stages.0.lr": 2e-2}
     with pytest.raises(rtl_dist.StopRequested, match="SIGINT"):
-        rtl_dist.train(tree)
+        rtl_dist.train(tree, same)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     assert "SIGINT: saving as soon as the step allows" in capfd.readouterr().err
     assert rtl_dist.Run(tmp_path / "stopped").status == "stopped"
-    resumed = rtl_dist.train(tree)
-    assert resumed.results["weights_sha256"] == whole.results["weights_sha256"]
+    resumed = rtl_dist.train(tree, same)
+    assert resumed.results["weights_sha256"] == run.results["weights_sha256"]
 
 
 def test_a_guest_hears_ctrl_c_alone_and_never_ends_the_process():

@@ -55,7 +55,8 @@ def test_images_that_were_trained_on_calibrate_nothing(tmp_path, dataset, capsys
     assert "not calibrated" in (run / "evaluation" / "test" / "report.html").read_text()
 
 
-def test_nineteen_images_calibrate_nothing(tmp_path, capsys):
+@pytest.mark.usefixtures("undrawn")
+def test_eighteen_images_calibrate_nothing(tmp_path, capsys):
     run = train(tmp_path, make_dataset(tmp_path, val=18), stages=STAGES)
     assert load_model(run).calibration == UNCALIBRATED
     assert "split val has 18 images, and it takes 20" in capsys.readouterr().err
@@ -76,7 +77,7 @@ def packed_labels(tmp_path):
     return tmp_path / "packed"
 
 
-@pytest.mark.parametrize("target", [None, 0.6])
+@pytest.mark.parametrize("target", [None, pytest.param(0.6, marks=pytest.mark.exhaustive)])
 def test_labels_get_thresholds_of_their_own(tmp_path, target):
     data = packed_labels(tmp_path)
     options = {"stages": STAGES, "data__test": "val", "calibrate__precision_target": target}
