@@ -28,7 +28,7 @@ from rtl_dist.inference.request import Request
 from rtl_dist.prepare.packing.pack import PackReport, pack
 from rtl_dist.report.finished import Evaluation, Metrics, Picture, Run
 from rtl_dist.report.model_evaluation import evaluate as evaluate_into
-from rtl_dist.report.model_evaluation import usual_out, usual_split
+from rtl_dist.report.model_evaluation import usual_out
 from rtl_dist.train import train as train_by
 
 __all__ = [
@@ -175,9 +175,9 @@ def evaluate(
             )
     data = data.where if isinstance(data, Dataset) else os.fspath(data)
     if split is None:
-        split = usual_split(
-            open_dataset(data, cache_dir=cache_dir, cache_gb=cache_gb, redirects=redirects)
-        )
+        split = open_dataset(
+            data, cache_dir=cache_dir, cache_gb=cache_gb, redirects=redirects
+        ).judging_split
     folder = usual_out(Path(where), split) if out is None else Path(out)
     with as_guest():
         evaluate_into(

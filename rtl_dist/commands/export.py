@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write nothing if 8 bits lose more than this of the accuracy (default: 0.01)",
     )
     add_data(parser, "a data set to check on (default: that of the run)")
-    add_split(parser, "of --data (default: val)")
+    add_split(parser, "of --data (default: test where there is one, else val)")
     parser.add_argument(
         "--images", type=path, metavar="FOLDER", help="images to check on, without labels"
     )

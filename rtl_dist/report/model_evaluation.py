@@ -148,7 +148,7 @@ def evaluate(
             )
         )
         require_same_classes(loaded, dataset)
-        name = split_name or usual_split(dataset)
+        name = split_name or dataset.judging_split
         out = out or usual_out(Path(model_path), name)
         runtime.from_main(lambda: _require_own_folder(out))
         scored = score_with(
@@ -169,11 +169,6 @@ def evaluate(
         if f"ece{RAW}" in metrics:
             figures += f", ece {metrics['ece']:.4f} (raw {metrics[f'ece{RAW}']:.4f})"
         return f"{name}: {figures} on {metrics['num_samples']:,} images. See {out}/report.html"
-
-
-def usual_split(dataset: Dataset) -> str:
-    """That is evaluated where none is asked for."""
-    return "test" if "test" in dataset.split_names else "val"
 
 
 def usual_out(model: Path, split: str) -> Path:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rtl_dist.config import Config
+from rtl_dist.config import Config, read_run_config
 from rtl_dist.core.errors import RtlDistError, StopRequested
 from rtl_dist.core.files import sha256_of, write_json
 from rtl_dist.core.text import command
@@ -45,11 +45,26 @@ def already_done(config: Config, runtime: Runtime, folder: Path, dataset: Datase
         reached = f" (best {best['metric']} {best['value']:.4f})" if best else ""
         return (
             f"{folder} is already done{reached}: nothing to do. See {folder}/report.html; or"
-            f" {how_to_train_on(folder)}"
+            f" {how_to_train_on(folder)}{_other_calibration(config, folder)}"
         )
 
     line: str | None = runtime.from_main(look)
     return line
+
+
+def _other_calibration(config: Config, folder: Path) -> str:
+    """What to say if the run was finished with another ``calibrate`` section."""
+    wanted = config.calibrate
+    if read_run_config(folder).calibrate == wanted:
+        return ""
+    words: list[object] = ["--data", config.data.path, "--split", config.data.val]
+    words += ["--coverage", wanted.coverage]
+    if wanted.precision_target is not None:
+        words += ["--precision-target", wanted.precision_target]
+    return (
+        "; it was calibrated by another calibrate section:"
+        f" `{command('calibrate', folder, *words)}` calibrates it by this one"
+    )
 
 
 @contextmanager

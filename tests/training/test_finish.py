@@ -113,6 +113,11 @@ def test_a_finished_run_is_trained_longer_as_it_says(tmp_path, dataset, capsys):
     short_run(tmp_path, dataset)
     assert "already done (best val/top1" in (told := capsys.readouterr().out)
     assert cure + str(folder) in told
+    assert "calibrate" not in told
+    short = {"stages": ONE_STAGE, "data__test": "test", "calibrate__coverage": 0.8}
+    train(tmp_path, dataset, **short)
+    words = f"rtl-dist calibrate {folder} --data {dataset} --split val --coverage 0.8"
+    assert f"`{words}` calibrates it by this one" in capsys.readouterr().out
     longer = [ONE_STAGE[0] | {"steps": 4}]
     train(tmp_path, dataset, code=2, stages=longer, data__test="test")
     assert f"stages.0.steps was 2 and is 4; undo that, or {cure}" in capsys.readouterr().err

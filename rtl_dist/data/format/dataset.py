@@ -77,6 +77,11 @@ class Dataset:
         return tuple(self.description["splits"])
 
     @property
+    def judging_split(self) -> str:
+        """The name of that by which a model is judged if no other is asked for."""
+        return "test" if "test" in self.split_names else "val"
+
+    @property
     def is_ours(self) -> bool:
         """Whether ``pack`` made the shards, not somebody else."""
         return INDEXER_KEY not in self.description

@@ -111,9 +111,10 @@ def _calibration(loaded: LoadedModel) -> str:
     if fitted.abstain_below is not None:
         parts.append(f"Below a probability of {fitted.abstain_below:.3f} do not believe it.")
     if fitted.set_quantile is not None and fitted.coverage is not None:
+        truth = "all that is true" if loaded.task == MULTI_LABEL else "the true one"
         parts.append(
-            f"The classes of at least {1 - fitted.set_quantile:.4f} are a set that holds the true"
-            f" one in {100 * fitted.coverage:.0f} % of images like those."
+            f"The most probable class and those of at least {1 - fitted.set_quantile:.6f} are a set"
+            f" that is to hold {truth} for {100 * fitted.coverage:g} % of images like those."
         )
     return f"## Calibration\n\n{' '.join(parts)}\n"
 
@@ -126,8 +127,11 @@ def _limits(loaded: LoadedModel, scored: Predictions | None, source: str) -> str
         "The figures are of images like those that it was measured on; other cameras, places and"
         " times of year give other figures.",
     ]
-    if scored is not None and source.startswith("split val "):
-        told.append("The best weights were chosen by this split, so its figures flatter them.")
+    if scored is not None and source.startswith(f"split {loaded.calibration.split or 'val'} "):
+        told.append(
+            "The best weights were chosen, and their probabilities calibrated, by a split of this"
+            " name: if it is this one, its figures flatter them."
+        )
     rows = [] if scored is None else per_class_table(scored)
     if few := [row for row in rows if row.num_samples < _FEW]:
         names = ", ".join(f"{_cell(row.name)} ({row.num_samples})" for row in few[:20])

@@ -9,6 +9,7 @@ from rtl_dist.config import read_run_config
 from rtl_dist.core.errors import UserError
 from rtl_dist.core.urls import Redirects
 from rtl_dist.data.format.dataset import Dataset, open_dataset
+from rtl_dist.evaluation.same_classes import require_same_classes
 from rtl_dist.inference.export.real_images import (
     RealImages,
     images_of_folder,
@@ -24,7 +25,7 @@ class CheckedOn:
     data: str | None
     """Folder or URL of a data set; None: that of the run, unless there are ``images``."""
     split: str | None
-    """Of the data set; None: val where there is one, else the last."""
+    """Of the data set; None: that by which models are judged."""
     images: Path | None
     """A folder of images without labels."""
     most: int
@@ -45,11 +46,7 @@ class CheckedOn:
             return None
         path = self.data or _data_of_run(model_path)
         dataset = open_dataset(path, redirects=self.redirects)
-        if dataset.classes != loaded.classes or dataset.task != loaded.task:
-            raise UserError(
-                f"{dataset.where} has other classes than the model: give --data packed with the"
-                " same ones, or --images"
-            )
+        require_same_classes(loaded, dataset)
         return dataset
 
     def find(self, dataset: Dataset | None) -> RealImages:
@@ -60,12 +57,8 @@ class CheckedOn:
         if dataset is None:
             assert self.images is not None
             return images_of_folder(self.images, self.most)
-        split = self.split or _usual(dataset)
+        split = self.split or dataset.judging_split
         return images_of_split(dataset.split(split), dataset.where, self.most)
-
-
-def _usual(dataset: Dataset) -> str:
-    return "val" if "val" in dataset.split_names else dataset.split_names[-1]
 
 
 def _data_of_run(model_path: str) -> str:
