@@ -87,8 +87,8 @@ def why_not_one_each(places: Sequence[tuple[str, str] | None]) -> str | None:
             return (
                 f"ranks {first} and {second} have the same GPU of {host} (at {place[1]}): start"
                 f" {gpus} process(es) there, one for each GPU that they can see, or have the"
-                " scheduler give each a GPU of its own; the slices of one (MIG) count as one, unless"
-                " NCCL is 2.30 or newer and NCCL_MULTI_RANK_GPU_ENABLE=1 is set"
+                " scheduler give each a GPU of its own; the slices of one (MIG) count as one,"
+                " unless NCCL is 2.30 or newer and NCCL_MULTI_RANK_GPU_ENABLE=1 is set"
             )
     return None
 
