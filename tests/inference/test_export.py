@@ -20,6 +20,7 @@ from PIL import Image
 from serving_examples import example
 from tiny_runs import CLASSES, make_dataset
 
+from rtl_dist import api
 from rtl_dist.cli import main
 from rtl_dist.core.errors import UserError
 from rtl_dist.core.tasks import MULTI_LABEL
@@ -116,6 +117,9 @@ def test_evaluate_and_predict_take_it_as_the_model(exported, model, dataset, tmp
         assert float(one["confidence"]) == pytest.approx(float(other["confidence"]), abs=2e-6)
     for name in ("top1", "loss", "ece", "loss_raw", "ece_raw"):
         assert of_export[name] == pytest.approx(metrics[name], abs=1e-5)
+    in_python = api.evaluate(exported / "model.onnx", dataset, "val", workers=0)
+    assert in_python.folder == exported / "model" / "evaluation" / "val"
+    assert in_python.predictions == found
     predictor = open_predictor(exported / "model.onnx")
     assert predictor.classes == CLASSES
     with pytest.raises(UserError, match="exported file, which gives no features"):

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from rtl_dist.config import read_run_config
 from rtl_dist.core.errors import UserError
-from rtl_dist.core.urls import Redirects
+from rtl_dist.core.urls import Redirects, is_url
 from rtl_dist.data.format.dataset import Dataset, open_dataset
+from rtl_dist.data.format.description import DESCRIPTION
 from rtl_dist.evaluation.same_classes import require_same_classes
 from rtl_dist.inference.export.real_images import (
     RealImages,
@@ -66,7 +67,7 @@ def _data_of_run(model_path: str) -> str:
     for run in (given, given.parent, given.parent.parent):
         if (run / "config.yaml").is_file():
             path = read_run_config(run).data.path
-            if (Path(path) / "dataset.json").exists() or "://" in path:
+            if is_url(path) or (Path(path) / DESCRIPTION).exists():
                 return path
     raise UserError(
         "an export is checked on real images before it is written: give --data DATASET or --images"
