@@ -67,8 +67,8 @@ def refuse_other_identity(run: Path, then: dict[str, Any], now: dict[str, Any]) 
     different = list(_differences(_filled(then["config"], now["config"]), now["config"], ""))
     if different:
         raise UserError(
-            f"the config differs from that of the run in {run}: {'; '.join(different)}; undo that,"
-            f" or {how_to_train_on(run)}"
+            f"the config differs from that of the run in {run}: {'; '.join(different)}; undo that"
+            f" (--config {run}/config.yaml has it as it was), or {how_to_train_on(run)}"
         )
 
 

@@ -12,6 +12,7 @@ from killed_runs import run_ranks
 from tiny_runs import make_dataset, results, tiny_config, train, write_config
 
 from rtl_dist.report import evaluation, figure, plots, run
+from rtl_dist.train import main
 from rtl_dist.training import finish
 
 ONE_STAGE = [{"name": "head", "steps": 2, "trainable": "head", "lr": 1e-2}]
@@ -120,7 +121,10 @@ def test_a_finished_run_is_trained_longer_as_it_says(tmp_path, dataset, capsys):
     assert f"`{words}` calibrates it by this one" in capsys.readouterr().out
     longer = [ONE_STAGE[0] | {"steps": 4}]
     train(tmp_path, dataset, code=2, stages=longer, data__test="test")
-    assert f"stages.0.steps was 2 and is 4; undo that, or {cure}" in capsys.readouterr().err
+    undo = f"undo that (--config {folder}/config.yaml has it as it was)"
+    assert f"stages.0.steps was 2 and is 4; {undo}, or {cure}" in capsys.readouterr().err
+    assert main(["--config", f"{folder}/config.yaml"]) == 0
+    assert "already done" in capsys.readouterr().out
     config = {"run__dir": f"{folder}-more", "model__weights": str(folder)}
     train(tmp_path, dataset, stages=longer, **config)
     assert f"weights and head from {folder}/best" in capsys.readouterr().err
