@@ -18,7 +18,7 @@ from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.distributed.terminal import progress
 from rtl_dist.inference.drawn import Explainer
 from rtl_dist.inference.inputs import InputMicrobatches, Inputs
-from rtl_dist.inference.prediction import Prediction
+from rtl_dist.inference.prediction import Prediction, predictions_of
 from rtl_dist.inference.predictor import Predicting
 from rtl_dist.inference.request import Request
 from rtl_dist.inference.results import text_of
@@ -78,7 +78,7 @@ def predicted_blocks(
             told: _Told | None = None
             if batch is not None:
                 first = next(turns)
-                predictions = predictions_of(request, predictor, inputs, first, batch)
+                predictions = predictions_of_batch(request, predictor, inputs, first, batch)
                 if explainer is not None:
                     explainer.write(first, predictions, batch.inputs)
                 text = text_of(predictions, columns, form=request.form, top=top)
@@ -96,27 +96,11 @@ class _Told:
     failed: list[str]
 
 
-def predictions_of(
+def predictions_of_batch(
     request: Request, predictor: Predicting, inputs: Inputs, first: int, batch: Batch
 ) -> list[Prediction]:
     """Predictions of the inputs from number ``first`` on."""
-    probabilities = predictor.probabilities(batch.inputs)
-    reasons = iter(batch.bad)
-    predictions = []
-    for place, sample in enumerate(batch.samples.tolist()):
-        error = next(reasons) if sample < 0 else None
-        source = inputs.name(first + place)
-        if error is None and not np.isfinite(probabilities[place]).all():
-            error = "has no finite probabilities: the model's weights diverged"
-        predictions.append(
-            Prediction(
-                source=source,
-                task=predictor.task,
-                classes=predictor.classes,
-                calibration=predictor.calibration,
-                probabilities=None if error else probabilities[place],
-                threshold=request.threshold,
-                error=error,
-            )
-        )
-    return predictions
+    unread = np.flatnonzero(batch.samples.numpy() < 0).tolist()
+    sources = [inputs.name(first + place) for place in range(len(batch.samples))]
+    errors = dict(zip(unread, batch.bad, strict=True))
+    return predictions_of(predictor, batch.inputs, sources, errors, threshold=request.threshold)

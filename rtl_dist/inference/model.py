@@ -23,7 +23,7 @@ from rtl_dist.inference.drawn import explained, with_layers
 from rtl_dist.inference.given import Given, ImageLike, given, is_one_image
 from rtl_dist.inference.opening import open_predictor
 from rtl_dist.inference.pictures import picture_of, png_of, with_heatmap
-from rtl_dist.inference.prediction import Prediction
+from rtl_dist.inference.prediction import Prediction, predictions_of
 from rtl_dist.inference.predictor import Flips, Predicting, Predictor
 
 _ONE_AT_A_TIME = threading.Lock()
@@ -216,24 +216,14 @@ class Model:
     def _predicted(
         self, images: Iterable[object], block: int, threshold: float | None
     ) -> Iterator[Prediction]:
-        predictor = self._predictor
         for some in _blocks(images, block):
-            seen, errors = _seen(predictor, some)
+            seen, errors = _seen(self._predictor, some)
+            sources = [each.source for each in some]
             with _computing():
-                values = predictor.probabilities(seen)
-            for place, each in enumerate(some):
-                error = errors.get(place)
-                if error is None and not np.isfinite(values[place]).all():
-                    error = "has no finite probabilities: the model's weights diverged"
-                yield Prediction(
-                    source=each.source,
-                    task=predictor.task,
-                    classes=predictor.classes,
-                    calibration=predictor.calibration,
-                    probabilities=None if error else values[place],
-                    threshold=threshold,
-                    error=error,
+                answers = predictions_of(
+                    self._predictor, seen, sources, errors, threshold=threshold
                 )
+            yield from answers
 
     def _features(self, images: Iterable[object], block: int) -> Iterator[np.ndarray]:
         for some in _blocks(images, block):

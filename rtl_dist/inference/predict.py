@@ -24,7 +24,7 @@ from rtl_dist.distributed.runtime import Runtime
 from rtl_dist.distributed.stopping import StopRequests
 from rtl_dist.distributed.terminal import configure_logging
 from rtl_dist.inference.asked_inputs import open_inputs
-from rtl_dist.inference.blocks import predicted_blocks, predictions_of
+from rtl_dist.inference.blocks import predicted_blocks, predictions_of_batch
 from rtl_dist.inference.drawn import Explainer, grid_of
 from rtl_dist.inference.inputs import InputMicrobatches, Inputs
 from rtl_dist.inference.opening import Opened
@@ -126,7 +126,7 @@ def _draw_grid(request: Request, path: Path, predictor: Predicting, inputs: Inpu
         UserError: the file cannot be written.
     """
     batch = InputMicrobatches(inputs, predictor.transform, size=EVAL_BLOCK)[0]
-    predictions = predictions_of(request, predictor, inputs, 0, batch)
+    predictions = predictions_of_batch(request, predictor, inputs, 0, batch)
     drawn = grid_of(predictions, batch.inputs, total=len(inputs), title=request.model)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 
 from rtl_dist.core.tasks import MULTI_LABEL, SINGLE_LABEL, Task
+from rtl_dist.inference.predictor import Predicting
 from rtl_dist.model.calibration import Calibration
 
 DIGITS = 6  # of a probability in text: what evaluate's tables have
@@ -119,6 +122,43 @@ class Prediction:
     def _values(self) -> np.ndarray:
         assert self.probabilities is not None
         return self.probabilities
+
+
+def predictions_of(
+    predictor: Predicting,
+    images: torch.Tensor,
+    sources: Sequence[str],
+    errors: Mapping[int, str],
+    *,
+    threshold: float | None,
+) -> list[Prediction]:
+    """What a model says of a block of images.
+
+    Args:
+        images: uint8 (N, C, S, S).
+        sources: N, see ``Prediction.source``.
+        errors: by place why some could not be read.
+        threshold: see ``Prediction.threshold``.
+    """
+    values = predictor.probabilities(images)
+    is_finite = np.isfinite(values).all(axis=1)
+    predictions = []
+    for place, source in enumerate(sources):
+        error = errors.get(place)
+        if error is None and not is_finite[place]:
+            error = "has no finite probabilities: the model's weights diverged"
+        predictions.append(
+            Prediction(
+                source=source,
+                task=predictor.task,
+                classes=predictor.classes,
+                calibration=predictor.calibration,
+                probabilities=None if error else values[place],
+                threshold=threshold,
+                error=error,
+            )
+        )
+    return predictions
 
 
 def rounded(probability: float | None) -> float | None:
