@@ -5,11 +5,13 @@ from __future__ import annotations
 import atexit
 import gc
 import io
+import json
 import os
 import signal
 import sys
 import threading
 import traceback
+from codecs import register_error
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -21,6 +23,7 @@ from rtl_dist.core.text import shorten, shown, shown_lines
 from rtl_dist.distributed.stopping import STOP_SIGNALS
 
 _OUR_FAULT = 1
+_AS_IN_JSON = "rtl_dist.as_in_json"
 _NO_MEMORY = (
     "the memory that this process may use is not enough: give it more (ulimit -v, the job's or"
     " container's limit), or ask for less (data.workers, batch.micro); --debug shows where"
@@ -86,7 +89,8 @@ def run_command(command: Callable[[], str | None], *, debug: bool) -> int:
     _open_what_is_closed()
     raise_limit()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal need not have every letter
-        sys.stdout.reconfigure(errors="backslashreplace")
+        register_error(_AS_IN_JSON, _escaped)
+        sys.stdout.reconfigure(errors=_AS_IN_JSON)
     try:
         with _interrupted_by_requests(asked_to_stop):
             result = command()
@@ -123,6 +127,12 @@ def _open_what_is_closed() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
         if getattr(sys, name) is None:
             setattr(sys, name, _stream(number, mode))
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    """What a terminal has no letters for, escaped as JSON does it: what is printed may be JSON."""
+    assert isinstance(error, UnicodeEncodeError)
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
 
 
 def _stream(number: int, mode: str) -> TextIO:

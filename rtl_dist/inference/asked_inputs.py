@@ -15,6 +15,7 @@ from rtl_dist.inference.finding import STDIN, Finder
 from rtl_dist.inference.inputs import Inputs, SplitInputs
 from rtl_dist.inference.listing import Listing, ListingWriter
 from rtl_dist.inference.request import Request
+from rtl_dist.inference.written import Written
 
 LOG = logging.getLogger("rtl_dist")
 
@@ -37,6 +38,9 @@ def open_inputs(request: Request, folder: Path, runtime: Runtime) -> Inputs:
             finder = Finder(
                 listing,
                 folder,
+                written=Written(
+                    folder, out=request.out, grid=request.grid, explain=request.explain
+                ),
                 stdin=stdin,
                 file_column=request.file_column,
                 redirects=request.redirects,

@@ -51,7 +51,8 @@ def grid_of(
 
 
 def lines_of(prediction: Prediction) -> list[str]:
-    """What stands below a picture: the answer, what else it may be, and the input."""
+    """What stands below a picture: the answer (with a question mark where the model abstains), what
+    else it may be, and the input."""
     name = "/".join(prediction.source.split("/")[-2:])
     if prediction.error is not None:
         return ["no prediction", prediction.error, name]
@@ -62,7 +63,7 @@ def lines_of(prediction: Prediction) -> list[str]:
         first = ", ".join(f"{label} {100 * share:.0f} %" for label, share in told) or "no label"
     else:
         (label, share), *others = prediction.top(_TOLD)
-        first = f"{'unsure: ' if prediction.abstained else ''}{label}  {100 * share:.1f} %"
+        first = f"{label}{'?' if prediction.abstained else ''}  {100 * share:.1f} %"
     rest = ", ".join(f"{label} {100 * share:.1f} %" for label, share in others)
     return [first, rest, name]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from hashlib import sha256
@@ -17,6 +18,7 @@ from rtl_dist.data.format.description import DESCRIPTION
 from rtl_dist.data.format.tar_reader import walk
 from rtl_dist.data.storage.remote import files_of, size_of
 from rtl_dist.inference.listing import ListingWriter
+from rtl_dist.inference.written import Written
 from rtl_dist.prepare.image_file import may_be_image
 from rtl_dist.prepare.indexing.local_copy import local_copy
 from rtl_dist.prepare.patterns import without_braces
@@ -41,18 +43,21 @@ class Finder:
         listing: ListingWriter,
         folder: Path,
         *,
+        written: Written | None = None,
         stdin: Iterable[bytes] = (),
         file_column: str | None = None,
         redirects: Redirects = "origin",
     ) -> None:
         """
         Args:
-            folder: where tars behind URLs are kept meanwhile; nothing in it is an input.
+            folder: where tars behind URLs are kept meanwhile.
+            written: what is no input, as the predict itself writes it; None: what is in ``folder``.
             stdin: the lines of the list that ``-`` means.
             file_column: of tables; None: it is found.
             redirects: of URLs, whether they are followed to other servers, too.
         """
         self._listing, self._folder, self._stdin = listing, folder, stdin
+        self._written = Written(folder) if written is None else written
         self._file_column, self._redirects = file_column, redirects
         self._passed_over: list[str] = []
         self._num_passed_over = 0
@@ -95,6 +100,7 @@ class Finder:
         elif is_url(word):
             self._find_url(word)
         elif os.path.lexists(word):
+            self._written.refuse(word)
             self._find_local(word)
         elif any(one in word for one in "*?["):
             matches = sorted(glob.glob(word, recursive=True))
@@ -123,6 +129,8 @@ class Finder:
     def _find_match(self, path: str) -> None:
         """What fits a pattern, or lies in a folder: not all need be images."""
         lower = path.lower()
+        if self._written.has(path):
+            return
         if os.path.isdir(path) or lower.endswith((*TABLES, *_TARS)):
             self._find_local(path)
         elif lower.endswith(IMAGE_SUFFIXES) or may_be_image(Path(path)):
@@ -136,7 +144,7 @@ class Finder:
             self._find_url(line)
         elif line.lower().endswith((*TABLES, *_TARS)) or os.path.isdir(line):
             self._find_local(line)
-        else:
+        elif not self._written.has(line):
             self._listing.add_file(line)
 
     def _find_url(self, url: str) -> None:
@@ -177,9 +185,8 @@ class Finder:
                 " its pictures), or give a folder of images"
             )
         odd: list[tuple[Path, str]] = []
-        ours = self._folder.absolute()
         for file in walk_files(Path(folder), Path(folder), odd):
-            if file.absolute().parent == ours:
+            if self._written.has(str(file)):
                 continue
             if file.name.lower().endswith(TABLES):  # of this folder, most likely: not of others
                 self._pass_over(str(file))
@@ -256,8 +263,15 @@ class Finder:
 
 
 def _lines(stdin: Iterable[bytes]) -> Iterator[str]:
-    """Of a list, in lines or (``find -print0``) behind NULs."""
-    for line in stdin:
+    """Of a list, in lines or (``find -print0``) behind NULs.
+
+    Raises:
+        UserError: it is UTF-16, whose zeros would end names.
+    """
+    for number, line in enumerate(stdin):
+        if number == 0 and line.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+            raise UserError("the list on stdin is UTF-16: write it in UTF-8")
+        line = line.removeprefix(BOM_UTF8) if number == 0 else line
         for name in line.split(b"\0"):
             if name := name.strip(b"\r\n"):
                 yield os.fsdecode(name)

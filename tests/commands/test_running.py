@@ -3,6 +3,7 @@ what it says is what we say."""
 
 import gc
 import io
+import json
 import subprocess
 import sys
 
@@ -111,7 +112,7 @@ def test_a_terminal_need_not_have_every_letter(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(content, encoding="ascii"))
     assert run_command(lambda: "gr\u00f6\u00dfe \U0001f41c", debug=False) == 0
     sys.stdout.flush()
-    assert content.getvalue() == rb"gr\xf6\xdfe \U0001f41c" + b"\n"
+    assert content.getvalue() == rb"gr\u00f6\u00dfe \ud83d\udc1c" + b"\n"
 
 
 def test_closed_streams_fail_nothing(monkeypatch):
@@ -151,3 +152,16 @@ def test_a_command_that_can_tell_nobody_is_done_all_the_same(streams, tmp_path):
     words = ["sh", "-c", line, "sh", sys.executable, FINISHES, str(tmp_path / "made")]
     assert subprocess.run(words, check=False).returncode == 0
     assert int((tmp_path / "made").read_text()) > 2
+
+
+def test_json_stays_json_where_the_terminal_lacks_letters(monkeypatch):
+    told = {"input": "ünï 😀\udcff.jpg"}
+    out = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(out, encoding="ascii"))
+
+    def command():
+        sys.stdout.write(json.dumps(told, ensure_ascii=False))
+
+    assert run_command(command, debug=False) == 0
+    sys.stdout.flush()
+    assert json.loads(out.getvalue()) == told

@@ -84,7 +84,7 @@ def test_what_stands_below_a_picture():
     name = "2024/one.jpg"
     assert lines_of(prediction([0.2, 0.7, 0.1])) == ["dog  70.0 %", "cat 20.0 %", name]
     unsure = prediction([0.2, 0.7, 0.1], calibration={"abstain_below": 0.8})
-    assert lines_of(unsure)[0] == "unsure: dog  70.0 %"
+    assert lines_of(unsure)[0] == "dog?  70.0 %"
     several = prediction([0.6, 0.7, 0.1], task=MULTI_LABEL)
     assert lines_of(several) == ["dog 70 %, cat 60 %", "", name]
     none = prediction([0.2, 0.3, 0.1], task=MULTI_LABEL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from rtl_dist.data.images.augment import EvalTransform
 from rtl_dist.inference.finding import Finder
 from rtl_dist.inference.inputs import InputMicrobatches
 from rtl_dist.inference.listing import Listing, ListingWriter
+from rtl_dist.inference.written import Written
 from rtl_dist.prepare.conversion import converted
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 12, 3)).astype(np.uint8)
@@ -103,6 +105,32 @@ def test_a_list_on_stdin(tmp_path, photos, end):
         Found(tmp_path, "-", stdin=io.BytesIO(b"\n"))
 
 
+def test_a_list_that_windows_wrote(tmp_path, photos):
+    name = f"{photos}/z.png"
+    assert Found(tmp_path, "-", stdin=io.BytesIO(name.encode("utf-8-sig"))).names == [name]
+    with pytest.raises(UserError, match="the list on stdin is UTF-16: write it in UTF-8"):
+        Found(tmp_path, "-", stdin=io.BytesIO(name.encode("utf-16")))
+
+
+def test_what_is_written_is_no_input(tmp_path, photos, monkeypatch):
+    monkeypatch.chdir(photos)
+    before = Found(tmp_path, ".").names
+    (photos / "b" / "grid.png").write_bytes(encoded())
+    (photos / "maps").mkdir()
+    (photos / "maps" / "00000000-a.png").write_bytes(encoded())
+    written = Written(
+        photos / "o.csv.part", out=photos / "o.csv", grid=Path("b/grid.png"), explain=Path("maps")
+    )
+    assert Found(tmp_path, ".", written=written).names == before
+    assert Found(tmp_path, "b/*.png", written=written).names == ["b/10.png", "b/2.png"]
+    listed = io.BytesIO(b"./b/grid.png\n./z.png\n")
+    assert Found(tmp_path, "-", stdin=listed, written=written).names == ["./z.png"]
+    with pytest.raises(
+        UserError, match=r"--grid: b/grid\.png is one of the inputs, which it would"
+    ):
+        Found(tmp_path, "b/grid.png", written=written)
+
+
 def test_a_name_that_is_no_utf_8_is_found(tmp_path):
     name = os.fsencode(tmp_path) + b"/\xff.png"
     with open(name, "wb") as file:
@@ -120,7 +148,7 @@ def test_a_table_names_files_from_where_it_lies(tmp_path, photos):
     assert found.contents[:2] == [(photos / f"b/{n}.png").read_bytes() for n in (2, 10)]
     assert list(found.reasons) == found.names[2:]
     assert found.reasons[f"{table} line 5"] == "has nothing in column `image`"
-    assert found.reasons["gone.png"].startswith("but there is no such file in ")
+    assert found.reasons["gone.png"].startswith(f"is no file in {photos}")
     assert found.notes[-1] == "column 'image' of list.csv is taken for the images' files"
     assert Found(tmp_path, table, file_column="image").names == found.names
     with pytest.raises(UserError, match=r"--file-column names 'imag', no column of list\.csv"):

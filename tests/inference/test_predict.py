@@ -380,6 +380,7 @@ def test_a_file_of_others_is_not_replaced(model, images, tmp_path, capsys):
         (["{model}", "empty"], 3, "empty holds no image: there is nothing to predict"),
         (["{model}", "texts"], 3, "texts holds no image (but texts/a.txt): there is nothing to"),
         (["{model}", "texts/a.txt"], 2, "give it on stdin, as in: predict MODEL - < texts/a.txt"),
+        (["{model}", "o.csv", "--out", "o.csv"], 2, "--out: o.csv is one of the inputs, which it"),
         (["{model}", "cut.tar"], 3, "cut.tar is no tar, or its first header is damaged (byte 0)"),
     ],
 )  # fmt: skip
@@ -390,6 +391,7 @@ def test_mistakes_are_told_in_a_line(
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("a.png\n")
+    (tmp_path / "o.csv").write_text("input,label\n")
     (tmp_path / "cut.tar").write_bytes(b"x" * 1024)
     before = sorted(tmp_path.rglob("*"))
     filled = [word.format(model=model, images=images, data=dataset) for word in words]

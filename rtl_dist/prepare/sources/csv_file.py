@@ -134,7 +134,7 @@ def _items(files: ListedFiles, rows: list[Row], columns: Columns) -> list[Item]:
         try:
             name = files.find(written)
         except DataError as error:
-            wrong.append(f"{row.where} names {shown(written)}, {error}")
+            wrong.append(f"{row.where} names {shown(written)}, which {error}")
             continue
         if name in lines:
             raise DataError(

@@ -49,7 +49,7 @@ class ListedFiles:
             DataError: there is none, or several it may be; to be put behind the path.
         """
         if _URL.match(written):
-            raise DataError("which is a URL: download the images, and list the files")
+            raise DataError("is a URL: download the images, and list the files")
         plain = posixpath.normpath(written)
         if not _is_absolute(plain) and (self.root / plain).is_file():
             return plain
@@ -70,16 +70,16 @@ class ListedFiles:
         if len(same) == 1:
             return self._remember(written, same[0], "without their folder")
         if len(same) > 1:
-            raise DataError(f"which may be {shorten(sorted(same))}: write which, with its folder")
+            raise DataError(f"may be {shorten(sorted(same))}: write which, with its folder")
         if _is_absolute(plain):
             raise DataError(
-                "which is an absolute path, and there is no such file below the table: write it"
+                "is an absolute path, and there is no such file below the table: write it"
                 " relative to the CSV's folder, or the data set depends on this machine"
             )
         if (self.root / plain).exists():
-            raise DataError("which is not a plain file: correct the path or remove the line")
+            raise DataError("is not a plain file: correct the path or remove the line")
         raise DataError(
-            f"but there is no such file in {shown(str(self.root))}{self._nearest(readings[0])}:"
+            f"is no file in {shown(str(self.root))}{self._nearest(readings[0])}:"
             " correct the path or remove the line"
         )
 
@@ -121,7 +121,7 @@ class ListedFiles:
             for name in self._listing(folder).get(_fold(path.name + suffix), [])
         ]
         if len(found) > 1:
-            raise DataError(f"which may be {shorten(sorted(found))}: write which")
+            raise DataError(f"may be {shorten(sorted(found))}: write which")
         return (path.parent / found[0]).as_posix() if found else None
 
     def _listing(self, folder: Path) -> dict[str, list[str]]:

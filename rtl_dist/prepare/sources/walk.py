@@ -87,7 +87,7 @@ def walk_files(folder: Path, root: Path, odd: list[tuple[Path, str]]) -> Iterato
     while waiting or links:  # links last, so that a folder counts by its own name
         path = waiting.pop() if waiting else links.pop(0)
         real = _resolved(path)
-        if path != folder and (real == real_root or real in real_root.parents):
+        if path != root and (real == real_root or real in real_root.parents):
             odd.append((path, "is a link to a folder above itself"))
         elif real in entered:
             odd.append((path, "is a link to a folder that is here already"))
