@@ -18,6 +18,7 @@ from rtl_dist.config import Config, Precision, load_config, parse_config, to_dic
 from rtl_dist.core.errors import UserError
 from rtl_dist.core.urls import Redirects
 from rtl_dist.data.format.dataset import Dataset, open_dataset
+from rtl_dist.data.format.split import DatasetPlace
 from rtl_dist.distributed.guest import as_guest
 from rtl_dist.inference.given import ImageLike, is_one_image
 from rtl_dist.inference.model import Explanation, Model
@@ -157,7 +158,8 @@ def evaluate(
         out: None takes ``evaluation/<split>`` in the model's folder, or in one of a file's name.
         workers: loader processes.
         precision: None: that of the training.
-        cache_dir, cache_gb, redirects: of remote data; see ``Cache``.
+        cache_dir, cache_gb, redirects: of remote data; see ``Cache``. Those that ``open_dataset``
+            was given hold where no others are.
         raw: whether the model's calibration is left out.
 
     Raises:
@@ -173,24 +175,26 @@ def evaluate(
                 f"model: it was loaded with tta={model.tta}, and an evaluation looks at each image"
                 " once; load it without, or predict"
             )
-    data = data.where if isinstance(data, Dataset) else os.fspath(data)
-    if split is None:
-        split = open_dataset(
-            data, cache_dir=cache_dir, cache_gb=cache_gb, redirects=redirects
-        ).judging_split
+    kept = data.place if isinstance(data, Dataset) else DatasetPlace(where=os.fspath(data))
+    place = DatasetPlace(
+        where=kept.where,
+        cache_dir=cache_dir or kept.cache_dir,
+        cache_gb=cache_gb or kept.cache_gb,
+        redirects=kept.redirects if redirects == "origin" else redirects,
+    )
+    of_cache = {name: getattr(place, name) for name in ("cache_dir", "cache_gb", "redirects")}
+    split = split or open_dataset(place.where, **of_cache).judging_split
     folder = usual_out(Path(where), split) if out is None else Path(out)
     with as_guest():
         evaluate_into(
             where,
-            data,
+            place.where,
             split,
             out=folder,
             workers=workers,
             precision=precision,
-            cache_dir=cache_dir,
-            cache_gb=cache_gb,
-            redirects=redirects,
             raw=raw,
+            **of_cache,
         )
     return Evaluation(folder)
 

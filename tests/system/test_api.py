@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from remote_helpers import serving
 from safetensors.torch import load_file
 from tiny_runs import ROOT, make_dataset, tiny_config
 
@@ -182,6 +183,15 @@ def test_a_model_is_used_as_it_was_loaded_where_its_files_are_read_again(run, da
     assert "ece_raw" not in evaluated.metrics  # there is no other
     with pytest.raises(rtl_dist.UserError, match="model: it was loaded with tta=hflip"):
         rtl_dist.evaluate(run.load(tta="hflip"), data, "val")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_data_set_is_used_as_it_was_opened(run, data, tmp_path):
+    with serving(data) as server:
+        opened = rtl_dist.open_dataset(server.url, cache_dir=str(tmp_path / "cache"))
+        evaluated = rtl_dist.evaluate(run, opened, "val", out=tmp_path / "out", workers=0)
+    assert evaluated.metrics["num_samples"] == 150
+    assert any((tmp_path / "cache").iterdir())
 
 
 @pytest.mark.usefixtures("undrawn")
