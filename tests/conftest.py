@@ -71,6 +71,13 @@ def undrawn(monkeypatch):
 
 
 @pytest.fixture
+def without_pictures(monkeypatch):
+    """Pages and tables of runs and evaluations are written, and no picture, which takes longest."""
+    for page in ("evaluation", "run"):
+        monkeypatch.setattr(f"rtl_dist.report.{page}.draw", lambda path, make: None)
+
+
+@pytest.fixture
 def computed(monkeypatch):
     """The split of each view of features that is computed."""
     from rtl_dist.features import maker

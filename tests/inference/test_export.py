@@ -103,6 +103,7 @@ def test_the_table_of_formats_lies_beside_it(exported):
     assert told["formats"][0]["metric"] == told["formats"][1]["metric"]
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_evaluate_and_predict_take_it_as_the_model(exported, model, dataset, tmp_path):
     def scored(given, name):
         out = tmp_path / name

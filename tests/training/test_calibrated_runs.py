@@ -10,6 +10,7 @@ from rtl_dist.model.calibration import UNCALIBRATED
 from rtl_dist.model.folder import load_model
 from rtl_dist.prepare.packing.pack import pack
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
 STAGES = [{"name": "all", "steps": 6, "trainable": "all", "lr": 1e-2, "batchnorm": "train"}]
 
 
