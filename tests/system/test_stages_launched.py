@@ -171,8 +171,10 @@ class LittleMemory(Fault):
 @pytest.mark.parametrize("most", [0, 5])
 def test_a_rank_of_little_memory_evaluates_in_parts_or_ends_all_alike(tmp_path, config, most):
     rank = 1 if most else 0  # which has the one block of validation images
+    features = f"features.cache_dir={tmp_path / 'features'}"  # what others have kept is not found
     exits = run_ranks(
-        config, f"run.dir={tmp_path / 'run'}", *SHORT, f"stages.0.views={1 if most else 'null'}",
+        config, f"run.dir={tmp_path / 'run'}", features, *SHORT,
+        f"stages.0.views={1 if most else 'null'}",
         world_size=2, fault=LittleMemory(rank=rank, most=most),
     )  # fmt: skip
     assert exits[rank].fired
