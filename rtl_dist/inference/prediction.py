@@ -51,7 +51,9 @@ class Prediction:
         model's order. Empty where the image could not be read."""
         if self.probabilities is None:
             return []
-        return [(self.classes[i], float(self._values[i])) for i in self._order[:k].tolist()]
+        return [
+            (self.classes[i], float(self._values[i])) for i in self._order[: max(0, k)].tolist()
+        ]
 
     @property
     def labels(self) -> tuple[str, ...]:

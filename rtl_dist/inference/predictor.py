@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -95,7 +95,12 @@ class Predictor:
             runtime: of the processes that share the work; None: there is this one, on its GPU if
                 it has one, in the precision of the training where this machine can.
             tta: ``hflip``: the mean of an image's probabilities and those of its mirror image.
+
+        Raises:
+            UserError: ``tta`` is something else.
         """
+        if tta not in (None, *get_args(Flips)):
+            raise UserError(f"tta: there is no {tta!r}; give 'hflip' or None")
         self.classes, self.task = loaded.classes, loaded.task
         self.calibration, self.source = loaded.calibration, loaded.source
         self.transform = eval_transform(loaded.model)

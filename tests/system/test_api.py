@@ -168,6 +168,8 @@ def test_files_are_predicted_into_a_file_as_by_the_command(run, tmp_path):
         rtl_dist.predict(run, tmp_path, tmp_path / "out.csv", tops=2)
     with pytest.raises(rtl_dist.UserError, match="top: no such option without out="):
         rtl_dist.predict(run, picture, top=2)
+    with pytest.raises(rtl_dist.UserError, match="tta: there is no 'vflip'; give 'hflip' or None"):
+        rtl_dist.load(run.folder, tta="vflip")
     with pytest.raises(rtl_dist.UserError, match="tta: the model is loaded already"):
         rtl_dist.predict(rtl_dist.load(run.folder), picture, tta="hflip")
 
