@@ -1,12 +1,13 @@
 """rtl_dist: distributed transfer learning with ResNets.
 
 ``from rtl_dist import load, train, evaluate, predict, pack, open_dataset``: these, and the names of
-what they give, are imported from ``rtl_dist.api`` when they are first asked for, so that to import
-rtl_dist costs next to nothing. See ``docs/api.md``.
+what they give, are imported from where they are when they are first asked for, so that to import
+rtl_dist costs next to nothing, and torch is loaded when a function is called. See ``docs/api.md``.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from types import ModuleType
@@ -16,15 +17,7 @@ if TYPE_CHECKING:
     from rtl_dist.api import (
         Config,
         Dataset,
-        Evaluation,
-        Explanation,
-        ImageLike,
-        Metrics,
-        Model,
         PackReport,
-        Picture,
-        Prediction,
-        Run,
         evaluate,
         load,
         open_dataset,
@@ -40,6 +33,10 @@ if TYPE_CHECKING:
         StopRequested,
         UserError,
     )
+    from rtl_dist.inference.given import ImageLike
+    from rtl_dist.inference.model import Explanation, Model
+    from rtl_dist.inference.prediction import Prediction
+    from rtl_dist.report.finished import Evaluation, Metrics, Picture, Run
 
 __version__ = "0.1.0"
 
@@ -70,7 +67,17 @@ __all__ = [
     "train",
 ]
 
-_ERRORS = ("DataError", "OutOfMemory", "RemoteError", "RtlDistError", "StopRequested", "UserError")
+# Where those are that ``rtl_dist.api`` does not have.
+_HOMES = {
+    "rtl_dist.core.errors": (
+        *("DataError", "OutOfMemory", "RemoteError", "RtlDistError"),
+        *("StopRequested", "UserError"),
+    ),
+    "rtl_dist.inference.given": ("ImageLike",),
+    "rtl_dist.inference.model": ("Explanation", "Model"),
+    "rtl_dist.inference.prediction": ("Prediction",),
+    "rtl_dist.report.finished": ("Evaluation", "Metrics", "Picture", "Run"),
+}
 
 # Before torch loads OpenMP: threads that wait must not spin. On as many cores as threads, spinning
 # against loader workers or another job made CPU training 5 to 12 times slower (measured 2026-11,
@@ -84,13 +91,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name in _ERRORS:
-        from rtl_dist.core import errors
-
-        return getattr(errors, name)
-    from rtl_dist import api
-
-    return getattr(api, name)
+    home = next((home for home, names in _HOMES.items() if name in names), "rtl_dist.api")
+    return getattr(importlib.import_module(home), name)
 
 
 def __dir__() -> list[str]:

@@ -12,38 +12,27 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, cast, overload
 
 from rtl_dist.config import Config, Precision, load_config, parse_config, to_dict
 from rtl_dist.core.errors import UserError
 from rtl_dist.core.urls import Redirects
 from rtl_dist.data.format.dataset import Dataset, open_dataset
 from rtl_dist.data.format.split import DatasetPlace
-from rtl_dist.distributed.guest import as_guest
-from rtl_dist.inference.given import ImageLike, is_one_image
-from rtl_dist.inference.model import Explanation, Model
-from rtl_dist.inference.predict import predict as predict_into_file
-from rtl_dist.inference.prediction import Prediction
-from rtl_dist.inference.predictor import Flips
-from rtl_dist.inference.request import Request
 from rtl_dist.prepare.packing.pack import PackReport, pack
-from rtl_dist.report.finished import Evaluation, Metrics, Picture, Run
-from rtl_dist.report.model_evaluation import evaluate as evaluate_into
-from rtl_dist.report.model_evaluation import usual_out
 from rtl_dist.train import train as train_by
+
+if TYPE_CHECKING:  # all else comes when a function is called: to import one costs no torch
+    from rtl_dist.inference.given import ImageLike
+    from rtl_dist.inference.model import Model
+    from rtl_dist.inference.prediction import Prediction
+    from rtl_dist.inference.predictor import Flips
+    from rtl_dist.report.finished import Evaluation, Run
 
 __all__ = [
     "Config",
     "Dataset",
-    "Evaluation",
-    "Explanation",
-    "ImageLike",
-    "Metrics",
-    "Model",
     "PackReport",
-    "Picture",
-    "Prediction",
-    "Run",
     "evaluate",
     "load",
     "open_dataset",
@@ -102,6 +91,8 @@ def load(model: PathLike, *, raw: bool = False, tta: Flips | None = None) -> Mod
     Raises:
         UserError: it is none of these, or is damaged.
     """
+    from rtl_dist.inference.model import Model
+
     return Model(os.fspath(model), raw=raw, tta=tta)
 
 
@@ -128,6 +119,9 @@ def train(
         StopRequested: it was asked to stop, and saved itself.
         RtlDistError: anything else that is not the caller's to mend in Python.
     """
+    from rtl_dist.distributed.guest import as_guest
+    from rtl_dist.report.finished import Run
+
     checked = _config(config, overrides)
     with as_guest():
         train_by(checked)
@@ -167,6 +161,12 @@ def evaluate(
         DataError: no such data or split, or a damaged sample.
         StopRequested: it was interrupted.
     """
+    from rtl_dist.distributed.guest import as_guest
+    from rtl_dist.inference.model import Model
+    from rtl_dist.report.finished import Evaluation
+    from rtl_dist.report.model_evaluation import evaluate as evaluate_into
+    from rtl_dist.report.model_evaluation import usual_out
+
     where = _place_of(model)
     if isinstance(model, Model):
         raw = raw or model.raw
@@ -254,6 +254,12 @@ def predict(
             less.
         StopRequested: it was interrupted.
     """
+    from rtl_dist.distributed.guest import as_guest
+    from rtl_dist.inference.given import is_one_image
+    from rtl_dist.inference.model import Model
+    from rtl_dist.inference.predict import predict as predict_into_file
+    from rtl_dist.inference.request import Request
+
     known = PredictOptions.__annotations__ if out is not None else ("threshold", "tta", "raw")
     if unknown := sorted(options.keys() - set(known)):
         where = " without out=" if out is None else ""
@@ -292,6 +298,9 @@ def _of_load(options: PredictOptions) -> dict[str, Any]:
 
 
 def _place_of(model: PathLike | Run | Model) -> str:
+    from rtl_dist.inference.model import Model
+    from rtl_dist.report.finished import Run
+
     if isinstance(model, Run):
         return str(model.folder)
     return str(model.source) if isinstance(model, Model) else os.fspath(model)

@@ -150,14 +150,14 @@ def test_no_two_test_files_have_one_name():
     assert not [name for name, count in Counter(names).items() if count > 1]
 
 
-def test_modules_are_imported_by_name_in_one_place():
+def test_modules_are_imported_by_name_at_the_two_doors():
     """Elsewhere it would hide an arrow from the tests above."""
     users = {
         path.relative_to(PACKAGE)
         for path in FILES
         if "importlib.import_module" in path.read_text() or "__import__" in path.read_text()
     }
-    assert users == {Path("cli.py")}
+    assert users == {Path("cli.py"), Path("__init__.py")}
 
 
 def test_no_module_hides_another_of_the_same_name():

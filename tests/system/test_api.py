@@ -80,6 +80,9 @@ def test_to_import_it_costs_neither_torch_nor_numpy():
     assert python(f"import rtl_dist, sys; print({heavy})") == "set()"
     code = f"from rtl_dist import UserError, RtlDistError; import rtl_dist, sys; print({heavy})"
     assert python(code) == "set()"
+    functions = "load, train, evaluate, predict, pack, open_dataset"
+    code = "print({'torch', 'accelerate', 'timm', 'matplotlib'} & sys.modules.keys())"
+    assert python(f"from rtl_dist import {functions}; import sys; {code}") == "set()"
     names = python("import rtl_dist; print(*dir(rtl_dist))").split()
     assert {"load", "train", "evaluate", "predict", "pack", "open_dataset", "Run"} <= set(names)
 

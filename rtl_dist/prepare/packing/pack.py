@@ -27,7 +27,6 @@ from rtl_dist.prepare.holdout import check_large_enough
 from rtl_dist.prepare.packing.plan import PackOptions, Plan, make_plan
 from rtl_dist.prepare.packing.publish import PackedSplit, gather_split, publish
 from rtl_dist.prepare.packing.resume import check_unfinished, claim, release
-from rtl_dist.prepare.packing.shard import write_shards
 from rtl_dist.prepare.publish import doubt_lines, left_out_lines
 from rtl_dist.prepare.sources import LeftOut, is_path, open_source
 from rtl_dist.prepare.splits import TRAIN, VAL, check_classes_in_splits
@@ -140,6 +139,8 @@ def pack(
         DataError: the source cannot be understood, or none of its images can be packed.
         RtlDistError: a worker was killed or the disk is full; the same call goes on from there.
     """
+    from rtl_dist.prepare.packing.shard import write_shards  # its decoder needs torch
+
     started_at = time.monotonic()
     source, out = os.fspath(source), Path(out)
     check_workers(workers)

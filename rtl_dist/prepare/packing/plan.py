@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
 
 import PIL
 
@@ -15,6 +17,8 @@ from rtl_dist.prepare.holdout import check_val_fraction, held_out
 from rtl_dist.prepare.publish import published_files
 from rtl_dist.prepare.sources.items import Item, Source
 from rtl_dist.prepare.splits import TRAIN, VAL, scatter_key
+
+_MAX_KEY = 80
 
 # Raised when the same options would give other bytes than before, so that old work is not reused.
 _PLAN_VERSION = 1
@@ -127,6 +131,15 @@ def make_plan(source: Source, options: PackOptions) -> Plan:
         source_bytes=source_bytes,
         digest=digest.hexdigest(),
     )
+
+
+def key_of(position: int, name: str) -> str:
+    """A sample's key: its position in the split, and the file's stem so that it can be traced.
+
+    Webdataset ends a key at its first dot, so none may be in it.
+    """
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", PurePosixPath(name).stem)
+    return f"{position:07d}_{stem}"[:_MAX_KEY]
 
 
 def _with_val(source: Source, fraction: float) -> list[Item]:

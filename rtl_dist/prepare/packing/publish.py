@@ -14,9 +14,8 @@ from rtl_dist.data.format.description import PACKER_KEY
 from rtl_dist.data.format.split import INDEX_DTYPE
 from rtl_dist.data.storage.shard_files import Shard
 from rtl_dist.prepare.conversion import cure_of
-from rtl_dist.prepare.packing.plan import Plan
+from rtl_dist.prepare.packing.plan import Plan, key_of
 from rtl_dist.prepare.packing.resume import read_record
-from rtl_dist.prepare.packing.shard import key_of
 from rtl_dist.prepare.publish import IndexedSplit, LeftOutTable, index_split, publish_dataset
 from rtl_dist.prepare.sources.items import LeftOut
 

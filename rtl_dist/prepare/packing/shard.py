@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import re
 import zlib
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,12 +20,11 @@ from rtl_dist.core.tasks import MULTI_LABEL
 from rtl_dist.data.format.tar import TarWriter
 from rtl_dist.prepare.image_file import read_image_file
 from rtl_dist.prepare.images import checked_image
-from rtl_dist.prepare.packing.plan import Plan, ShardPlan
+from rtl_dist.prepare.packing.plan import Plan, ShardPlan, key_of
 from rtl_dist.prepare.packing.resume import ShardRecord, is_finished, record_shard
 from rtl_dist.prepare.sources.items import Item
 from rtl_dist.prepare.work_folder import publishing
 
-_MAX_KEY = 80
 # Starting processes costs about as much as packing this many bytes of images on one core.
 _ALONE_BELOW_BYTES = 128 << 20
 
@@ -127,15 +125,6 @@ def write_shard(context: PackContext, shard: ShardPlan, advance: Callable[[int],
         # without its shard means nothing.
         record_shard(context.out, record)
     return False
-
-
-def key_of(position: int, name: str) -> str:
-    """A sample's key: its position in the split, and the file's stem so that it can be traced.
-
-    Webdataset ends a key at its first dot, so none may be in it.
-    """
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", PurePosixPath(name).stem)
-    return f"{position:07d}_{stem}"[:_MAX_KEY]
 
 
 def _read(item: Item, context: PackContext) -> bytes | np.ndarray:
