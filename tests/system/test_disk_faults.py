@@ -112,7 +112,7 @@ FULL_AT = [
     (LOG, 1, 0, "metrics.jsonl"),
     (write_model_folder, 1, 100_000, "best"),
     (describe_run, 1, 0, "config.yaml"),
-    (finish, 1, 0, "results.json"),
+    (finish, 1, 0, "best/config.json"),  # which is told how its scores are read
 ]
 
 

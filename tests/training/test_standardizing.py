@@ -165,8 +165,8 @@ def test_best_is_plain_and_as_good_as_the_run_says(tmp_path, dataset, ema):
     found = results(run)
     (row,) = [row for row in metric_rows(run) if row["step"] == found["best"]["step"]
               and "val/loss" in row]  # fmt: skip
-    for name in ("loss", "top1"):
-        assert found["test"][name] == row[f"val/{name}"]
+    assert found["test"]["loss_raw"] == row["val/loss"]  # rows are of scores as they are
+    assert found["test"]["top1"] == row["val/top1"]
 
 
 def test_a_run_from_weights_of_the_middle_of_the_stage_keeps_the_head(tmp_path, dataset):
