@@ -15,7 +15,6 @@ time of the asking thread, in ms a microbatch (median, lowest to highest), and t
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from spread import spread
 
 from rtl_dist.data.format.dataset import open_dataset
 from rtl_dist.data.format.split import Split
@@ -89,12 +89,6 @@ def asking_ms(inputs: Iterator[torch.Tensor], use_s: float) -> float:
         used_until = time.perf_counter() + use_s
         while time.perf_counter() < used_until:
             matrix @ matrix
-
-
-def spread(values: list[float], digits: int) -> str:
-    """Median (lowest to highest)."""
-    low, middle, high = min(values), statistics.median(values), max(values)
-    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def main() -> None:

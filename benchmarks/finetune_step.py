@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import statistics
 import time
 
 import torch
 import torch.distributed as dist
+from spread import spread
 from step_sides import NUM_CLASSES, SIDES, Step, Task
 
 WARM_UP_STEPS = 3
@@ -32,12 +32,6 @@ def images_per_second(step: Step, task: Task, num_steps: int) -> float:
     if task.device.type == "cuda":
         torch.cuda.synchronize()
     return num_steps * len(task.images) / (time.perf_counter() - started_at)
-
-
-def spread(values: list[float], digits: int) -> str:
-    """Median (lowest to highest)."""
-    low, middle, high = min(values), statistics.median(values), max(values)
-    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def main() -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from finetune_step import images_per_second, spread
+from finetune_step import images_per_second
 from gpu_findings import Finding
 from gpu_place import TRAIN, Place, run
 from PIL import Image
+from spread import spread
 from step_sides import NUM_CLASSES, Task, bare, ours
 
 from rtl_dist.prepare.packing.pack import pack

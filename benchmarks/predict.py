@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from processes import ROOT
+from spread import spread
 
 PEAK = (
     "import sys; from rtl_dist.cli import main; code = main(sys.argv[1:]);"
@@ -87,8 +88,7 @@ def rates(folder: Path, model: Path, options: argparse.Namespace) -> None:
         for what, place in (("images/s", 0), ("images/CPU-s", 1)):
             pairs = zip(found["predict"], found[other], strict=True)
             ratios = [ours[place] / theirs[place] for ours, theirs in pairs]
-            spread = f"({min(ratios):.3f} to {max(ratios):.3f})"
-            print(f"predict / {other}, {what}: {statistics.median(ratios):.3f} {spread}")
+            print(f"predict / {other}, {what}: {spread(ratios, 3)}")
 
 
 def cpu_s() -> float:

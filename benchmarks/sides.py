@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from processes import BENCHMARKS, ROOT, Finished, run_python
+from spread import spread
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,8 +174,3 @@ def print_times_to(outcomes: dict[str, list[Outcome]], targets: Sequence[float])
             by_ours = f"   / ours {spread(ratios)}" if ratios and side != "rtl_dist" else ""
             reached = sum(at is not None for at in times)
             print(f"  {side:18} {reached} of {len(runs)} seeds: {shown}{by_ours}")
-
-
-def spread(values: Sequence[float]) -> str:
-    """Median (lowest to highest)."""
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+from spread import spread
 
 from rtl_dist.prepare.packing.pack import pack
 
@@ -73,10 +74,6 @@ def to_the_first_step(folder: Path, wandb: str) -> Times:
         finally:
             os.killpg(job.pid, signal.SIGKILL)
             job.wait()
-
-
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def main() -> None:

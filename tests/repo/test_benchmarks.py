@@ -53,6 +53,7 @@ IMPORTED = {
     "loop_data.py",
     "near_copies.py",
     "processes.py",
+    "spread.py",
     "scores.py",
     "sides.py",
     "step_sides.py",
