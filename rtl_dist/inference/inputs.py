@@ -17,7 +17,7 @@ from rtl_dist.data.format.split import Split
 from rtl_dist.data.images.augment import EvalTransform
 from rtl_dist.data.images.tiny import TinyBatch
 from rtl_dist.data.loading.batch import Batch
-from rtl_dist.inference.predictor import prepared
+from rtl_dist.inference.predictor import fill_prepared
 
 
 class Inputs(Protocol):
@@ -124,19 +124,11 @@ class InputMicrobatches(TorchDataset[Batch]):
     def fill(self, first: int, out: torch.Tensor) -> Batch:
         """See ``Microbatches``."""
         numbers = range(first, min(first + self._size, len(self._inputs)))
-        samples, bad = np.array(numbers, dtype=np.int64), []
-        out[:] = 0
-        for place, content in enumerate(self._inputs.read(numbers)):
-            try:
-                if isinstance(content, DataError):
-                    raise content
-                out[place] = prepared(self._transform, content)
-            except DataError as error:
-                out[place] = 0
-                samples[place] = -1
-                bad.append(str(error))
+        samples = np.array(numbers, dtype=np.int64)
+        errors = fill_prepared(out, self._transform, self._inputs.read(numbers))
+        samples[list(errors)] = -1
         labels = torch.zeros(len(numbers), dtype=torch.int64)  # there are none
-        return Batch(out[: len(numbers)], labels, torch.from_numpy(samples), bad)
+        return Batch(out[: len(numbers)], labels, torch.from_numpy(samples), list(errors.values()))
 
     def fill_tiny(self, first: int, out: torch.Tensor) -> tuple[Batch, TinyBatch] | None:
         """They are enlarged by the workers."""

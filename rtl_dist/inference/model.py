@@ -24,7 +24,7 @@ from rtl_dist.inference.given import Given, ImageLike, given, is_one_image
 from rtl_dist.inference.opening import open_predictor
 from rtl_dist.inference.pictures import picture_of, png_of, with_heatmap
 from rtl_dist.inference.prediction import Prediction, predictions_of
-from rtl_dist.inference.predictor import Flips, Predicting, Predictor
+from rtl_dist.inference.predictor import Flips, Predicting, Predictor, fill_prepared
 
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -289,16 +289,9 @@ def _blocks(images: Iterable[object], size: int) -> Iterator[list[Given]]:
 def _seen(predictor: Predicting, some: Sequence[Given]) -> tuple[torch.Tensor, dict[int, str]]:
     """What the network sees, uint8 (N, C, S, S), and by place why some cannot be read: black."""
     side, channels = predictor.transform.image_size, predictor.transform.channels
-    images = torch.zeros((len(some), channels, side, side), dtype=torch.uint8)
-    errors: dict[int, str] = {}
-    for place, each in enumerate(some):
-        try:
-            if isinstance(each.content, DataError):
-                raise each.content
-            images[place] = predictor.prepare(each.content)
-        except DataError as error:
-            errors[place] = str(error)
-    return images, errors
+    images = torch.empty((len(some), channels, side, side), dtype=torch.uint8)
+    contents = (each.content for each in some)
+    return images, fill_prepared(images, predictor.transform, contents)
 
 
 def _all_seen(predictor: Predicting, some: Sequence[Given]) -> torch.Tensor:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, Protocol, get_args
 
@@ -15,7 +16,7 @@ import torch
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from rtl_dist.core.device_memory import InParts
-from rtl_dist.core.errors import UserError
+from rtl_dist.core.errors import DataError, UserError
 from rtl_dist.core.files import sha256_of
 from rtl_dist.core.tasks import Task
 from rtl_dist.data.images.augment import EvalTransform
@@ -77,6 +78,32 @@ def prepared(transform: EvalTransform, content: bytes | torch.Tensor) -> torch.T
     if pixels.shape[0] != transform.channels:
         pixels = rgb_to_grayscale(pixels, transform.channels)
     return transform.of_pixels(pixels)
+
+
+def fill_prepared(
+    out: torch.Tensor,
+    transform: EvalTransform,
+    contents: Iterable[bytes | torch.Tensor | DataError],
+) -> dict[int, str]:
+    """Fills ``out``, uint8 (N, C, S, S), with what a model sees of images; what cannot be read is
+    black, so that the others keep their places and their values.
+
+    Args:
+        contents: see ``prepared``; or why there is none.
+
+    Returns:
+        by place, why some cannot be read.
+    """
+    errors: dict[int, str] = {}
+    out[:] = 0
+    for number, content in enumerate(contents):
+        try:
+            if isinstance(content, DataError):
+                raise content
+            out[number] = prepared(transform, content)
+        except DataError as error:
+            errors[number] = str(error)
+    return errors
 
 
 class Predictor:
